@@ -17,7 +17,7 @@ Glossary
 It is an approximation, and says so: each cell keeps one state, the nearest so far, although a farther one might have come out
 nearer in the end (§3.5, "approximate Markov"). `python dp_layer_skip.py` shows a table, a path, and how near it comes.
 
-Run it on states you already have: a verify pass has just computed h. The cost is L calls of f with at most M rows each.
+Run it on states you already have: a verify pass has just computed h. The cost is L - 1 calls of f, with at most M rows each.
 """
 import itertools
 import os
@@ -42,7 +42,9 @@ class Choice:
 
     def skip(self, j: int | None = None) -> tuple[bool, ...]:
         """The set for budget j (default M), one flag per layer: read back from the last line of the table."""
-        L, j = len(self.D) - 1, len(self.D[0]) - 1 if j is None else j
+        L, M = len(self.D) - 1, len(self.D[0]) - 1
+        j = M if j is None else j
+        assert 0 <= j <= M, f"budget {j} in a table for 0..{M}"
         out = [False] * L
         for i in range(L, 0, -1):
             if self.parents[i][j]:                     # the cell was reached by skipping layer i-1,
@@ -71,6 +73,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
 
     h (L+1, D); run_layer(i, x) for x (1, D). Ties go to running the layer: it stands first, and `max` keeps the first."""
     L, nan = len(h) - 1, float("nan")
+    assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     D = [[nan] * (M + 1) for _ in range(L + 1)]
     parents = [[False] * (M + 1) for _ in range(L + 1)]
     D[0][0], g = 1.0, {(0, 0): h[0]}
@@ -115,7 +118,7 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
         lines.append(torch.nn.functional.pad(cos, pad, value=float("nan")))
         bits.append(torch.nn.functional.pad(bit, pad))
     if M == 0:
-        return Choice([[1.0]] * (L + 1), [[False]] * (L + 1))
+        return Choice([[1.0] for _ in range(L + 1)], [[False] for _ in range(L + 1)])
     D, parents = torch.stack(lines).tolist(), torch.stack(bits).tolist()     # the one time the host waits
     return Choice([[1.0] + [float("nan")] * M] + [[1.0, *line] for line in D],
                   [[False] * (M + 1)] + [[False, *line] for line in parents])
@@ -124,11 +127,11 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
 # ------------------------------------------------------------------------------ python dp_layer_skip.py
 
 def toy(L: int, width: int, seed: int) -> tuple[Tensor, RunLayer]:
-    """A network to watch: layer i adds a small nonlinear push of its own strength; every third is nearly idle."""
+    """A network to watch: layer i adds a small nonlinear push of its own strength; every third pushes less."""
     gen = torch.Generator().manual_seed(seed)
     A = torch.randn(L, width, width, generator=gen, dtype=torch.float64) / width ** 0.5
-    push = torch.rand(L, generator=gen, dtype=torch.float64) * 0.5 + 0.1
-    push[1::3] *= 0.1
+    push = torch.rand(L, generator=gen, dtype=torch.float64) + 0.2
+    push[1::3] *= 0.3
 
     def run_layer(i: int, x: Tensor) -> Tensor:
         return x + push[i] * torch.tanh(x @ A[i].T)
@@ -162,7 +165,7 @@ def show(choice: Choice, colour: bool) -> str:
             mark = "*" if (i, j) in path else " "
             text = f" {v:.3f}{mark}" if v == v else "   .   "
             if colour and v == v:
-                heat = 232 + round(20 * (v - low) / (1 - low or 1))                   # 24 greys from black
+                heat = 232 + round(20 * min(1, (v - low) / (1 - low or 1)))     # greys, dark to light
                 text = f"\033[48;5;{heat}m\033[38;5;{16 if heat > 243 else 231}m{text}\033[0m"
             cells.append(text)
         j = next(j for j in range(M + 1) if (i, j) in path)
@@ -172,7 +175,8 @@ def show(choice: Choice, colour: bool) -> str:
 
 
 def main() -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+              and os.environ.get("TERM") != "dumb")
     L, M = 9, 3
     h, run_layer = toy(L, 16, seed=3)
     choice = choose_skip(h, run_layer, M)

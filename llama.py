@@ -79,7 +79,11 @@ class Config:
                 refuse(f"{key} = {c[key]!r}")
         # 4.x: rope_theta beside rope_scaling (null, or with its kind under "rope_type", once "type");
         # 5.x: all in rope_parameters. Reading only the old spelling would give a 5.x file theta 10000, unnoticed.
-        rope = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+        rope = {"rope_theta": c.get("rope_theta", 10000.0)}
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(c.get(key) or {}, dict):
+                refuse(f"{key} = {c[key]!r}")
+            rope |= c.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             refuse(f"rope type {kind!r}")
@@ -96,7 +100,7 @@ class Config:
                           int(rope["original_max_position_embeddings"])))
         except KeyError as e:
             raise ModelError(f"{path}: {e} is missing") from None
-        except (TypeError, ValueError, ZeroDivisionError) as e:
+        except (TypeError, ValueError, ArithmeticError) as e:
             raise ModelError(f"{path}: a number was expected ({e})") from None
         if min(cfg.L, cfg.D, cfg.H, cfg.G, cfg.hd, cfg.ffn, cfg.V, cfg.context) < 1 or cfg.H % cfg.G or cfg.hd % 2:
             raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
@@ -444,8 +448,7 @@ def _ranks_of_meta(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
         ranks = {base64.b64decode(t, validate=True): int(r) for t, r in (line.split() for line in path.read_bytes().splitlines() if line)}
     except (OSError, ValueError) as e:
         raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3 (base64 and rank per line): {e}") from None
-    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3: ranks are not 0, 1, 2, ...")
+    _check_ranks(ranks, path)
     spare = (f"reserved_special_token_{n}" for n in range(256))
     return ranks, {f"<|{NAMED.get(i) or next(spare)}|>": len(ranks) + i for i in range(256)}
 
@@ -466,4 +469,10 @@ def _ranks_of_hugging_face(path: Path) -> tuple[dict[bytes, int], dict[str, int]
         raise ModelError(f"{path}: not a byte-level tokenizer: {type(e).__name__} {e}") from None
     if kind != "BPE" or split != [SPLIT]:
         raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind}, or another split pattern)")
+    _check_ranks(ranks, path)
     return ranks, special
+
+
+def _check_ranks(ranks: dict[bytes, int], path: Path) -> None:
+    if set(ranks.values()) != set(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., or a single byte has none")

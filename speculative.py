@@ -70,7 +70,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
     logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature       # a tiny temperature must not overflow
     if not s.top_k and s.top_p == 1:
         return logits.softmax(-1)
-    logits, order = logits.sort(-1, descending=True, stable=True)
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)
     if s.top_k:
         logits[..., s.top_k:] = -torch.inf
     p = logits.softmax(-1)
@@ -234,8 +234,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
             q.append(probabilities(logits, s))
             drafted.append(chance.draw(q[-1]))
             confidence.append(logits.softmax(-1).amax().item())
-            # The doubtful token stays and is judged like any other; only what would have followed it is not drafted.
-            # Dropping it after having seen it would make unlikely tokens rarer than p says.
+            # A doubtful token stays, and is judged like any other; only what would follow it is not drafted. To throw a
+            # token away after having seen it would make it rarer than p says (the tests measure that).
             if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:
                 break
         drafting = _clock(model)
