@@ -1,15 +1,19 @@
-"""clasp-mini: self-speculative decoding with layers chosen in context (CLaSp, Chen et al., ACL 2025). The command.
+"""clasp-mini: self-speculative decoding with layers chosen in context (CLaSp, Chen et al., ACL
+2025). The command.
 
-    python clasp_mini.py --prompt "def fibonacci(n):"              # the model that ships with the repository
-    python clasp_mini.py --prompt "def fibonacci(n):" --compare    # against plain decoding, in one process
+    python clasp_mini.py --prompt "def fibonacci(n):"              # the model that ships with the
+    repository python clasp_mini.py --prompt "def fibonacci(n):" --compare    # against plain
+    decoding, in one process
 
-This file holds no algorithm. It is the only one that knows the others, and joins them in one direction:
-config and weights (llama.py) -> rounds (speculative.py, which asks dp_layer_skip.py for layers) -> text and figures.
+This file holds no algorithm. It is the only one that knows the others, and joins them in one
+direction: config and weights (llama.py) -> rounds (speculative.py, which asks dp_layer_skip.py for
+layers) -> text and figures.
 """
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # importing torch takes seconds: until then Ctrl-C just ends us
+    # importing torch takes seconds: until then Ctrl-C just ends us
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse  # noqa: E402
 import codecs  # noqa: E402
@@ -23,7 +27,8 @@ from collections.abc import Callable, Iterable, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")      # torch asks for it; nothing here does
+# torch asks for it; nothing here does
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 
 from dp_layer_skip import choose_skip  # noqa: E402
@@ -33,8 +38,9 @@ from speculative import Chance, Round, Settings, generate  # noqa: E402
 VERSION = "0.1.0"
 DEMO = Path(__file__).resolve().parent / "demo"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-# The defaults, in one place. For the demo: the best of a sweep (README, "How fast is it"). For other models: the paper's
-# threshold and "50 to 60 %" of the layers; it does not state K and the interval for the 8B.
+# The defaults, in one place. For the demo: the best of a sweep (README, "How fast is it"). For
+# other models: the paper's threshold and "50 to 60 %" of the layers; it does not state K and the
+# interval for the 8B.
 TUNED = {"demo": dict(skip=0.5, K=8, exit_threshold=0.3, interval=16),
          "paper": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
 
@@ -46,8 +52,9 @@ class UsageError(Exception):
 # ------------------------------------------------------------------------------ figures
 
 def figures(rounds: Sequence[Round]) -> dict:
-    """A run's statistics. Round 0 is the prefill: its pass over the prompt counts as prefill, the token it emits as emitted but
-    not as decoded; what follows, the first layer optimisation included, is decoding."""
+    """A run's statistics. Round 0 is the prefill: its pass over the prompt counts as prefill, the
+    token it emits as emitted but not as decoded; what follows, the first layer optimisation
+    included, is decoding."""
     drafted, accepted = sum(len(r.drafted) for r in rounds), sum(r.accepted for r in rounds)
     emitted, verifies = sum(len(r.emitted) for r in rounds), max(0, len(rounds) - 1)
     decoded = emitted - len(rounds[0].emitted) if rounds else 0
@@ -75,8 +82,9 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def ideal_speedup(clasp: dict, plain: dict) -> float | None:
-    """Emitted tokens over the passes they took, in plain steps: decoded / (drafted * c + verifies), where c is the measured
-    cost of a draft step and a verify is counted as one plain step. What is above it is luck, what is below it overhead."""
+    """Emitted tokens over the passes they took, in plain steps: decoded / (drafted * c + verifies),
+    where c is the measured cost of a draft step and a verify is counted as one plain step. What is
+    above it is luck, what is below it overhead."""
     if not clasp["verifies"] or not plain["verify_seconds"]:
         return None
     c = (clasp["draft_step_seconds"] or 0.0) / plain["verify_seconds"]
@@ -108,7 +116,8 @@ class Terminal:
 
 
 class Text:
-    """ids -> text as it comes; a character split over tokens waits for its last byte. Without a tokenizer, the ids."""
+    """ids -> text as it comes; a character split over tokens waits for its last byte. Without a
+    tokenizer, the ids."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[int]) -> None:
         self.tokenizer, self.stops, self.any = tokenizer, stops, False
@@ -124,7 +133,8 @@ class Text:
 
 
 def round_line(n: int, r: Round, tokenizer: Tokenizer | None, t: Terminal) -> str:
-    """--verbose: round, skip map, kept/drafted, and the tokens: kept, refused, the full model's own."""
+    """--verbose: round, skip map, kept/drafted, and the tokens: kept, refused, the full model's
+    own."""
     def spell(i: int) -> str:
         text = tokenizer.decode([i]) if tokenizer else f"{i} "
         return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
@@ -148,7 +158,7 @@ def summary(f: dict, s: Settings) -> str:
             f"optimise {share['optimise']:.0%} | last skip set, {s.M} layers: {L or 'none'}")
 
 
-# ------------------------------------------------------------------------------ what the command can do
+# -------------------------------------------------------------------------- what the command can do
 
 class Job:
     """A loaded model and what to do with it; what `main` hands to the three modes."""
@@ -159,7 +169,7 @@ class Job:
             raise ModelError(f"{folder}: no such folder")
         device = _device(a.device)
         self.tokenizer = Tokenizer(folder) if not a.prompt_ids else None
-        if a.prompt_ids:                               # none is needed, but one makes the output readable
+        if a.prompt_ids:                         # none is needed, but one makes the output readable
             try:
                 self.tokenizer = Tokenizer(folder)
             except ModelError:
@@ -168,7 +178,8 @@ class Job:
         self.model = Llama.load(folder, device, DTYPES.get(a.dtype), _progress())
         cfg = self.model.cfg
         weights = cfg.L * (cfg.D * cfg.hd * 2 * (cfg.H + cfg.G) + 3 * cfg.D * cfg.ffn)
-        if a.threads or weights < 100e6:               # small matrices: a second thread costs more than it brings
+        # small matrices: a second thread costs more than it brings
+        if a.threads or weights < 100e6:
             torch.set_num_threads(a.threads or 1)
         t = TUNED["demo" if folder.resolve() == DEMO else "paper"]
 
@@ -204,7 +215,8 @@ class Job:
         return self.fits(ids)
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """Turns -> ids: the chat format with --chat, else the bare text of the only turn after <|begin_of_text|>."""
+        """Turns -> ids: the chat format with --chat, else the bare text of the only turn after
+        <|begin_of_text|>."""
         try:
             if self.a.chat:
                 system = [dict(role="system", content=self.a.system)] if self.a.system else []
@@ -257,7 +269,7 @@ def generate_text(job: Job, ids: list[int]) -> int:
     status = 0
     try:
         job.run(ids, s, a.seed, each)
-    except KeyboardInterrupt:                          # what has been made so far is kept and accounted for
+    except KeyboardInterrupt:                  # what has been made so far is kept and accounted for
         status = 130
     shown.append(text.add([], final=True))
     if a.json:
@@ -284,7 +296,8 @@ def compare(job: Job, ids: list[int]) -> int:
     costs = {name: (_median(v) or 0) / step for name, v in dict(
         draft_step=[c["draft_step_seconds"] for c in clasp if c["draft_step_seconds"]],
         verify=[c["verify_seconds"] for c in clasp], optimise=[c["optimise_seconds"] for c in clasp if c["optimise_seconds"]]).items()}
-    # Two samples of one distribution need not be equal; two greedy texts must be, but for ties within rounding.
+    # Two samples of one distribution need not be equal; two greedy texts must be, but for ties
+    # within rounding.
     equal = all(x == y for x, y in texts) if job.settings.temperature == 0 else None
     if job.a.json:
         print(json.dumps(dict(prompt_ids=ids, ids=texts[0][1], text=job.tokenizer and job.tokenizer.decode(
@@ -307,7 +320,8 @@ def compare(job: Job, ids: list[int]) -> int:
 
 
 def bench(job: Job, path: str) -> int:
-    """Every question of a Spec-Bench file plainly and with CLaSp; a line per category, as the paper's Table 1 has it."""
+    """Every question of a Spec-Bench file plainly and with CLaSp; a line per category, as the
+    paper's Table 1 has it."""
     try:
         questions = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         questions = [(str(q["category"]), [str(t) for t in q["turns"]]) for q in questions]
@@ -318,7 +332,8 @@ def bench(job: Job, path: str) -> int:
     if not questions:
         raise UsageError(f"{path}: no questions")
     results: dict[str, list[tuple[dict, dict]]] = {}
-    job.pair(job.fits(job.encode([dict(role="user", content=questions[0][1][0])])), job.a.seed)       # warm-up
+    # warm-up
+    job.pair(job.fits(job.encode([dict(role="user", content=questions[0][1][0])])), job.a.seed)
     for n, (category, turns) in enumerate(questions):
         messages: list[dict[str, str]] = []
         for turn in turns:
@@ -342,7 +357,8 @@ def bench(job: Job, path: str) -> int:
 
 
 def _bench_line(pairs: list[tuple[dict, dict]]) -> dict:
-    """Tokens per verify and acceptance over all tokens; speed-up as the ratio of tokens/s over all answers."""
+    """Tokens per verify and acceptance over all tokens; speed-up as the ratio of tokens/s over all
+    answers."""
     def total(side: int, key: str) -> float:
         return sum(p[side][key] for p in pairs)
     def over(x: float, y: float) -> float | None:

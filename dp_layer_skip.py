@@ -1,23 +1,29 @@
-"""Which layers should the draft leave out? CLaSp's dynamic program over the hidden states of one token (§3.4, eq. 2).
+"""Which layers should the draft leave out? CLaSp's dynamic program over the hidden states of one
+token (§3.4, eq. 2).
 
     D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1
     g[i,j] = the state that won
 
-In words: after the first i layers, of which j were left out, how close can we be to where the full model is *at that
-depth*? Either the last of the i was run, on the best state one layer earlier, or it was skipped, and then one skip fewer had
-been spent before it. The budget's answer stands at D[L, M]; the parents lead back from there to the set.
+In words: after the first i layers, of which j were left out, how close can we be to where the full
+model is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or
+it was skipped, and then one skip fewer had been spent before it. The budget's answer stands at D[L,
+M]; the parents lead back from there to the set.
 
 Glossary
-    L, M     layers; layers to leave out             h[0..L]   the full model's states of one token, h[L] before the final norm
-    D        (L+1, M+1) best cosines                 g         (M+1, width) the states behind one line of D
-    f_i      layer i on J independent versions of the token: (J, width) -> (J, width). This file knows no more of the model.
+    L, M     layers; layers to leave out
+    h[0..L]  the full model's states of one token, h[L] before the final norm
+    D, g     (L+1, M+1) best cosines; (M+1, width) the states behind one line of D
+    f_i      layer i on J independent versions of the token: (J, width) -> (J, width). This file
+             knows no more of the model.
     parents  (L+1, M+1) bits: True where the cell was reached by skipping
 
-It is an approximation, and says so: each cell keeps one state, the nearest so far, although a farther one might have come out
-nearer in the end (§3.5, "approximate Markov"). `python dp_layer_skip.py` shows a table, a path, and how near it comes.
+It is an approximation, and says so: each cell keeps one state, the nearest so far, although a
+farther one might have come out nearer in the end (§3.5, "approximate Markov"). `python
+dp_layer_skip.py` shows a table, a path, and how near it comes.
 
-Run it on states you already have: a verify pass has just computed h. The cost is L - 1 calls of f, with at most M rows each.
+Run it on states you already have: a verify pass has just computed h. The cost is L - 1 calls of f,
+with at most M rows each.
 """
 import itertools
 import os
@@ -27,21 +33,24 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")      # torch asks for it; nothing here does
+# torch asks for it; nothing here does
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-RunLayer = Callable[[int, Tensor], Tensor]                                   # f_i on J rows: (i, (J, D)) -> (J, D)
+RunLayer = Callable[[int, Tensor], Tensor]                    # f_i on J rows: (i, (J, D)) -> (J, D)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one run of the dynamic program knows: the best set for every budget 0..M, not only for M."""
-    D: list[list[float]]        # (L+1) x (M+1) cosines; nan where j > i, for one cannot skip more layers than there were
+    """What one run of the dynamic program knows: the best set for every budget 0..M, not only for
+    M."""
+    D: list[list[float]]        # (L+1) x (M+1) cosines; nan where j > i
     parents: list[list[bool]]   # (L+1) x (M+1) True where layer i-1 was skipped
 
     def skip(self, j: int | None = None) -> tuple[bool, ...]:
-        """The set for budget j (default M), one flag per layer: read back from the last line of the table."""
+        """The set for budget j (default M), one flag per layer: read back from the last line of the
+        table."""
         L, M = len(self.D) - 1, len(self.D[0]) - 1
         j = M if j is None else j
         assert 0 <= j <= M, f"budget {j} in a table for 0..{M}"
@@ -49,7 +58,7 @@ class Choice:
         for i in range(L, 0, -1):
             if self.parents[i][j]:                     # the cell was reached by skipping layer i-1,
                 out[i - 1] = True
-                j -= 1                                 # which used up one skip; i falls by one either way
+                j -= 1                           # which used up one skip; i falls by one either way
         return tuple(out)
 
     @property
@@ -58,7 +67,7 @@ class Choice:
         return self.D[-1]
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:                                  # (..., D), (..., D) -> (...)
+def cosine(a: Tensor, b: Tensor) -> Tensor:                            # (..., D), (..., D) -> (...)
     """a.b / (|a| |b|), in float32 or wider: bfloat16 cannot tell 0.999 from 1."""
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
@@ -66,12 +75,13 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                                  # (
     return (a * b).sum(-1) / norms.clamp_min(torch.finfo(wide).tiny)
 
 
-# ------------------------------------------------------------------------------ the recurrence, as it is written
+# ----------------------------------------------------------------- the recurrence, as it is written
 
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     """One cell at a time: the reference for the fast one below, and the version to read first.
 
-    h (L+1, D); run_layer(i, x) for x (1, D). Ties go to running the layer: it stands first, and `max` keeps the first."""
+    h (L+1, D); run_layer(i, x) for x (1, D). Ties go to running the layer: it stands first, and
+    `max` keeps the first."""
     L, nan = len(h) - 1, float("nan")
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     D = [[nan] * (M + 1) for _ in range(L + 1)]
@@ -81,7 +91,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
         D[i][0], g[i, 0] = 1.0, h[i]                   # nothing skipped: the full model's own state
         for j in range(1, min(i, M) + 1):
             choices = []
-            if j < i:                                  # j = i: there is nothing that could have been run
+            if j < i:                             # j = i: there is nothing that could have been run
                 choices.append((False, run_layer(i - 1, g[i - 1, j][None])[0]))
             choices.append((True, g[i - 1, j - 1]))
             parents[i][j], g[i, j] = max(choices, key=lambda c: cosine(h[i], c[1]).item())
@@ -89,21 +99,22 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     return Choice(D, parents)
 
 
-# ------------------------------------------------------------------------------ the same, a line of the table at a time
+# ---------------------------------------------------------- the same, a line of the table at a time
 
 def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
-    """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call (§3.6).
+    """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
+    (§3.6).
 
-    h (L+1, D), on any device; run_layer(i, x) for x (J, D), J <= M; 0 <= M <= L. What is decided stays on the device until
-    the end: no cell, and no layer, waits for the host."""
+    h (L+1, D), on any device; run_layer(i, x) for x (J, D), J <= M; 0 <= M <= L. What is decided
+    stays on the device until the end: no cell, and no layer, waits for the host."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     g = h[:1]                                          # g[i, 0..min(i, M)], here i = 0: (1, D)
     lines, bits = [], []
     for i in range(1, L + 1):
-        J = min(i - 1, M)                              # cells 1..J have a choice; cell 0 is h[i], cell i only skips
+        J = min(i - 1, M)              # cells 1..J have a choice; cell 0 is h[i], cell i only skips
         last = min(i, M)
-        skipped = g[:last]                             # skipping moves a state from j-1 to j: cells 1..last
+        skipped = g[:last]                     # skipping moves a state from j-1 to j: cells 1..last
         cos = cosine(h[i], skipped)                    # (last,)
         bit = torch.ones_like(cos, dtype=torch.bool)
         if J:
@@ -119,15 +130,17 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
         bits.append(torch.nn.functional.pad(bit, pad))
     if M == 0:
         return Choice([[1.0] for _ in range(L + 1)], [[False] for _ in range(L + 1)])
-    D, parents = torch.stack(lines).tolist(), torch.stack(bits).tolist()     # the one time the host waits
+    # the one time the host waits
+    D, parents = torch.stack(lines).tolist(), torch.stack(bits).tolist()
     return Choice([[1.0] + [float("nan")] * M] + [[1.0, *line] for line in D],
                   [[False] * (M + 1)] + [[False, *line] for line in parents])
 
 
-# ------------------------------------------------------------------------------ python dp_layer_skip.py
+# -------------------------------------------------------------------------- python dp_layer_skip.py
 
 def toy(L: int, width: int, seed: int) -> tuple[Tensor, RunLayer]:
-    """A network to watch: layer i adds a small nonlinear push of its own strength; every third pushes less."""
+    """A network to watch: layer i adds a small nonlinear push of its own strength; every third
+    pushes less."""
     gen = torch.Generator().manual_seed(seed)
     A = torch.randn(L, width, width, generator=gen, dtype=torch.float64) / width ** 0.5
     push = torch.rand(L, generator=gen, dtype=torch.float64) + 0.2
@@ -165,11 +178,12 @@ def show(choice: Choice, colour: bool) -> str:
             mark = "*" if (i, j) in path else " "
             text = f" {v:.3f}{mark}" if v == v else "   .   "
             if colour and v == v:
-                heat = 232 + round(20 * min(1, (v - low) / (1 - low or 1)))     # greys, dark to light
+                heat = 232 + round(20 * min(1, (v - low) / (1 - low or 1)))   # greys, dark to light
                 text = f"\033[48;5;{heat}m\033[38;5;{16 if heat > 243 else 231}m{text}\033[0m"
             cells.append(text)
         j = next(j for j in range(M + 1) if (i, j) in path)
-        step = "" if i == 0 else f"  layer {i - 1:2} " + ("SKIPPED" if choice.parents[i][j] else "run")
+        did = "SKIPPED" if choice.parents[i][j] else "run"
+        step = f"  layer {i - 1:2} {did}" if i else ""
         out.append(f"  i = {i:2}    " + "".join(cells) + step)
     return "\n".join(out)
 
@@ -182,11 +196,14 @@ def main() -> None:
     choice = choose_skip(h, run_layer, M)
     chosen = [i for i, s in enumerate(choice.skip()) if s]
     print(f"A toy of {L} layers, of which 1, 4 and 7 do little; {M} are to be left out.\n"
-          f"D[i,j]: the best cosine with the full model after i layers, j of them left out; * marks the way back.\n")
+          "D[i,j]: the best cosine with the full model after i layers, j of them left out.\n"
+          "The way back from D[9,3] is marked *.\n")
     print(show(choice, colour))
-    print(f"\nLeft out: {chosen}, cosine {choice.cosine[M]:.4f}. The same table holds every smaller budget: "
+    print(f"\nLeft out: {chosen}, cosine {choice.cosine[M]:.4f}. "
+          "The same table holds every smaller budget: "
           + ", ".join(f"{j} -> {c:.4f}" for j, c in enumerate(choice.cosine[:M])) + ".\n")
-    print("How good is it? Cosine with h[L] of the chosen set really run; all sets tried; 200 drawn at random.\n"
+    print("How good is it? Cosine with h[L] of the chosen set when run; of all sets; of 200 drawn\n"
+          "at random. The program is approximate: it comes near the best, and not always there.\n"
           "  toy    L   M       DP     best    mean of random    rank of the DP's set")
     for seed in range(6):
         L, M = 12, 5

@@ -1,41 +1,48 @@
-"""LLaMA-3 from its published weights: configuration, loading, tokenizer, forward pass. Batch of one, no training.
+"""LLaMA-3 from its published weights: configuration, loading, tokenizer, forward pass. Batch of
+one, no training.
 
-**The one idea.** A pass takes T token *rows*. A row does not know whether it is being decoded, verified or tried out; it is
-told three things about itself, and one attention routine serves every pass of the method:
+**The one idea.** A pass takes T token *rows*. A row does not know whether it is being decoded,
+verified or tried out; it is told three things about itself, and one attention routine serves every
+pass of the method:
 
     pass                         T      RoPE position    cache slot written      slots it may read
     decode, draft                1      t                t                       0 .. t
     prefill, verify              any    t, t+1, ...      its own position        0 .. its own
-    candidates of the DP         J      t for all        scratch: t+1, t+2, ...  0 .. t-1 and its own scratch slot
+    candidates of the DP         J      t for all        scratch: t+1, t+2 ..  0 .. t-1 and its own
 
-The third line is the interesting one: J versions of the *same* token, none of which may see another, nor the entry that the
-full model wrote for that token at slot t (CLaSp §3.6, "sequence parallel" with a specialised mask).
+The third line is the interesting one: J versions of the *same* token, none of which may see
+another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6, "sequence
+parallel" with a specialised mask).
 
 Glossary (8B in brackets)
     L    decoder layers [32]                D     width of the residual stream [4096]
-    H    query heads [32]                   G     key/value heads [8]; R = H / G query heads share one
+    H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
     hd   head size [128]                    V     vocabulary [128256]
     T    rows of a pass                     S     slots of the cache; n <= S of them are looked at
-    h[i] residual stream before layer i: h[0] the embedding, h[L] the last layer's output *before* the final norm
+    h[i] residual stream before layer i: h[0] the embedding, h[L] the last layer's output *before*
+    the final norm
 
-Who owns what: the model owns weights and nothing else; `Cache` stores; the caller counts positions. To roll back a refused
-draft is therefore arithmetic on an integer: whatever lies behind it will be overwritten before anyone may read it.
+Who owns what: the model owns weights and nothing else; `Cache` stores; the caller counts positions.
+To roll back a refused draft is therefore arithmetic on an integer: whatever lies behind it will be
+overwritten before anyone may read it.
 """
 import base64
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiktoken
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+
+Progress = Callable[[int, int], None]                                 # (bytes done, bytes in all)
 
 
 class ModelError(Exception):
@@ -46,7 +53,8 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of config.json that the forward pass needs; in brackets their values in the 8B model."""
+    """The numbers of config.json that the forward pass needs; in brackets their values in the 8B
+    model."""
     L: int                      # num_hidden_layers [32]
     D: int                      # hidden_size [4096]
     H: int                      # num_attention_heads [32]
@@ -58,27 +66,30 @@ class Config:
     context: int                # max_position_embeddings [8192]
     tied: bool                  # tie_word_embeddings [False]: the head is the embedding table
     theta: float                # rope_theta [500000]
-    scaling: tuple[float, float, float, int] | None    # LLaMA-3.1's factor, low, high, original context
+    scaling: tuple[float, float, float, int] | None     # LLaMA-3.1: factor, low, high, original
 
     @classmethod
     def load(cls, folder: str | Path) -> "Config":
-        """Read `folder`/config.json as Transformers 4.x or 5.x writes it. What this file does not implement is
-        refused by name: a setting that is silently ignored gives a model that is silently wrong."""
+        """Read `folder`/config.json as Transformers 4.x or 5.x writes it. What this file does not
+        implement is refused by name: a setting that is silently ignored gives a model that is
+        silently wrong."""
         path = Path(folder) / "config.json"
         c = _read_json(path)
 
         def refuse(what: str) -> None:
             raise ModelError(f"{path}: {what} is not supported (this is LLaMA-3 only)")
 
-        if c.get("model_type") != "llama" or c.get("architectures", ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
-            refuse(f"model_type {c.get('model_type')!r}, architectures {c.get('architectures')}")
+        kinds = c.get("architectures") or ["LlamaForCausalLM"]
+        if c.get("model_type") != "llama" or kinds != ["LlamaForCausalLM"]:
+            refuse(f"model_type {c.get('model_type')!r}, architectures {kinds}")
         if c.get("quantization_config"):
             refuse("quantization_config (quantised weights)")
         for key, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if c.get(key, only) != only:
                 refuse(f"{key} = {c[key]!r}")
-        # 4.x: rope_theta beside rope_scaling (null, or with its kind under "rope_type", once "type");
-        # 5.x: all in rope_parameters. Reading only the old spelling would give a 5.x file theta 10000, unnoticed.
+        # 4.x: rope_theta beside rope_scaling (null, or with its kind under "rope_type", once
+        # "type"); 5.x: all in rope_parameters. Reading only the old spelling would give a 5.x file
+        # theta 10000, unnoticed.
         rope = {"rope_theta": c.get("rope_theta", 10000.0)}
         for key in ("rope_scaling", "rope_parameters"):
             if not isinstance(c.get(key) or {}, dict):
@@ -89,20 +100,30 @@ class Config:
             refuse(f"rope type {kind!r}")
         if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) != 1:
             refuse("partial_rotary_factor")
-        try:
-            H, D = int(c["num_attention_heads"]), int(c["hidden_size"])
-            cfg = cls(L=int(c["num_hidden_layers"]), D=D, H=H, G=int(c.get("num_key_value_heads") or H),
-                      hd=int(c.get("head_dim") or D // H), ffn=int(c["intermediate_size"]), V=int(c["vocab_size"]),
-                      eps=float(c.get("rms_norm_eps", 1e-6)), context=int(c.get("max_position_embeddings", 2048)),
-                      tied=bool(c.get("tie_word_embeddings", False)), theta=float(rope["rope_theta"]),
-                      scaling=None if kind == "default" else (
-                          float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-                          int(rope["original_max_position_embeddings"])))
-        except KeyError as e:
-            raise ModelError(f"{path}: {e} is missing") from None
-        except (TypeError, ValueError, ArithmeticError) as e:
-            raise ModelError(f"{path}: a number was expected ({e})") from None
-        if min(cfg.L, cfg.D, cfg.H, cfg.G, cfg.hd, cfg.ffn, cfg.V, cfg.context) < 1 or cfg.H % cfg.G or cfg.hd % 2:
+
+        def number(key: str, kind: type = int, default: float | None = None, of: dict = c) -> Any:
+            value = default if of.get(key) is None else of[key]        # null is "not given"
+            if value is None:
+                raise ModelError(f"{path}: '{key}' is missing")
+            if type(value) not in (int, float) or not 0 < value < math.inf or kind(value) != value:
+                raise ModelError(f"{path}: a number was expected for {key}, above 0, not {value!r}")
+            return kind(value)
+
+        H, D = number("num_attention_heads"), number("hidden_size")
+        tied = c.get("tie_word_embeddings")
+        if tied not in (None, True, False):
+            refuse(f"tie_word_embeddings = {tied!r}")
+        scaling = kind == "llama3" and (
+            *(number(k, float, of=rope) for k in ("factor", "low_freq_factor", "high_freq_factor")),
+            number("original_max_position_embeddings", of=rope))
+        cfg = cls(L=number("num_hidden_layers"), D=D, H=H,
+                  G=number("num_key_value_heads", default=H),
+                  hd=number("head_dim", default=D // H or None),
+                  ffn=number("intermediate_size"), V=number("vocab_size"),
+                  eps=number("rms_norm_eps", float, 1e-6),
+                  context=number("max_position_embeddings", default=2048), tied=bool(tied),
+                  theta=number("rope_theta", float, of=rope), scaling=scaling or None)
+        if cfg.H % cfg.G or cfg.hd % 2 or scaling and scaling[1] >= scaling[2]:
             raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
         return cfg
 
@@ -112,7 +133,7 @@ def _read_json(path: Path) -> dict:
         out = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"{path}: cannot be read: {e}") from None
     if not isinstance(out, dict):
         raise ModelError(f"{path}: a JSON object was expected")
@@ -120,25 +141,29 @@ def _read_json(path: Path) -> dict:
 
 
 def stop_ids(folder: str | Path) -> tuple[int, ...]:
-    """The tokens that end a text: eos_token_id of generation_config.json, else of config.json; an int or a list there.
-    subtle: Instruct models end a turn with <|eot_id|>, which their config.json may not name."""
+    """The tokens that end a text: eos_token_id of generation_config.json, else of config.json; an
+    int or a list there. subtle: Instruct models end a turn with <|eot_id|>, which their config.json
+    may not name."""
     for name in ("generation_config.json", "config.json"):
         if (Path(folder) / name).exists():
             ids = _read_json(Path(folder) / name).get("eos_token_id")
+            ids = ids if isinstance(ids, list) or ids is None else [ids]
+            if ids is not None and all(type(i) is int for i in ids):
+                return tuple(ids)
             if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+                raise ModelError(f"{Path(folder) / name}: eos_token_id {ids} holds no token ids")
     return ()
 
 
-# ------------------------------------------------------------------------------ rows and their cache
+# ----------------------------------------------------------------------------- rows and their cache
 
 class Rows(NamedTuple):
-    """What the T rows of a pass are told about themselves. All are tensors, none a Python number, so that a recorded
-    pass (a CUDA graph) can be told something else by overwriting them."""
+    """What the T rows of a pass are told about themselves. All are tensors, none a Python number,
+    so that a recorded pass (a CUDA graph) can be told something else by overwriting them."""
     cos: Tensor                 # (T, 1, hd) rotary table at each row's position
     sin: Tensor                 # (T, 1, hd) likewise, the first half negated (see `rotate`)
     slots: Tensor               # (T,) cache slot that each row writes
-    bias: Tensor                # (T*R, n) 0 where the row may read the slot, -inf where not; R equal lines per row
+    bias: Tensor                # (T*R, n) 0: row may read slot, -inf: may not; R equal lines each
 
     def first(self, J: int) -> "Rows":
         """The same, for the first J rows only."""
@@ -147,50 +172,55 @@ class Rows(NamedTuple):
 
 
 class Cache:
-    """Keys and values of S slots for every layer, allocated once for a run: never grown, never copied."""
+    """Keys and values of S slots for every layer, allocated once for a run: never grown, never
+    copied."""
 
     def __init__(self, cfg: Config, S: int, device: torch.device, dtype: torch.dtype) -> None:
         # Zeros, not `empty`: a masked slot gets weight 0, and 0 * NaN would still be NaN.
         self.k = torch.zeros(cfg.L, cfg.G, S, cfg.hd, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.layers = list(zip(self.k, self.v))                      # L times (G, S, hd), (G, S, hd)
+        self.layers = list(zip(self.k, self.v))                     # L times (G, S, hd), (G, S, hd)
         self.S, self.R = S, cfg.H // cfg.G
         wide = torch.promote_types(dtype, torch.float32)
-        angle = torch.outer(torch.arange(S, dtype=torch.float64), rope_frequencies(cfg))     # (S, hd/2)
-        self.cos = torch.cat((angle.cos(), angle.cos()), 1)[:, None].to(device, wide)        # (S, 1, hd)
+        # (S, hd/2)
+        angle = torch.outer(torch.arange(S, dtype=torch.float64), rope_frequencies(cfg))
+        self.cos = torch.cat((angle.cos(), angle.cos()), 1)[:, None].to(device, wide)   # (S, 1, hd)
         self.sin = torch.cat((-angle.sin(), angle.sin()), 1)[:, None].to(device, wide)
         self.slot = torch.arange(S, device=device)
         self.zero, self.hidden = torch.tensor([0.0, -math.inf], device=device, dtype=dtype)
 
     def sequence(self, t: int, T: int) -> Rows:
-        """T tokens that follow one another, the first at position t: decode and draft (T = 1), prefill, verify."""
+        """T tokens that follow one another, the first at position t: decode and draft (T = 1),
+        prefill, verify."""
         n = t + T
         assert n <= self.S, f"rows {t}..{n - 1} in a cache of {self.S} slots"
         slots = self.slot[t:n]
-        # Row r sits at position t + r, so it may read slots 0 .. t + r. Without the t the mask is right in
-        # prefill and wrong ever after, and nothing crashes: the text just gets worse.
+        # Row r sits at position t + r, so it may read slots 0 .. t + r. Without the t the mask is
+        # right in prefill and wrong ever after, and nothing crashes: the text just gets worse.
         return self._rows(self.cos[t:n], self.sin[t:n], slots, self.slot[:n] <= slots[:, None])
 
     def versions(self, t: int, J: int) -> Rows:
-        """J versions of the one token at position t: equal positions, scratch slots behind it, each reading the past
-        (slots before t) and its own slot. Slot t, the full model's own entry for that token, is nobody's to read, and
-        being nobody's to write either it survives: the text's cache is unharmed."""
+        """J versions of the one token at position t: equal positions, scratch slots behind it, each
+        reading the past (slots before t) and its own slot. Slot t, the full model's own entry for
+        that token, is nobody's to read, and being nobody's to write either it survives: the text's
+        cache is unharmed."""
         n = t + 1 + J
         assert n <= self.S, f"{J} scratch slots behind {t} in a cache of {self.S} slots"
         slots, every = self.slot[t + 1:n], self.slot[:n]
         may_read = (every < t) | (every == slots[:, None])
-        return self._rows(self.cos[t:t + 1].expand(J, -1, -1), self.sin[t:t + 1].expand(J, -1, -1), slots, may_read)
+        return self._rows(self.cos[t:t + 1].expand(J, -1, -1), self.sin[t:t + 1].expand(J, -1, -1),
+                          slots, may_read)
 
     def _rows(self, cos: Tensor, sin: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
-        bias = torch.where(may_read, self.zero, self.hidden)                                 # (T, n)
-        return Rows(cos, sin, slots, bias.repeat_interleave(self.R, 0))                      # (T, n) -> (T*R, n)
+        bias = torch.where(may_read, self.zero, self.hidden)                                # (T, n)
+        return Rows(cos, sin, slots, bias.repeat_interleave(self.R, 0))         # (T, n) -> (T*R, n)
 
 
 def rope_frequencies(cfg: Config) -> Tensor:
-    """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. LLaMA-3.1 and later stretch the slow ones:
-    a wavelength longer than original/low is divided by `factor`, one shorter than original/high is kept, between
-    them the two are blended linearly in original/wavelength."""
-    f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)             # (hd/2,)
+    """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. LLaMA-3.1 and later
+    stretch the slow ones: a wavelength longer than original/low is divided by `factor`, one shorter
+    than original/high is kept, between them the two are blended linearly in original/wavelength."""
+    f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)           # (hd/2,)
     if cfg.scaling:
         factor, low, high, original = cfg.scaling
         keep = ((original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -201,8 +231,8 @@ def rope_frequencies(cfg: Config) -> Tensor:
 # ------------------------------------------------------------------------------ forward
 
 class Layer(NamedTuple):
-    """One decoder layer's weights. Projections that read the same input are one matrix: on a CPU a pass of few rows is
-    mostly the overhead of its calls, and this saves three of seven."""
+    """One decoder layer's weights. Projections that read the same input are one matrix: on a CPU a
+    pass of few rows is mostly the overhead of its calls, and this saves three of seven."""
     attn_norm: Tensor           # (D,)
     qkv: Tensor                 # ((H + 2G) * hd, D): queries, keys, values
     out: Tensor                 # (D, H * hd)
@@ -218,43 +248,49 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T, heads, hd)
-    """Rotary embedding, Hugging Face's layout: element k turns with element k + hd/2. Rolling by half a head brings each
-    to its partner's place; the minus sign that one of the two needs lives in the table. (Meta's own files interleave the
-    pairs instead: the wrong layout does not crash, it just writes worse text.)"""
+    """Rotary embedding, Hugging Face's layout: element k turns with element k + hd/2. Rolling by
+    half a head brings each to its partner's place; the minus sign that one of the two needs lives
+    in the table. (Meta's own files interleave the pairs instead: the wrong layout does not crash,
+    it just writes worse text.)"""
     return (x * rows.cos + x.roll(x.shape[-1] // 2, -1) * rows.sin).to(x.dtype)
 
 
 class Llama:
-    """The model: weights and the functions that use them. Nothing changes after loading, so one model serves any number
-    of caches."""
+    """The model: weights and the functions that use them. Nothing changes after loading, so one
+    model serves any number of caches."""
 
-    def __init__(self, cfg: Config, embed: Tensor, layers: list[Layer], norm: Tensor, head: Tensor) -> None:
+    def __init__(self, cfg: Config, embed: Tensor, layers: list[Layer], norm: Tensor,
+                 head: Tensor) -> None:
         self.cfg, self.embed, self.layers, self.norm, self.lm_head = cfg, embed, layers, norm, head
         self.device, self.dtype = embed.device, embed.dtype
 
     def cache(self, S: int) -> Cache:
-        """A cache of S slots for one run: prompt + new tokens + the drafts or scratch slots behind them."""
+        """A cache of S slots for one run: prompt + new tokens + the drafts or scratch slots behind
+        them."""
         c, size = self.cfg, torch.finfo(self.dtype).bits // 8
         need_memory(self.device, 2 * c.L * c.G * c.hd * S * size, f"a cache of {S} slots")
         return Cache(c, S, self.device, self.dtype)
 
     def forward(self, ids: Tensor, rows: Rows, cache: Cache, skip: Sequence[bool] | None = None,
                 states: slice | None = None) -> tuple[Tensor, Tensor | None]:
-        """(T,) ids -> h[L] (T, D), and h[0..L] of the rows `states`, (L+1, those rows, D), if asked for.
-        skip[i] leaves layer i out; None or all False is the full model, all True the embedding itself."""
+        """(T,) ids -> h[L] (T, D), and h[0..L] of the rows `states`, (L+1, those rows, D), if asked
+        for. skip[i] leaves layer i out; None or all False is the full model, all True the embedding
+        itself."""
         x = F.embedding(ids, self.embed)                                    # (T,) -> (T, D)
         h = [x]
         for i in range(self.cfg.L):
-            # A skipped layer: the residual stream flows past. Its cache keeps a hole at these slots, which is
-            # safe: the verify pass runs every layer over the same slots before anyone reads them.
+            # A skipped layer: the residual stream flows past. Its cache keeps a hole at these
+            # slots, which is safe: the verify pass runs every layer over the same slots before
+            # anyone reads them.
             if not (skip and skip[i]):
                 x = self.layer(i, x, rows, cache)
             if states:
                 h.append(x)
         return x, torch.stack([x[states] for x in h]) if states else None
 
-    def layer(self, i: int, x: Tensor, rows: Rows, cache: Cache) -> Tensor:           # (T, D) -> (T, D)
-        """f_i: the whole decoder layer i, residuals included: h[i+1] = f_i(h[i]). Writes the rows' keys and values."""
+    def layer(self, i: int, x: Tensor, rows: Rows, cache: Cache) -> Tensor:       # (T, D) -> (T, D)
+        """f_i: the whole decoder layer i, residuals included: h[i+1] = f_i(h[i]). Writes the rows'
+        keys and values."""
         w, c, (keys, values) = self.layers[i], self.cfg, cache.layers[i]
         T, R, n = len(x), c.H // c.G, rows.bias.shape[-1]
 
@@ -263,10 +299,12 @@ class Llama:
         q, k = rotate(qk, rows).split((c.H, c.G), 1)
         keys.index_copy_(1, rows.slots, k.transpose(0, 1))
         values.index_copy_(1, rows.slots, v.transpose(0, 1))
-        # The R query heads that share a kv head become rows of one product with it, so grouped queries need neither
-        # copies of K and V nor a kernel that knows about them.
-        q = q.view(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)         # (T, H, hd) -> (G, T*R, hd)
-        score = torch.baddbmm(rows.bias, q, keys[:, :n].transpose(1, 2), alpha=c.hd ** -0.5)   # (G, T*R, n)
+        # The R query heads that share a kv head become rows of one product with it, so grouped
+        # queries need neither copies of K and V nor a kernel that knows about them.
+        # (T, H, hd) -> (G, T*R, hd)
+        q = q.view(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)
+        # (G, T*R, n)
+        score = torch.baddbmm(rows.bias, q, keys[:, :n].transpose(1, 2), alpha=c.hd ** -0.5)
         weight = score.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
         a = torch.bmm(weight, values[:, :n])                                # (G, T*R, hd)
         a = a.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)  # -> (T, H*hd)
@@ -283,11 +321,12 @@ class Llama:
     # -------------------------------------------------------------------------- loading
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-             progress: Callable[[int, int], None] | None = None) -> "Llama":
-        """Read a Hugging Face folder: config.json and model.safetensors, or shards with their index. Each tensor goes from
-        the memory map straight to its place on `device` in `dtype` (default: bfloat16 on a GPU, else float32);
-        every one is used exactly once. `progress(done, total)` is called with bytes. Raises ModelError."""
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu",
+             dtype: torch.dtype | None = None, progress: Progress | None = None) -> "Llama":
+        """Read a Hugging Face folder: config.json and model.safetensors, or shards with their
+        index. Each tensor goes from the memory map straight to its place on `device` in `dtype`
+        (default: bfloat16 on a GPU, else float32); every one is used exactly once. `progress(done,
+        total)` is called with bytes. Raises ModelError."""
         cfg, device = Config.load(folder), torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         files = _tensor_files(Path(folder))
@@ -297,7 +336,7 @@ class Llama:
 
         count = (cfg.V * cfg.D * (1 if cfg.tied else 2) + cfg.D + cfg.L * (
             2 * cfg.D + cfg.D * cfg.hd * (2 * cfg.H + 2 * cfg.G) + 3 * cfg.D * cfg.ffn))
-        need_memory(device, count * torch.finfo(dtype).bits // 8, "its weights")
+        need_memory(device, count * torch.finfo(dtype).bits // 8, "the weights")
         qh, kh = cfg.H * cfg.hd, cfg.G * cfg.hd
         embed, norm = new(cfg.V, cfg.D), new(cfg.D)
         head = embed if cfg.tied else new(cfg.V, cfg.D)
@@ -312,7 +351,8 @@ class Llama:
             gate, up = w.gate_up.chunk(2)
             place |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in {
                 "input_layernorm": w.attn_norm, "post_attention_layernorm": w.mlp_norm,
-                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": w.out,
+                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                "self_attn.o_proj": w.out,
                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": w.down}.items()}
         _fill(place, files, progress)
         return cls(cfg, embed, layers, norm, head)
@@ -321,50 +361,54 @@ class Llama:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """tensor name -> the file that holds it."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
-            raise ModelError(f"{index}: no weight_map")
-        return {name: folder / file for name, file in names.items()}
-    if not single.exists():
-        raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    with _open(single) as f:
-        return {name: single for name in f.keys()}
+    if single.exists():
+        with _open(single) as f:
+            return {name: single for name in f.keys()}
+    if not index.exists():
+        raise ModelError(f"{folder}: neither {single.name} nor {index.name}")
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise ModelError(f"{index}: no weight_map")
+    return {name: folder / file for name, file in names.items()}
 
 
-@contextmanager
-def _open(path: Path) -> Iterator:
+def _open(path: Path) -> safe_open:
     """A safetensors file, memory-mapped; its faults as one line."""
     if not path.exists():
         raise ModelError(f"{path}: this shard is missing")
     try:
-        with safe_open(path, framework="pt") as f:
-            yield f
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
         raise ModelError(f"{path}: broken or cut short: {e}") from None
 
 
-def _fill(place: dict[str, Tensor], files: dict[str, Path], progress: Callable[[int, int], None] | None) -> None:
-    # Checkpoints from before 2024 carry the rotary frequencies, which follow from config.json.
-    names = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
-    for what, some in (("missing", place.keys() - names), ("not part of this model", names - place.keys())):
-        if some:
-            more = f" and {len(some) - 3} more" if len(some) > 3 else ""
-            raise ModelError(f"weights {what}: {', '.join(sorted(some)[:3])}{more}")
-    total, done = sum(t.numel() * t.element_size() for t in place.values()), 0
-    for path in sorted({files[name] for name in place}):
+def _fill(place: dict[str, Tensor], files: dict[str, Path], progress: Progress | None) -> None:
+    """Copy every tensor of `files` to its place, once."""
+    def differ(what: str, names: set[str]) -> None:
+        # Checkpoints from before 2024 carry the rotary frequencies, which follow from config.json.
+        names = sorted(n for n in names if not n.endswith("rotary_emb.inv_freq"))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(f"weights {what}: {', '.join(names[:3])}{more}")
+
+    differ("missing", place.keys() - files.keys())
+    differ("not part of this model", files.keys() - place.keys())
+    total, done = sum(t.nbytes for t in place.values()), 0
+    for path in sorted(set(files.values())):
         with _open(path) as f:
-            held = set(f.keys())
-            for name in (name for name in place if files[name] == path):
-                if name not in held:
-                    raise ModelError(f"{path}: {name} should be in this file and is not")
+            held, ours = set(f.keys()), {n for n in files if files[n] == path}
+            differ(f"that should be in {path.name} and are not", ours - held)
+            differ(f"in {path.name} that the index does not name", held - ours)
+            for name in (n for n in place if n in ours):
                 want, view = place[name], f.get_slice(name)
                 if view.get_dtype() not in ("BF16", "F16", "F32"):
-                    raise ModelError(f"{name}: weights of type {view.get_dtype()}; bf16, fp16 or fp32 wanted")
+                    raise ModelError(f"{name}: weights of type {view.get_dtype()}; only bf16, fp16 "
+                                     "and fp32 are read")
                 if list(view.get_shape()) != list(want.shape):
-                    raise ModelError(f"{name}: shape {view.get_shape()}, where config.json makes it {list(want.shape)}")
+                    raise ModelError(f"{name}: shape {view.get_shape()}, but config.json makes "
+                                     f"it {list(want.shape)}")
                 want.copy_(f.get_tensor(name))
-                done += want.numel() * want.element_size()
+                done += want.nbytes
                 if progress:
                     progress(done, total)
 
@@ -374,24 +418,29 @@ def need_memory(device: torch.device, need: int, what: str) -> None:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif os.path.exists("/proc/meminfo"):
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(rows["MemAvailable"].split()[0]) * 1024
-    else:                                                 # elsewhere the system does not say what is free, only what there is
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next((int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvail")), need)
+    elif hasattr(os, "sysconf"):                       # what there is, as what is free is not told
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        free = need
     if need > free:
-        raise ModelError(f"not enough memory on {device}: {what} need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-                         "try a smaller model, a narrower --dtype or fewer tokens")
+        raise ModelError(f"not enough memory on {device}: {what} would take {need / 1e9:.3g} GB, "
+                         f"and {free / 1e9:.3g} GB are free; a narrower --dtype, fewer tokens or a "
+                         "smaller model would help")
 
 
 # ------------------------------------------------------------------------------ tokenizer
 
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+NAMED = {0: "<|begin_of_text|>", 1: "<|end_of_text|>",
+         6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
 
 
 class Tokenizer:
-    """Byte-pair encoding with LLaMA-3's ranks, from Meta's tokenizer.model or Hugging Face's tokenizer.json.
+    """Byte-pair encoding with LLaMA-3's ranks, from Meta's tokenizer.model or Hugging Face's
+    tokenizer.json.
 
     >>> tok = Tokenizer("demo")
     >>> tok.decode(tok.encode("def f(x):"))
@@ -400,25 +449,31 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        models = [p for p in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if p.exists()]
-        if models:
-            ranks, special = _ranks_of_meta(models[0])
-        elif (folder / "tokenizer.json").exists():
-            ranks, special = _ranks_of_hugging_face(folder / "tokenizer.json")
-        else:
-            raise ModelError(f"{folder}: no tokenizer.model (here or in original/) and no tokenizer.json; "
-                             "--prompt-ids works without one")
-        self.special, self.stop_ids = special, stop_ids(folder)
-        self._bpe = tiktoken.Encoding(folder.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-        self.bos = special.get("<|begin_of_text|>")
+        meta = [p for p in (folder / "tokenizer.model", folder / "original" / "tokenizer.model")
+                if p.exists()]
+        path = meta[0] if meta else folder / "tokenizer.json"
+        if not path.exists():
+            raise ModelError(f"{folder}: no tokenizer.model (here or in original/) and no "
+                             "tokenizer.json; --prompt-ids works without one")
+        ranks, self.special = (_ranks_of_meta if meta else _ranks_of_hugging_face)(path)
+        ids, n = [*ranks.values(), *self.special.values()], len(ranks)
+        if (not all(type(i) is int for i in ids) or len(set(ids)) < len(ids)
+                or set(ids[:n]) != set(range(n)) or not all(bytes([b]) in ranks for b in range(256))
+                or min(ids[n:], default=0) < 0 or not set(NAMED.values()) <= self.special.keys()):
+            raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., a "
+                             "single byte has none, or a special token is missing")
+        self.bos, self.stop_ids = self.special["<|begin_of_text|>"], stop_ids(folder)
+        self._bpe = tiktoken.Encoding(folder.name, pat_str=SPLIT, mergeable_ranks=ranks,
+                                      special_tokens=self.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text -> ids. No special token is added, and none can be written: "<|eot_id|>" in a user's text is
-        nine or so ordinary tokens."""
+        """Ordinary text -> ids. No special token is added, and none can be written: "<|eot_id|>" in
+        a user's text is nine or so ordinary tokens."""
         return self._bpe.encode_ordinary(text)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """ids -> bytes; a token may end in the middle of a character. Special tokens come out by name."""
+        """ids -> bytes; a token may end in the middle of a character. Special tokens come out by
+        name."""
         try:
             return self._bpe.decode_bytes(ids)
         except (KeyError, OverflowError):
@@ -429,50 +484,46 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """[{"role": ..., "content": ...}, ...] -> ids up to where the assistant's answer begins, as the Instruct models were
-        trained: content stripped, every turn closed by <|eot_id|>."""
-        ids = [self.special["<|begin_of_text|>"]]
-        for m in [*messages, {"role": "assistant", "content": None}]:
-            ids += [self.special["<|start_header_id|>"], *self.encode(m["role"]), self.special["<|end_header_id|>"]]
-            ids += self.encode("\n\n")
-            if m["content"] is not None:
-                ids += [*self.encode(m["content"].strip()), self.special["<|eot_id|>"]]
-        return ids
+        """[{"role": ..., "content": ...}, ...] -> ids up to where the assistant's answer begins, as
+        the Instruct models were trained: content stripped, every turn closed by <|eot_id|>."""
+        start, end = self.special["<|start_header_id|>"], self.special["<|end_header_id|>"]
+        ids = [self.bos]
+        for m in messages:
+            ids += [start, *self.encode(m["role"]), end, *self.encode("\n\n"),
+                    *self.encode(m["content"].strip()), self.special["<|eot_id|>"]]
+        return [*ids, start, *self.encode("assistant"), end, *self.encode("\n\n")]
 
 
 def _ranks_of_meta(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Lines "base64(bytes) rank"; 256 special tokens follow the ranks, of which five matter and the rest are reserved
-    (later versions of LLaMA-3 renamed some of those; the ids of the five never moved). Parsed here, since tiktoken's
-    own reader keeps a copy under a hash of the *path* and would not see that a file has changed."""
+    """Lines "base64(bytes) rank"; 256 special tokens follow the ranks, of which five matter and the
+    rest are reserved (later versions of LLaMA-3 renamed some of those; the ids of the five never
+    moved). Parsed here, since tiktoken's own reader keeps a copy under a hash of the *path* and
+    would not see that a file has changed."""
     try:
-        ranks = {base64.b64decode(t, validate=True): int(r) for t, r in (line.split() for line in path.read_bytes().splitlines() if line)}
+        rows = (line.split() for line in path.read_bytes().splitlines() if line)
+        ranks = {base64.b64decode(t, validate=True): int(r) for t, r in rows}
     except (OSError, ValueError) as e:
-        raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3 (base64 and rank per line): {e}") from None
-    _check_ranks(ranks, path)
-    spare = (f"reserved_special_token_{n}" for n in range(256))
-    return ranks, {f"<|{NAMED.get(i) or next(spare)}|>": len(ranks) + i for i in range(256)}
+        raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3, base64 and rank per line: "
+                         f"{e}") from None
+    spare = (f"<|reserved_special_token_{n}|>" for n in range(256))
+    return ranks, {NAMED.get(i) or next(spare): len(ranks) + i for i in range(256)}
 
 
 def _ranks_of_hugging_face(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
-    """The vocabulary of tokenizer.json, whose strings spell bytes in GPT-2's way: a printable Latin-1 character is itself,
-    the 68 others are the characters from U+0100 on. Ids are ranks."""
+    """The vocabulary of tokenizer.json, whose strings spell bytes in GPT-2's way: a printable
+    Latin-1 character is itself, the 68 others are the characters from U+0100 on. Ids are ranks."""
     t = _read_json(path)
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
     byte = {chr(b): b for b in printable}
     byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         special = {a["content"]: a["id"] for a in t["added_tokens"]}
-        ranks = {bytes(byte[ch] for ch in s): i for s, i in t["model"]["vocab"].items() if s not in special}
-        kind, pre = t["model"]["type"], t["pre_tokenizer"]
-        split = [p["pattern"]["Regex"] for p in pre.get("pretokenizers", [pre]) if p["type"] == "Split"]
+        vocab, kind, pre = t["model"]["vocab"], t["model"]["type"], t["pre_tokenizer"]
+        ranks = {bytes(byte[ch] for ch in s): i for s, i in vocab.items() if s not in special}
+        parts = pre.get("pretokenizers", [pre])
+        split = [p["pattern"]["Regex"] for p in parts if p["type"] == "Split"]
     except (KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{path}: not a byte-level tokenizer: {type(e).__name__} {e}") from None
     if kind != "BPE" or split != [SPLIT]:
-        raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind}, or another split pattern)")
-    _check_ranks(ranks, path)
+        raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind} or split pattern)")
     return ranks, special
-
-
-def _check_ranks(ranks: dict[bytes, int], path: Path) -> None:
-    if set(ranks.values()) != set(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., or a single byte has none")

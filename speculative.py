@@ -1,23 +1,30 @@
-"""Self-speculative decoding: the lossless sampler and CLaSp's loop. `generate` is the paper's round, step for step.
+"""Self-speculative decoding: the lossless sampler and CLaSp's loop. `generate` is the paper's
+round, step for step.
 
-Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with probability q(d); the full model
-would have said p(d). Accept with probability min(1, p/q), so that accepted drafts pay min(p, q) of what each token is owed;
-after a refusal draw from norm(max(0, p - q)), which is exactly what is still owed. The sum is p, whatever q was: a bad draft
-costs time, never truth. Three things must hold for this, and each has a test that fails when it does not:
+Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with
+probability q(d); the full model would have said p(d). Accept with probability min(1, p/q), so that
+accepted drafts pay min(p, q) of what each token is owed; after a refusal draw from norm(max(0, p -
+q)), which is exactly what is still owed. The sum is p, whatever q was: a bad draft costs time,
+never truth. Three things must hold for this, and each has a test that fails when it does not:
 
-    - one function (`probabilities`) turns logits into p and into q, for draft, acceptance, residual and bonus;
-    - what is drafted is judged: a token that was drawn is never thrown away because it looks doubtful;
+    - one function (`probabilities`) turns logits into p and into q, for draft, acceptance, residual
+      and bonus;
+    - what is drafted is judged: a token that was drawn is never thrown away because it looks
+      doubtful;
     - draft and verify see the same text: refused tokens leave nothing behind that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     p, q       target (full model) and draft distributions over V tokens
     k          tokens drafted this round, k <= K
-    text       prompt and everything emitted; `cached` of its tokens have keys and values of the full model
-    chance     who answers the two questions of chance: "accept with probability a?" and "draw from p"
+    text       prompt and everything emitted; `cached` of its tokens have keys and values of the
+               full model
+    chance     who answers the two questions of chance: "accept with probability a?" and "draw from
+               p"
 
-This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S), forward, layer and head as in
-llama.py; a chooser is anything called as dp_layer_skip.choose_skip is.
+This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
+forward, layer and head as in llama.py; a chooser is anything called as dp_layer_skip.choose_skip
+is.
 """
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +34,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512                     # rows of one prefill pass: scores take rows x slots of memory per head
+CHUNK = 512                  # rows of one prefill pass: scores take rows x slots of memory per head
 
 
-# ------------------------------------------------------------------------------ logits -> probabilities
+# -------------------------------------------------------------------------- logits -> probabilities
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. Only the first five change the output's distribution (and N its length)."""
+    """What a user chooses. Only the first five change the output's distribution (and N its
+    length)."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # 1 is off
@@ -46,15 +54,20 @@ class Settings:
     interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
 
     def check(self, L: int) -> str | None:
-        """What is wrong with these settings for a model of L layers, in a line; None if nothing is."""
+        """What is wrong with these settings for a model of L layers, in a line; None if nothing
+        is."""
         for ok, complaint in (
-                (0 <= self.temperature < float("inf"), f"temperature {self.temperature}: 0 (greedy) or above wanted"),
+                (0 <= self.temperature < float("inf"),
+                 f"temperature {self.temperature}: 0 (greedy) or above wanted"),
                 (self.top_k >= 0, f"top-k {self.top_k}: 0 (off) or above wanted"),
                 (0 < self.top_p <= 1, f"top-p {self.top_p}: above 0 and at most 1 (off) wanted"),
                 (self.N >= 1, f"max-new-tokens {self.N}: at least 1 wanted"),
-                (0 <= self.K < CHUNK, f"draft-length {self.K}: 0 (no drafting) to {CHUNK - 1} wanted"),
-                (0 <= self.M <= L, f"skip-layers {self.M}: the model has {L} layers, so 0 to {L} wanted"),
-                (0 <= self.exit_threshold <= 1, f"draft-exit-threshold {self.exit_threshold}: 0 (off) to 1 wanted"),
+                (0 <= self.K < CHUNK,
+                 f"draft-length {self.K}: 0 (no drafting) to {CHUNK - 1} wanted"),
+                (0 <= self.M <= L,
+                 f"skip-layers {self.M}: the model has {L} layers, so 0 to {L} wanted"),
+                (0 <= self.exit_threshold <= 1,
+                 f"draft-exit-threshold {self.exit_threshold}: 0 (off) to 1 wanted"),
                 (self.interval >= 1, f"interval {self.interval}: at least 1 wanted")):
             if not ok:
                 return complaint
@@ -62,41 +75,48 @@ class Settings:
 
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
-    """The one way from logits to the distribution that is sampled: temperature, then top-k, then top-p, in float32 or wider.
-    Greedy is a one-hot distribution, so that it needs no rule of its own anywhere else. Ties: the smaller id first."""
+    """The one way from logits to the distribution that is sampled: temperature, then top-k, then
+    top-p, in float32 or wider. Greedy is a one-hot distribution, so that it needs no rule of its
+    own anywhere else. Ties: the smaller id first."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature       # a tiny temperature must not overflow
+    # a tiny temperature must not overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature
     if not s.top_k and s.top_p == 1:
         return logits.softmax(-1)
     logits, order = logits.sort(dim=-1, descending=True, stable=True)
     if s.top_k:
         logits[..., s.top_k:] = -torch.inf
     p = logits.softmax(-1)
-    # The nucleus is the shortest beginning with a mass of at least top_p: a token stays if those before it fall short.
+    # The nucleus is the shortest beginning with a mass of at least top_p: a token stays if those
+    # before it fall short.
     p = torch.where(p.cumsum(-1) - p < s.top_p, p, 0) if s.top_p < 1 else p
     return torch.zeros_like(p).scatter_(-1, order, p / p.sum(-1, keepdim=True))
 
 
-# ------------------------------------------------------------------------------ the sampler: three formulas
+# ---------------------------------------------------------------------- the sampler: three formulas
 
 def acceptance(p: Tensor, q: Tensor) -> Tensor:
-    """min(1, p/q): how likely a drafted token is kept, from its probabilities under target and draft."""
+    """min(1, p/q): how likely a drafted token is kept, from its probabilities under target and
+    draft."""
     return (p.double() / q.double()).clamp(max=1)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
-    """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q). Where p and q agree to the last bit
-    nothing is owed, and nothing can have been refused; should rounding say otherwise, p itself."""
+    """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q). Where p
+    and q agree to the last bit nothing is owed, and nothing can have been refused; should rounding
+    say otherwise, p itself."""
     owed = (p - q).clamp(min=0)
     mass = owed.sum()
     return torch.where(mass > 0, owed / mass, p)
 
 
-def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int], chance: "Chance") -> tuple[int, int, list[float]]:
-    """p (k+1, V), q k times (V,), k drafted tokens -> (how many are kept, the token the full model adds, the acceptance
-    probabilities). The added token is the correction of the first refusal or, if all passed, a bonus."""
+def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int],
+          chance: "Chance") -> tuple[int, int, list[float]]:
+    """p (k+1, V), q k times (V,), k drafted tokens -> (how many are kept, the token the full model
+    adds, the acceptance probabilities). The added token is the correction of the first refusal or,
+    if all passed, a bonus."""
     if drafted:
         at = torch.tensor(drafted, device=p.device)[:, None]
         a = acceptance(p[:-1].gather(1, at), torch.stack(list(q)).gather(1, at))[:, 0].tolist()
@@ -111,7 +131,8 @@ def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int], chance: "Chanc
 # ------------------------------------------------------------------------------ chance
 
 class Chance:
-    """The real one: a seeded generator. It lives on the host, so that a seed means the same on every device."""
+    """The real one: a seeded generator. It lives on the host, so that a seed means the same on
+    every device."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -121,7 +142,8 @@ class Chance:
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
     def accept(self, a: float) -> bool:
-        """True with probability a. Strict: with u <= a, a token of probability zero would pass at u = 0."""
+        """True with probability a. Strict: with u <= a, a token of probability zero would pass at u
+        = 0."""
         return self.uniform() < a
 
     def draw(self, p: Tensor) -> int:
@@ -130,10 +152,13 @@ class Chance:
 
 
 def inverse_cdf(p: Tensor, u: float) -> int:
-    """The first token, in ascending id, at which the running sum of p (float64) exceeds u times its total."""
+    """The first token, in ascending id, at which the running sum of p (float64) exceeds u times its
+    total."""
     cdf = p.double().cumsum(0)
-    # subtle: u * total can round up to the total; the first slot to reach it is the last token with p > 0.
-    return int(torch.minimum(torch.searchsorted(cdf, u * cdf[-1], right=True), torch.searchsorted(cdf, cdf[-1])))
+    # subtle: u * total can round up to the total; the first slot to reach it is the last token with
+    # p > 0.
+    last = torch.searchsorted(cdf, cdf[-1])
+    return int(torch.minimum(torch.searchsorted(cdf, u * cdf[-1], right=True), last))
 
 
 class Recording(Chance):
@@ -159,8 +184,9 @@ class Recording(Chance):
 
 
 class Enumerating(Chance):
-    """Chance without chance: it follows a script of answers, then takes the first possible answer to every further question,
-    and notes the scripts of the answers it did not give. `weight` is the probability of all it answered."""
+    """Chance without chance: it follows a script of answers, then takes the first possible answer
+    to every further question, and notes the scripts of the answers it did not give. `weight` is the
+    probability of all it answered."""
 
     def __init__(self, script: Sequence[int]) -> None:
         self.script, self.taken, self.untaken, self.weight = script, [], [], 1.0
@@ -182,8 +208,9 @@ class Enumerating(Chance):
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Run `run` down every branch that chance can take: (its result, the probability of that branch), until none is left.
-    The weights sum to 1, and those of equal results to the result's exact probability."""
+    """Run `run` down every branch that chance can take: (its result, the probability of that
+    branch), until none is left. The weights sum to 1, and those of equal results to the result's
+    exact probability."""
     scripts: list[list[int]] = [[]]
     while scripts:
         chance = Enumerating(scripts.pop())
@@ -196,11 +223,12 @@ def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
 
 @dataclass(frozen=True)
 class Round:
-    """What happened in one round. Round 0 is the prefill: its verify pass is over the prompt, nothing is drafted."""
+    """What happened in one round. Round 0 is the prefill: its verify pass is over the prompt,
+    nothing is drafted."""
     start: int                  # tokens of text before it
     skip: tuple[bool, ...]      # layers that the draft left out
     drafted: list[int]          # d1..dk
-    confidence: list[float]     # the draft's top-1 probability at each, temperature 1, before top-k and top-p
+    confidence: list[float]     # the draft's top-1 probability at each, at temperature 1
     a: list[float]              # acceptance probability of each
     accepted: int               # how many were kept: d1..d_accepted
     emitted: list[int]          # the kept ones and the full model's own, cut after a stop token
@@ -213,18 +241,21 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
              choose: Callable[..., Any] | None = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends.
 
-    The emitted tokens have exactly the distribution of sampling from the full model one by one: no choice of K, M,
-    exit_threshold, interval or `choose` changes it. Without `choose`, or with K or M = 0, no layers are optimised.
+    The emitted tokens have exactly the distribution of sampling from the full model one by one: no
+    choice of K, M, exit_threshold, interval or `choose` changes it. Without `choose`, or with K or
+    M = 0, no layers are optimised.
     """
     text, cached = list(prompt), 0
     end, verified = len(text) + s.N, 0
     skip = (False,) * model.cfg.L
-    cache = model.cache(end + s.M)                     # scratch slots of the DP behind the last token; drafts need none
+    # scratch slots of the DP behind the last token; drafts need none
+    cache = model.cache(end + s.M)
     assert text, "an empty prompt has no last token to continue from"
 
     while True:
         began, last = _clock(model), len(text) - 1     # position of the last token
-        # 1. Draft: up to K tokens from the layers not skipped; not more than can still be emitted beside the bonus.
+        # 1. Draft: up to K tokens from the layers not skipped; not more than can still be emitted
+        #    beside the bonus.
         drafted, q, confidence = [], [], []
         while cached and len(drafted) < min(s.K, end - len(text) - 1):
             token = drafted[-1] if drafted else text[-1]
@@ -234,36 +265,42 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
             q.append(probabilities(logits, s))
             drafted.append(chance.draw(q[-1]))
             confidence.append(logits.softmax(-1).amax().item())
-            # A doubtful token stays, and is judged like any other; only what would follow it is not drafted. To throw a
-            # token away after having seen it would make it rarer than p says (the tests measure that).
+            # A doubtful token stays, and is judged like any other; only what would follow it is not
+            # drafted. To throw a token away after having seen it would make it rarer than p says
+            # (the tests measure that).
             if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:
                 break
         drafting = _clock(model)
 
-        # 2. Verify: one full pass over everything not cached, which is the last token and the drafts (at first, the prompt).
-        # It overwrites all layers' keys and values there, so a refused draft needs no undoing.
+        # 2. Verify: one full pass over everything not cached, which is the last token and the
+        #    drafts (at first, the prompt). It overwrites all layers' keys and values there, so a
+        #    refused draft needs no undoing.
         k, todo = len(drafted), text[cached:] + drafted
         optimise = choose is not None and s.K > 0 and s.M > 0 and verified % s.interval == 0
         for c in range(0, len(todo), CHUNK):
             part = todo[c:c + CHUNK]
             x, h = model.forward(_ids(model, part), cache.sequence(cached + c, len(part)), cache,
                                  states=slice(-k - 1, None) if optimise else None)
-        p = probabilities(model.head(x[-k - 1:]), s)   # (k+1, V): row r predicts what follows the r-th draft
+        # (k+1, V): row r predicts what follows the r-th draft
+        p = probabilities(model.head(x[-k - 1:]), s)
         accepted, token, a = judge(p, q, drafted, chance)
         emitted = drafted[:accepted] + [token]
         stops = [r for r, t in enumerate(emitted) if t in s.stop_ids]
         if stops:
-            emitted = emitted[:stops[0] + 1]           # a stop token ends the text where it stands, drafted or not
+            # a stop token ends the text where it stands, drafted or not
+            emitted = emitted[:stops[0] + 1]
         text += emitted
-        cached = len(text) - 1                         # the last token has been emitted, not yet read
+        cached = len(text) - 1                       # the last token has been emitted, not yet read
         done = bool(stops) or len(text) == end
         verifying = _clock(model)
 
-        # 3. Optimise layers: the states of the last accepted row are the probe; its candidates are told its position.
+        # 3. Optimise layers: the states of the last accepted row are the probe; its candidates are
+        #    told its position.
         used, choice = skip, None
         if optimise and not done:
             rows = cache.versions(last + accepted, s.M)
-            choice = choose(h[:, accepted], lambda i, x: model.layer(i, x, rows.first(len(x)), cache), s.M)
+            choice = choose(h[:, accepted],
+                            lambda i, x: model.layer(i, x, rows.first(len(x)), cache), s.M)
             skip = choice.skip()
         verified += 1
         ended = _clock(model)

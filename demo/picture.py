@@ -1,4 +1,5 @@
-"""Draw a real run: one line per round, a cell per layer, the tokens kept, refused and the full model's own.
+"""Draw a real run: one line per round, a cell per layer, the tokens kept, refused and the full
+model's own.
 
     python demo/picture.py "def fibonacci(n):" > demo/run.svg
 """

@@ -1,14 +1,16 @@
-"""How the demo model was made: byte-pair ranks, then a deep LLaMA-3 trained with layer dropout. Needs only the
-packages of this repository; `demo/README.md` is the model card.
+"""How the demo model was made: byte-pair ranks, then a deep LLaMA-3 trained with layer dropout.
+Needs only the packages of this repository; `demo/README.md` is the model card.
 
-    python demo/train.py tokenizer              # demo/tokenizer.model from the standard library's source
-    python demo/train.py model --steps 3000     # trains; run it again and it goes on where it stopped
-    python demo/train.py export                 # demo/model.safetensors and the two config files
+    python demo/train.py tokenizer              # demo/tokenizer.model from the standard library's
+    source python demo/train.py model --steps 3000     # trains; run it again and it goes on where
+    it stopped python demo/train.py export                 # demo/model.safetensors and the two
+    config files
 
-The one idea here that CLaSp depends on: a network that has never missed a layer falls apart when one is taken away. Large
-LLaMAs are redundant by size; a model of 6 million weights has to be taught it. So, as LayerSkip does (arXiv 2404.16710),
-every micro-batch is run with some layers left out, and layers differ in how often they are: that difference is what the
-dynamic program finds at run time.
+The one idea here that CLaSp depends on: a network that has never missed a layer falls apart when
+one is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught
+it. So, as LayerSkip does (arXiv 2404.16710), every micro-batch is run with some layers left out,
+and layers differ in how often they are: that difference is what the dynamic program finds at run
+time.
 """
 import argparse
 import base64
@@ -41,8 +43,9 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 # ---------------------------------------------------------------------------- text
 
 def corpus() -> tuple[list[str], list[str]]:
-    """(training files, held-out files): the standard library's source, no tests, nothing installed beside it.
-    A file is held out if the hash of its name says so (1 in 20), so that the split never moves."""
+    """(training files, held-out files): the standard library's source, no tests, nothing installed
+    beside it. A file is held out if the hash of its name says so (1 in 20), so that the split never
+    moves."""
     root = Path(sysconfig.get_path("stdlib"))
     train, held = [], []
     for path in sorted(root.rglob("*.py")):
@@ -58,8 +61,9 @@ def corpus() -> tuple[list[str], list[str]]:
 
 
 def train_ranks(texts: list[str], size: int) -> list[bytes]:
-    """Byte-pair encoding (Sennrich et al. 2016): while fewer than `size` tokens, the most frequent adjacent pair becomes
-    one. Counts are kept per distinct piece and mended only where a merge happened; ties go to the smaller pair."""
+    """Byte-pair encoding (Sennrich et al. 2016): while fewer than `size` tokens, the most frequent
+    adjacent pair becomes one. Counts are kept per distinct piece and mended only where a merge
+    happened; ties go to the smaller pair."""
     pieces = collections.Counter(p for t in texts for p in regex.findall(SPLIT, t))
     words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
     freq = list(pieces.values())
@@ -74,7 +78,8 @@ def train_ranks(texts: list[str], size: int) -> list[bytes]:
     known = set(ranks)
     while len(ranks) < size:
         n, pair = heapq.heappop(heap)
-        if -n != count[pair] or n == 0:                # subtle: an outdated entry; the present one is also in the heap
+        # subtle: an outdated entry; the present one is also in the heap
+        if -n != count[pair] or n == 0:
             continue
         token, touched = pair[0] + pair[1], set()
         for w in where.pop(pair):
@@ -96,7 +101,7 @@ def train_ranks(texts: list[str], size: int) -> list[bytes]:
             words[w] = new
         for pair in touched:
             heapq.heappush(heap, (-count[pair], pair))
-        if token not in known:                         # two ways to build the same bytes are one token
+        if token not in known:                      # two ways to build the same bytes are one token
             known.add(token)
             ranks.append(token)
     return ranks
@@ -124,10 +129,11 @@ def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, (newline[ids] | (ids == BOS)).nonzero().squeeze(1) + 1
 
 
-# ---------------------------------------------------------------------------- model (batched, for training only)
+# --------------------------------------------------------------- model (batched, for training only)
 
 class Block(nn.Module):
-    """One decoder layer; the parameter names are Hugging Face's, so that exporting is a matter of prefixes."""
+    """One decoder layer; the parameter names are Hugging Face's, so that exporting is a matter of
+    prefixes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,15 +141,16 @@ class Block(nn.Module):
             m = nn.Linear(i, o, bias=False)
             nn.init.normal_(m.weight, std=scale * i ** -0.5)
             return m
-        out = (2 * L) ** -0.5                          # what a layer adds starts small, so that depth L is stable
+        out = (2 * L) ** -0.5            # what a layer adds starts small, so that depth L is stable
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
         self.q_proj, self.k_proj, self.v_proj = lin(D, H * HD), lin(D, G * HD), lin(D, G * HD)
         self.o_proj = lin(H * HD, D, out)
         self.gate_proj, self.up_proj, self.down_proj = lin(D, FFN), lin(D, FFN), lin(FFN, D, out)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:      # (B, T, D) -> (B, T, D)
+    # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         B, T, _ = x.shape
-        R = H // G                                     # query heads that share a kv head; folded into the rows
+        R = H // G                          # query heads that share a kv head; folded into the rows
         a = self.input_layernorm(x)
         q = rotate(self.q_proj(a).view(B, T, H, HD), cos, sin)
         k = rotate(self.k_proj(a).view(B, T, G, HD), cos, sin).transpose(1, 2).reshape(B * G, T, HD)
@@ -176,7 +183,8 @@ class Model(nn.Module):
         self.register_buffer("bias", causal[:, None], persistent=False)   # (T, 1, T)
 
     def loss(self, ids: Tensor, skip: list[bool]) -> Tensor:               # (B, T+1) -> ()
-        """Mean negative log-likelihood of ids[:, 1:] in nats per token, the layers with skip[i] left out."""
+        """Mean negative log-likelihood of ids[:, 1:] in nats per token, the layers with skip[i]
+        left out."""
         T = ids.shape[1] - 1
         x, cos, sin, bias = self.embed_tokens(ids[:, :-1]), self.cos[:T], self.sin[:T], self.bias[:T, :, :T]
         for layer, s in zip(self.layers, skip):
@@ -189,16 +197,18 @@ class Model(nn.Module):
 # ---------------------------------------------------------------------------- layer dropout
 
 def drop_rates() -> list[float]:
-    """How often each layer is left out at scale 1. The first and last two never; of the others, scattered, three in five
-    often and two in five seldom. With one rate for all, every set of layers is as good as every other."""
+    """How often each layer is left out at scale 1. The first and last two never; of the others,
+    scattered, three in five often and two in five seldom. With one rate for all, every set of
+    layers is as good as every other."""
     rng = random.Random(7)
     often = set(rng.sample(range(2, L - 2), 17))
     return [0.0 if i < 2 or i >= L - 2 else 0.75 if i in often else 0.1 for i in range(L)]
 
 
 def masks(n: int, rng: random.Random) -> list[list[bool]]:
-    """n skip masks for one step: a third at full depth (else the full model is worse than its own subsets), the rest with
-    the rates times a scale in 0 .. 1.3, stratified so that every step sees the whole range."""
+    """n skip masks for one step: a third at full depth (else the full model is worse than its own
+    subsets), the rest with the rates times a scale in 0 .. 1.3, stratified so that every step sees
+    the whole range."""
     rates, full, out = drop_rates(), (n + 1) // 3, []
     for k in range(n):
         scale = 0.0 if k < full else 1.3 * (k - full + rng.random()) / (n - full)
@@ -212,7 +222,7 @@ def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     torch.set_num_threads(a.threads)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:                                      # started by torchrun: one process per core beats threads
+    if world > 1:                          # started by torchrun: one process per core beats threads
         torch.distributed.init_process_group("gloo")
     device = torch.device(a.device)
     train_text, held_text = corpus()
@@ -225,7 +235,7 @@ def train(a: argparse.Namespace) -> None:
     others = [p for n, p in model.named_parameters() if not (n.startswith("layers") and p.ndim == 2)]
     opts = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    state = DEMO / "train_state.pt"                                       # ours alone, never shipped
+    state = DEMO / "train_state.pt"                                      # ours alone, never shipped
     step, log, spent = 0, [], 0.0
     if state.exists():
         s = torch.load(state, weights_only=True)
@@ -239,10 +249,12 @@ def train(a: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
     began, window = time.time(), []
     while step < a.steps:
-        rng = random.Random(a.seed * 1_000_003 + step)                    # a step's data and masks depend on its number alone
-        T = a.length if step < a.long_from * a.steps else CONTEXT - 1      # the last part sees the whole context
+        # a step's data and masks depend on its number alone
+        rng = random.Random(a.seed * 1_000_003 + step)
+        # the last part sees the whole context
+        T = a.length if step < a.long_from * a.steps else CONTEXT - 1
         B = max(1, round(a.length * a.rows / T))
-        frac = step / a.steps                                             # warm up, hold, fall linearly to zero
+        frac = step / a.steps                                 # warm up, hold, fall linearly to zero
         scale = min(1.0, (step + 1) / 100, (1 - frac) / a.decay)
         for o in opts:
             for g in o.param_groups:
@@ -285,7 +297,8 @@ def train(a: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def evaluate(model: Model, held: Tensor, device: torch.device, rows: int = 24, T: int = 512) -> tuple[float, float]:
-    """Held-out nats per token on evenly spaced windows: at full depth, and without the 17 often-dropped layers."""
+    """Held-out nats per token on evenly spaced windows: at full depth, and without the 17
+    often-dropped layers."""
     at = torch.linspace(0, len(held) - T - 1, rows).long().tolist()
     ids = torch.stack([torch.cat((torch.tensor([BOS]), held[i:i + T])) for i in at]).to(device)
     half = [r > 0.5 for r in drop_rates()]
@@ -302,7 +315,8 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None
 
 
 def export() -> None:
-    """train_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation config."""
+    """train_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation
+    config."""
     s = torch.load(DEMO / "train_state.pt", weights_only=True)
     out = {}
     for name, t in s["model"].items():
