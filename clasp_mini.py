@@ -1,18 +1,17 @@
 """clasp-mini: self-speculative decoding with layers chosen in context (CLaSp, Chen et al., ACL
 2025). The command.
 
-    python clasp_mini.py --prompt "def fibonacci(n):"              # the model that ships with the
-    repository python clasp_mini.py --prompt "def fibonacci(n):" --compare    # against plain
-    decoding, in one process
+    python clasp_mini.py --prompt "def fibonacci(n):"              # the model that ships with it
+    python clasp_mini.py --prompt "def fibonacci(n):" --compare    # against plain decoding
 
 This file holds no algorithm. It is the only one that knows the others, and joins them in one
-direction: config and weights (llama.py) -> rounds (speculative.py, which asks dp_layer_skip.py for
-layers) -> text and figures.
+direction: config and weights (llama.py) -> rounds (speculative.py, which is handed the chooser of
+dp_layer_skip.py) -> text and figures.
 """
 import signal
 
 if __name__ == "__main__":
-    # importing torch takes seconds: until then Ctrl-C just ends us
+    # Importing torch takes seconds; until then Ctrl-C just ends us.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse  # noqa: E402
@@ -26,35 +25,35 @@ import warnings  # noqa: E402
 from collections.abc import Callable, Iterable, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TextIO  # noqa: E402
 
-# torch asks for it; nothing here does
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
 
 from dp_layer_skip import choose_skip  # noqa: E402
-from llama import Llama, ModelError, Tokenizer, stop_ids  # noqa: E402
+from llama import NAMED, Llama, ModelError, Progress, Tokenizer, stop_ids  # noqa: E402
 from speculative import Chance, Round, Settings, generate  # noqa: E402
 
 VERSION = "0.1.0"
 DEMO = Path(__file__).resolve().parent / "demo"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-# The defaults, in one place. For the demo: the best of a sweep (README, "How fast is it"). For
-# other models: the paper's threshold and "50 to 60 %" of the layers; it does not state K and the
-# interval for the 8B.
+# The defaults, in one place. For the demo the best of a sweep (README, "How fast is it?"). For
+# other models the paper's threshold and the lower end of its "50 to 60 %" of the layers; it does
+# not state K and the interval for the 8B.
 TUNED = {"demo": dict(skip=0.5, K=8, exit_threshold=0.3, interval=16),
-         "paper": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
+         "other": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
 
 
 class UsageError(Exception):
     """What the user asked for that cannot be done, in one line."""
 
 
-# ------------------------------------------------------------------------------ figures
+# -------------------------------------------------------------------------------------- figures
 
 def figures(rounds: Sequence[Round]) -> dict:
-    """A run's statistics. Round 0 is the prefill: its pass over the prompt counts as prefill, the
-    token it emits as emitted but not as decoded; what follows, the first layer optimisation
-    included, is decoding."""
+    """A run's statistics; times in seconds. Round 0 is the prefill: its pass over the prompt counts
+    as prefill, and the token it emits as emitted but not as decoded. All that follows, the first
+    layer optimisation included, is decoding."""
     drafted, accepted = sum(len(r.drafted) for r in rounds), sum(r.accepted for r in rounds)
     emitted, verifies = sum(len(r.emitted) for r in rounds), max(0, len(rounds) - 1)
     decoded = emitted - len(rounds[0].emitted) if rounds else 0
@@ -68,37 +67,38 @@ def figures(rounds: Sequence[Round]) -> dict:
         acceptance=accepted / drafted if drafted else None,
         seconds=prefill + decoding, prefill_seconds=prefill, decode_seconds=decoding,
         tokens_per_second=decoded / decoding if decoded else None,
-        shares=dict(draft=draft / decoding, verify=(verify - prefill) / decoding, optimise=optimise / decoding)
-        if decoding else None,
+        shares=dict(draft=draft / decoding, verify=(verify - prefill) / decoding,
+                    optimise=optimise / decoding) if decoding else None,
         draft_step_seconds=_median(r.seconds[0] / len(r.drafted) for r in rounds if r.drafted),
         verify_seconds=_median(r.seconds[1] for r in rounds[1:]),
         optimise_seconds=_median(updates), optimisations=len(updates),
         skip_set=[i for i, s in enumerate(rounds[-1].skip) if s] if rounds else [])
 
 
-def _median(values: Iterable[float]) -> float | None:
-    values = list(values)
+def _median(values: Iterable[float | None]) -> float | None:
+    values = [v for v in values if v is not None]
     return statistics.median(values) if values else None
 
 
 def ideal_speedup(clasp: dict, plain: dict) -> float | None:
-    """Emitted tokens over the passes they took, in plain steps: decoded / (drafted * c + verifies),
-    where c is the measured cost of a draft step and a verify is counted as one plain step. What is
-    above it is luck, what is below it overhead."""
+    """Decoded tokens over the passes they took, in plain steps: decoded / (drafted * c + verifies),
+    with c the measured cost of a draft step. It counts a verify as one plain step, and nothing for
+    layer optimisation and sampling: what a run falls short of it is overhead."""
     if not clasp["verifies"] or not plain["verify_seconds"]:
         return None
     c = (clasp["draft_step_seconds"] or 0.0) / plain["verify_seconds"]
     return (clasp["emitted"] - 1) / (clasp["drafted"] * c + clasp["verifies"])
 
 
-# ------------------------------------------------------------------------------ output
+# --------------------------------------------------------------------------------------- output
 
 class Terminal:
     """Colour only where someone looks: on a terminal, and never with NO_COLOR."""
     CODES = dict(kept="32", refused="9;31", own="1;34", dim="2")
 
-    def __init__(self, stream) -> None:
-        self.colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    def __init__(self, stream: TextIO) -> None:
+        self.colour = (stream.isatty() and not os.environ.get("NO_COLOR")
+                       and os.environ.get("TERM") != "dumb")
         try:
             "█░".encode(stream.encoding or "ascii")
             self.cells = "█░"
@@ -133,14 +133,14 @@ class Text:
 
 
 def round_line(n: int, r: Round, tokenizer: Tokenizer | None, t: Terminal) -> str:
-    """--verbose: round, skip map, kept/drafted, and the tokens: kept, refused, the full model's
-    own."""
+    """--verbose: round, skip map, kept/drafted, and the tokens: kept, refused, the full model's."""
     def spell(i: int) -> str:
         text = tokenizer.decode([i]) if tokenizer else f"{i} "
         return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    kept = r.emitted[:r.accepted]
-    parts = ([t.paint("kept", spell(i)) for i in kept] + [t.paint("refused", spell(i)) for i in r.drafted[r.accepted:]]
-             + [t.paint("own", spell(i)) for i in r.emitted[r.accepted:]])
+
+    parts = [t.paint(kind, spell(i)) for kind, ids in (
+        ("kept", r.emitted[:r.accepted]), ("refused", r.drafted[r.accepted:]),
+        ("own", r.emitted[r.accepted:])) for i in ids]
     return f"{n:4} {t.bar(r.skip)} {r.accepted:2}/{len(r.drafted):<2} {''.join(parts)}"
 
 
@@ -148,98 +148,102 @@ def summary(f: dict, s: Settings) -> str:
     """One compact account of a run."""
     if not f["verifies"]:
         return f"{f['emitted']} token(s), all from the prefill ({f['prefill_seconds']:.2f} s)"
-    head = (f"{f['emitted']} tokens in {f['seconds']:.2f} s, prefill {f['prefill_seconds']:.2f} s, "
+    head = (f"{f['emitted']} tokens in {f['seconds']:.2f} s: prefill {f['prefill_seconds']:.2f} s, "
             f"then {f['tokens_per_second']:.1f} tokens/s")
     if not f["drafted"]:
         return f"{head} | plain decoding"
-    share, L = f["shares"], ",".join(map(str, f["skip_set"]))
-    return (f"{head} | {f['tokens_per_verify']:.2f} tokens per verify | acceptance {f['acceptance']:.2f} "
-            f"({f['accepted']} of {f['drafted']} drafted) | draft {share['draft']:.0%}, verify {share['verify']:.0%}, "
-            f"optimise {share['optimise']:.0%} | last skip set, {s.M} layers: {L or 'none'}")
+    share = ", ".join(f"{name} {part:.0%}" for name, part in f["shares"].items())
+    return (f"{head} | {f['tokens_per_verify']:.2f} tokens per verify | acceptance "
+            f"{f['acceptance']:.2f} ({f['accepted']} of {f['drafted']} drafted) | {share} | skips "
+            f"{s.M} layers, at last {','.join(map(str, f['skip_set'])) or 'none'}")
 
 
-# -------------------------------------------------------------------------- what the command can do
+# --------------------------------------------------------------------- what the command can do
 
 class Job:
-    """A loaded model and what to do with it; what `main` hands to the three modes."""
+    """A loaded model and what is to be done with it: what `main` hands to the three modes."""
 
     def __init__(self, a: argparse.Namespace) -> None:
         self.a, folder = a, Path(a.model)
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such folder")
         device = _device(a.device)
-        self.tokenizer = Tokenizer(folder) if not a.prompt_ids else None
-        if a.prompt_ids:                         # none is needed, but one makes the output readable
-            try:
-                self.tokenizer = Tokenizer(folder)
-            except ModelError:
-                pass
+        try:
+            self.tokenizer = Tokenizer(folder)
+        except ModelError:
+            if not a.prompt_ids:                       # ids need none; one makes them readable
+                raise
+            self.tokenizer = None
         self.stops = stop_ids(folder)
         self.model = Llama.load(folder, device, DTYPES.get(a.dtype), _progress())
         cfg = self.model.cfg
-        weights = cfg.L * (cfg.D * cfg.hd * 2 * (cfg.H + cfg.G) + 3 * cfg.D * cfg.ffn)
-        # small matrices: a second thread costs more than it brings
-        if a.threads or weights < 100e6:
+        weights = cfg.L * cfg.D * (cfg.hd * 2 * (cfg.H + cfg.G) + 3 * cfg.ffn)
+        if a.threads or weights < 100e6:               # small matrices gain nothing from a second
             torch.set_num_threads(a.threads or 1)
-        t = TUNED["demo" if folder.resolve() == DEMO else "paper"]
-
-        def given(value, default):
-            return default if value is None else value
+        tuned = TUNED["demo" if folder.resolve() == DEMO else "other"]
+        if a.skip_layers is None:
+            a.skip_layers = round(tuned["skip"] * cfg.L)
+        for name, default in (("draft_length", tuned["K"]), ("interval", tuned["interval"]),
+                              ("draft_exit_threshold", tuned["exit_threshold"])):
+            if getattr(a, name) is None:
+                setattr(a, name, default)
+        plain = a.strategy == "ar"
         self.settings = Settings(
-            temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, N=a.max_new_tokens, stop_ids=self.stops,
-            K=0 if a.strategy == "ar" else given(a.draft_length, t["K"]),
-            M=0 if a.strategy == "ar" else given(a.skip_layers, round(t["skip"] * cfg.L)),
-            exit_threshold=given(a.draft_exit_threshold, t["exit_threshold"]), interval=given(a.interval, t["interval"]))
+            temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, N=a.max_new_tokens,
+            stop_ids=self.stops, K=0 if plain else a.draft_length, M=0 if plain else a.skip_layers,
+            exit_threshold=a.draft_exit_threshold, interval=a.interval)
         complaint = self.settings.check(cfg.L)
         if complaint:
             raise UsageError(complaint)
+        if a.chat and self.tokenizer.special[NAMED[9]] not in self.stops:
+            print("clasp_mini.py: note: <|eot_id|> does not stop this model, so it was hardly "
+                  "trained on --chat", file=sys.stderr)
 
     def prompt(self) -> list[int]:
         """The user's prompt as ids, checked against the model."""
-        a = self.a
-        if a.prompt_ids:
+        if self.a.prompt_ids is not None:
             try:
-                ids = [int(i) for i in a.prompt_ids.replace(",", " ").split()]
+                return self.fits([int(i) for i in self.a.prompt_ids.replace(",", " ").split()])
             except ValueError:
-                raise UsageError(f"--prompt-ids {a.prompt_ids!r}: whole numbers wanted, separated by commas") from None
-        else:
-            text = a.prompt
-            if text == "-":
-                try:
-                    text = sys.stdin.buffer.read().decode()
-                except UnicodeDecodeError as e:
-                    raise UsageError(f"standard input is not UTF-8 (byte {e.start})") from None
-            if not text:
-                raise UsageError("the prompt is empty; give at least one character")
-            ids = self.encode([dict(role="user", content=text)])
-        return self.fits(ids)
+                raise UsageError(f"--prompt-ids {self.a.prompt_ids!r}: whole numbers wanted, "
+                                 "separated by commas") from None
+        text = self.a.prompt
+        if text == "-":
+            try:
+                text = sys.stdin.buffer.read().decode()
+            except UnicodeDecodeError as e:
+                raise UsageError(f"standard input is not UTF-8 (byte {e.start})") from None
+        if not text:
+            raise UsageError("the prompt is empty; give at least one character")
+        return self.fits(self.encode([dict(role="user", content=text)]))
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """Turns -> ids: the chat format with --chat, else the bare text of the only turn after
+        """Turns -> ids: the chat format with --chat, else their bare text after
         <|begin_of_text|>."""
+        system = [dict(role="system", content=self.a.system)] if self.a.system else []
+        text = "".join(m["content"] for m in system + messages)
         try:
-            if self.a.chat:
-                system = [dict(role="system", content=self.a.system)] if self.a.system else []
-                return self.tokenizer.chat(system + messages)
-            text = "".join(m["content"] for m in messages)
             text.encode()
-            return [self.tokenizer.bos, *self.tokenizer.encode(text)]
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
+        if self.a.chat:
+            return self.tokenizer.chat(system + messages)
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
 
     def fits(self, ids: list[int]) -> list[int]:
-        cfg = self.model.cfg
+        cfg, N = self.model.cfg, self.settings.N
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         bad = [i for i in ids if not 0 <= i < cfg.V]
         if bad:
             raise UsageError(f"token {bad[0]} is not in the model's vocabulary of {cfg.V}")
-        if len(ids) + self.settings.N > cfg.context:
-            raise UsageError(f"{len(ids)} prompt tokens and {self.settings.N} new ones exceed the model's context of "
-                             f"{cfg.context}; at most {max(0, cfg.context - len(ids))} new ones fit")
+        if len(ids) + N > cfg.context:
+            raise UsageError(f"{len(ids)} prompt tokens and {N} new ones exceed the model's "
+                             f"context of {cfg.context}; {max(0, cfg.context - len(ids))} fit")
         return ids
 
-    def run(self, ids: list[int], s: Settings, seed: int, each: Callable[[Round], None] = lambda r: None) -> list[Round]:
+    def run(self, ids: list[int], s: Settings, seed: int,
+            each: Callable[[Round], None] = lambda r: None) -> list[Round]:
         rounds = []
         for r in generate(self.model, ids, s, Chance(seed), choose_skip):
             rounds.append(r)
@@ -248,36 +252,53 @@ class Job:
 
     def pair(self, ids: list[int], seed: int) -> tuple[list[Round], list[Round]]:
         """The same prompt plainly and with CLaSp, one after the other."""
-        return self.run(ids, replace(self.settings, K=0, M=0), seed), self.run(ids, self.settings, seed)
+        return (self.run(ids, replace(self.settings, K=0, M=0), seed),
+                self.run(ids, self.settings, seed))
+
+    def text(self, ids: Sequence[int]) -> str | None:
+        return self.tokenizer and self.tokenizer.decode([i for i in ids if i not in self.stops])
+
+    def report(self) -> dict:
+        """The settings as --json prints them."""
+        a, model = self.a, self.model
+        return dict(model=str(a.model), device=str(model.device), strategy=a.strategy, seed=a.seed,
+                    dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+                    **asdict(self.settings))
+
+
+def ids_of(rounds: Sequence[Round]) -> list[int]:
+    return [i for r in rounds for i in r.emitted]
 
 
 def generate_text(job: Job, ids: list[int]) -> int:
     """The main job: text to stdout as it is made, a summary to stderr. Returns the exit status."""
-    a, s = job.a, job.settings
-    text, err, rounds, shown = Text(job.tokenizer, s.stop_ids), Terminal(sys.stderr), [], []
-    if sys.stdout.isatty() and sys.stderr.isatty() and not (a.json or a.verbose or a.chat) and job.tokenizer:
-        print(err.paint("dim", job.tokenizer.decode(ids[1:] if ids[0] == job.tokenizer.bos else ids)), end="", file=sys.stderr, flush=True)
+    a, s, tok = job.a, job.settings, job.tokenizer
+    text, err, rounds, shown = Text(tok, s.stop_ids), Terminal(sys.stderr), [], []
+    if sys.stdout.isatty() and sys.stderr.isatty() and not (a.json or a.verbose or a.chat) and tok:
+        prompt = tok.decode(ids[ids[0] == tok.bos:])
+        print(err.paint("dim", prompt), end="", file=sys.stderr, flush=True)
 
     def each(r: Round) -> None:
         rounds.append(r)
         shown.append(text.add(r.emitted))
         if a.verbose:
-            print(round_line(len(rounds) - 1, r, job.tokenizer, err), file=sys.stderr, flush=True)
+            line = round_line(len(rounds) - 1, r, tok, err)
+            print(line, file=sys.stderr, flush=True)
         elif not a.json:
             print(shown[-1], end="", flush=True)
 
     status = 0
     try:
         job.run(ids, s, a.seed, each)
-    except KeyboardInterrupt:                  # what has been made so far is kept and accounted for
+    except KeyboardInterrupt:                          # what has been made so far is kept
         status = 130
     shown.append(text.add([], final=True))
     if a.json:
-        out = [i for r in rounds for i in r.emitted]
-        print(json.dumps(dict(prompt_ids=ids, ids=out, text="".join(shown) if job.tokenizer else None,
-                              settings=_settings(job), stats=figures(rounds))))
+        print(json.dumps(dict(prompt_ids=ids, ids=ids_of(rounds), settings=job.report(),
+                              text="".join(shown) if tok else None, stats=figures(rounds))))
     else:
-        print("".join(shown) if a.verbose else shown[-1], end="\n" if sys.stdout.isatty() else "", flush=True)
+        print("".join(shown) if a.verbose else shown[-1], end="\n" if sys.stdout.isatty() else "",
+              flush=True)
         print(err.paint("dim", summary(figures(rounds), s)), file=sys.stderr)
     return status
 
@@ -287,96 +308,103 @@ def compare(job: Job, ids: list[int]) -> int:
     job.pair(ids, job.a.seed)                          # warm-up, not counted
     pairs = [job.pair(ids, job.a.seed + n) for n in range(job.a.repeats)]
     plain, clasp = ([figures(p[side]) for p in pairs] for side in range(2))
-    texts = [[[i for r in p[side] for i in r.emitted] for side in range(2)] for p in pairs]
+    texts = [(ids_of(a), ids_of(b)) for a, b in pairs]
     if any(f["tokens_per_second"] is None for f in plain + clasp):
-        raise UsageError("nothing to compare: every token came from the prefill; ask for more new tokens")
+        raise UsageError("nothing to compare, all tokens came from the prefill: allow more new "
+                         "tokens")
     rate = [_median(f["tokens_per_second"] for f in side) for side in (plain, clasp)]
-    speedup, ideal = rate[1] / rate[0], _median(ideal_speedup(c, p) for c, p in zip(clasp, plain))
+    speedup, ideal = rate[1] / rate[0], _median(map(ideal_speedup, clasp, plain))
     step = _median(f["verify_seconds"] for f in plain)
-    costs = {name: (_median(v) or 0) / step for name, v in dict(
-        draft_step=[c["draft_step_seconds"] for c in clasp if c["draft_step_seconds"]],
-        verify=[c["verify_seconds"] for c in clasp], optimise=[c["optimise_seconds"] for c in clasp if c["optimise_seconds"]]).items()}
+    costs = {name: (_median(f[f"{name}_seconds"] for f in clasp) or 0) / step
+             for name in ("draft_step", "verify", "optimise")}
     # Two samples of one distribution need not be equal; two greedy texts must be, but for ties
     # within rounding.
     equal = all(x == y for x, y in texts) if job.settings.temperature == 0 else None
     if job.a.json:
-        print(json.dumps(dict(prompt_ids=ids, ids=texts[0][1], text=job.tokenizer and job.tokenizer.decode(
-            [i for i in texts[0][1] if i not in job.stops]), settings=_settings(job), stats=clasp[0], plain_stats=plain[0],
-            speedup=speedup, ideal_speedup=ideal, equal=equal, costs=costs)))
+        print(json.dumps(dict(
+            prompt_ids=ids, ids=texts[0][1], text=job.text(texts[0][1]), settings=job.report(),
+            stats=clasp[0], plain_stats=plain[0], speedup=speedup, ideal_speedup=ideal,
+            equal=equal, costs=costs)))
         return 0
     total = {k: sum(f[k] for f in clasp) for k in ("drafted", "accepted", "emitted", "verifies")}
-    print(f"plain decoding   {rate[0]:8.1f} tokens/s   (median of {len(pairs)}, interleaved, {texts[0][0].__len__()} tokens)")
-    print(f"CLaSp            {rate[1]:8.1f} tokens/s   {(total['emitted'] - len(pairs)) / total['verifies']:.2f} tokens per verify, "
-          f"acceptance {total['accepted'] / total['drafted'] if total['drafted'] else float('nan'):.2f}")
-    print(f"speed-up         {speedup:8.2f} x          ideal for these drafts and this acceptance {ideal:.2f} x "
-          f"({speedup / ideal:.0%} of it)")
-    print(f"in plain steps       a draft step {costs['draft_step']:.2f}, a verify {costs['verify']:.2f}, a layer optimisation {costs['optimise']:.2f}")
+    per_verify = (total["emitted"] - len(pairs)) / total["verifies"]
+    acceptance = total["accepted"] / total["drafted"] if total["drafted"] else 0
+    print(f"plain decoding  {rate[0]:8.1f} tokens/s   {len(texts[0][0])} tokens, median of "
+          f"{len(pairs)} runs, interleaved")
+    print(f"CLaSp           {rate[1]:8.1f} tokens/s   {per_verify:.2f} tokens per verify, "
+          f"acceptance {acceptance:.2f}")
+    print(f"speed-up        {speedup:8.2f}            {speedup / ideal:.0%} of {ideal:.2f}, the "
+          "ideal for these drafts and this acceptance")
+    print(f"in plain steps  a draft step {costs['draft_step']:.2f}, a verify "
+          f"{costs['verify']:.2f}, a layer optimisation {costs['optimise']:.2f}")
     if equal is None:
-        print("texts            two samples of one distribution: not to be compared token by token")
+        print("texts           two samples of one distribution, not to be compared token by token")
+    elif equal:
+        print("texts           equal")
     else:
-        where = [next((n for n, (i, j) in enumerate(zip(*t)) if i != j), min(map(len, t))) for t in texts if t[0] != t[1]]
-        print("texts            " + ("equal" if equal else f"DIFFERENT from token {where[0]} on (a tie within rounding?)"))
+        x, y = next(t for t in texts if t[0] != t[1])
+        where = next((n for n, (i, j) in enumerate(zip(x, y)) if i != j), min(len(x), len(y)))
+        print(f"texts           DIFFERENT from token {where} on: a tie within the rounding of "
+              f"{job.report()['dtype']}?")
     return 0
 
 
 def bench(job: Job, path: str) -> int:
-    """Every question of a Spec-Bench file plainly and with CLaSp; a line per category, as the
-    paper's Table 1 has it."""
+    """Every question of a Spec-Bench file plainly and with CLaSp; a line per category, as in the
+    paper's Table 1. Later turns see the earlier ones and plain decoding's answers to them."""
     try:
-        questions = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        questions = [json.loads(line) for line in lines if line.strip()]
         questions = [(str(q["category"]), [str(t) for t in q["turns"]]) for q in questions]
     except OSError as e:
         raise UsageError(f"{path}: cannot be read: {e.strerror}") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{path}: not a Spec-Bench file, one JSON object with category and turns per line ({e!r})") from None
-    if not questions:
+        raise UsageError(f"{path}: not a Spec-Bench file, a JSON object with category and turns "
+                         f"per line ({e!r})") from None
+    if not any(turns for _, turns in questions):
         raise UsageError(f"{path}: no questions")
     results: dict[str, list[tuple[dict, dict]]] = {}
-    # warm-up
-    job.pair(job.fits(job.encode([dict(role="user", content=questions[0][1][0])])), job.a.seed)
     for n, (category, turns) in enumerate(questions):
         messages: list[dict[str, str]] = []
         for turn in turns:
             messages.append(dict(role="user", content=turn))
-            plain, clasp = job.pair(job.fits(job.encode(messages)), job.a.seed)
-            answer = [i for r in plain for i in r.emitted if i not in job.stops]
-            messages.append(dict(role="assistant", content=job.tokenizer.decode(answer)))
+            ids = job.fits(job.encode(messages))
+            if not results:
+                job.pair(ids, job.a.seed)              # warm-up, not counted
+            plain, clasp = job.pair(ids, job.a.seed)
+            messages.append(dict(role="assistant", content=job.text(ids_of(plain))))
             results.setdefault(category, []).append((figures(plain), figures(clasp)))
         if sys.stderr.isatty():
-            print(f"\r{n + 1} of {len(questions)}", end="\n" if n + 1 == len(questions) else "", file=sys.stderr, flush=True)
+            print(f"\r{n + 1} of {len(questions)}", end="\n" if n + 1 == len(questions) else "",
+                  file=sys.stderr, flush=True)
     table = {name: _bench_line(pairs) for name, pairs in results.items()}
     table["overall"] = _bench_line([p for pairs in results.values() for p in pairs])
     if job.a.json:
-        print(json.dumps(dict(settings=_settings(job), categories=table)))
+        print(json.dumps(dict(settings=job.report(), categories=table)))
         return 0
-    print(f"{'category':<16} {'answers':>7} {'tokens/verify':>13} {'acceptance':>10} {'speed-up':>8} {'ideal':>6}")
+    print(f"{'category':<16} answers tokens/verify acceptance speed-up  ideal")
     for name, line in table.items():
-        print(f"{name:<16} {line['answers']:7} {line['tokens_per_verify'] or 0:13.2f} {line['acceptance'] or 0:10.2f} "
-              f"{line['speedup'] or 0:8.2f} {line['ideal_speedup'] or 0:6.2f}")
+        print(f"{name:<16} {line['answers']:7} {line['tokens_per_verify'] or 0:13.2f} "
+              f"{line['acceptance'] or 0:10.2f} {line['speedup'] or 0:8.2f} "
+              f"{line['ideal_speedup'] or 0:6.2f}")
     return 0
 
 
 def _bench_line(pairs: list[tuple[dict, dict]]) -> dict:
-    """Tokens per verify and acceptance over all tokens; speed-up as the ratio of tokens/s over all
-    answers."""
+    """Tokens per verify and acceptance over all tokens; speed-up as the ratio of tokens/s."""
     def total(side: int, key: str) -> float:
         return sum(p[side][key] for p in pairs)
-    def over(x: float, y: float) -> float | None:
-        return x / y if y else None
+
+    def over(x: float | None, y: float | None) -> float | None:
+        return x / y if x is not None and y else None
+
     decoded = [total(side, "emitted") - len(pairs) for side in range(2)]
-    rates = [over(decoded[side], total(side, "decode_seconds")) for side in range(2)]
-    ideals = [(p[1]["emitted"], ideal_speedup(p[1], p[0])) for p in pairs]
-    ideals = [(w, i) for w, i in ideals if i]
+    rate = [over(decoded[side], total(side, "decode_seconds")) for side in range(2)]
+    ideal = [(p[1]["emitted"], i) for p in pairs if (i := ideal_speedup(p[1], p[0]))]
     return dict(answers=len(pairs), tokens_per_verify=over(decoded[1], total(1, "verifies")),
                 acceptance=over(total(1, "accepted"), total(1, "drafted")),
-                speedup=over(rates[1] or 0, rates[0] or 0),
-                ideal_speedup=over(sum(w for w, _ in ideals), sum(w / i for w, i in ideals)))
-
-
-def _settings(job: Job) -> dict:
-    a = job.a
-    return dict(model=str(a.model), device=str(job.model.device), dtype=str(job.model.dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(), strategy=a.strategy, seed=a.seed, **asdict(job.settings))
+                speedup=over(rate[1], rate[0]),
+                ideal_speedup=over(sum(w for w, _ in ideal), sum(w / i for w, i in ideal)))
 
 
 def _device(name: str) -> torch.device:
@@ -387,65 +415,88 @@ def _device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r}: cpu, cuda or cuda:N wanted")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+        raise UsageError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs "
+                         "here; use --device cpu")
     return device
 
 
-def _progress() -> Callable[[int, int], None] | None:
+def _progress() -> Progress | None:
     """A line that grows with the load, on a terminal, once a second has passed."""
     if not sys.stderr.isatty():
         return None
-    began, shown = time.perf_counter(), [0.0]
+    began, shown = time.perf_counter(), 0.0
 
     def show(done: int, total: int) -> None:
+        nonlocal shown
         t = time.perf_counter() - began
-        if t > 1 and (t - shown[0] > 0.2 or done == total):
-            shown[0] = t
+        if t > 1 and (t - shown > 0.2 or done == total):
+            shown = t
             print(f"\rloading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e9 / t:.1f} GB/s ",
                   end="\n" if done == total else "", file=sys.stderr, flush=True)
     return show
 
 
-# ------------------------------------------------------------------------------ the command line
+# ---------------------------------------------------------------------------- the command line
 
 def parser() -> argparse.ArgumentParser:
+    demo, other = TUNED["demo"], TUNED["other"]
     p = argparse.ArgumentParser(
-        prog="clasp_mini.py", description="Self-speculative decoding with layers chosen in context (CLaSp). The output has exactly "
-        "the full model's distribution, whatever the settings of the draft.")
+        prog="clasp_mini.py", allow_abbrev=False,
+        description="Self-speculative decoding with layers chosen in context (CLaSp). The output "
+        "has exactly the full model's distribution, whatever the settings of the draft.")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="text to continue, or with --chat a question; - reads standard input")
-    what.add_argument("--prompt-ids", metavar="1,2,3", help="token ids to continue, nothing added; needs no tokenizer")
-    what.add_argument("--bench", metavar="FILE", help="a Spec-Bench file: plain and CLaSp on every question, a line per category")
-    p.add_argument("--chat", action="store_true", help="use the chat format of the Instruct models")
+    what.add_argument("--prompt", metavar="TEXT",
+                      help="text to continue, or with --chat a question; - reads standard input")
+    what.add_argument("--prompt-ids", metavar="1,2,3",
+                      help="token ids to continue, nothing added; needs no tokenizer")
+    what.add_argument("--bench", metavar="FILE",
+                      help="plain and CLaSp on every question of a Spec-Bench file")
+    p.add_argument("--chat", action="store_true", help="the chat format of the Instruct models")
     p.add_argument("--system", metavar="TEXT", help="system turn, with --chat")
-    p.add_argument("--model", metavar="DIR", default=str(DEMO), help="Hugging Face folder of a LLaMA-3 (default: the demo)")
-    p.add_argument("--device", default="cpu" if not torch.cuda.is_available() else "cuda", help="cpu, cuda or cuda:N (default: %(default)s)")
-    p.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, bfloat16 on a GPU")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 1 for a model as small as the demo)")
+    p.add_argument("--model", metavar="DIR", default=str(DEMO),
+                   help="Hugging Face folder of a LLaMA-3 (default: the demo)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda or cuda:N (default: %(default)s)")
+    p.add_argument("--dtype", choices=list(DTYPES),
+                   help="default: float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--threads", type=int, metavar="N",
+                   help="CPU threads (default: 1 for a model as small as the demo)")
     g = p.add_argument_group("what is written (the distribution)")
-    g.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    g.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
-    g.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    g.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
+                   help="default: %(default)s")
+    g.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                   help="default: 0, greedy")
+    g.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, off")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, off")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     g = p.add_argument_group("how it is drafted (speed alone)")
-    g.add_argument("--strategy", choices=["clasp", "ar"], default="clasp", help="ar is plain decoding, one token per pass")
-    g.add_argument("--skip-layers", type=int, metavar="M", help="layers the draft leaves out (default: {:.0%} of them)".format(TUNED["demo"]["skip"]).replace("%", "%%"))
-    g.add_argument("--draft-length", type=int, metavar="K", help=f"most tokens drafted per round (default: demo {TUNED['demo']['K']}, else {TUNED['paper']['K']})")
-    g.add_argument("--draft-exit-threshold", type=float, metavar="P", help="stop drafting after a token of lower confidence "
-                   f"(default: demo {TUNED['demo']['exit_threshold']}, else {TUNED['paper']['exit_threshold']})")
-    g.add_argument("--interval", type=int, metavar="N", help=f"verifications between two layer optimisations (default: {TUNED['demo']['interval']})")
+    g.add_argument("--strategy", choices=["clasp", "ar"], default="clasp",
+                   help="ar is plain decoding, one token per pass")
+    g.add_argument("--skip-layers", type=int, metavar="M", help="layers the draft leaves out (of "
+                   f"all, default: demo {demo['skip']:.0%}%, else {other['skip']:.0%}%)")
+    g.add_argument("--draft-length", type=int, metavar="K", help="most tokens drafted per round "
+                   f"(default: demo {demo['K']}, else {other['K']})")
+    g.add_argument("--draft-exit-threshold", type=float, metavar="P",
+                   help="draft no further after a token of lower confidence "
+                   f"(default: demo {demo['exit_threshold']}, else {other['exit_threshold']})")
+    g.add_argument("--interval", type=int, metavar="N",
+                   help="verifications between two layer optimisations "
+                   f"(default: demo {demo['interval']}, else {other['interval']})")
     g = p.add_argument_group("what is shown")
-    g.add_argument("--compare", action="store_true", help="plain and CLaSp interleaved on the prompt: speed-up, ideal, equality")
-    g.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs that --compare takes medians of (default: %(default)s)")
-    g.add_argument("--verbose", action="store_true", help="a line per round: skip map, drafted tokens kept, refused, and the full model's own")
+    g.add_argument("--compare", action="store_true",
+                   help="plain and CLaSp interleaved: speed-up, ideal, whether the texts are equal")
+    g.add_argument("--repeats", type=int, default=5, metavar="N",
+                   help="pairs of runs that --compare takes medians of (default: %(default)s)")
+    g.add_argument("--verbose", action="store_true",
+                   help="a line per round: skip map; tokens kept, refused, the full model's own")
     g.add_argument("--json", action="store_true", help="one JSON object on standard output")
     g.add_argument("--version", action="version", version=f"clasp-mini {VERSION}")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 (model or memory), 2 (usage), 130 (Ctrl-C)."""
+    """Run the command. Returns the exit status: 0, 1 (model, memory), 2 (usage), 130 (Ctrl-C), 141
+    (the reader of our output has gone)."""
     p = parser()
     a = p.parse_args(argv)
     if a.prompt is None and a.prompt_ids is None and a.bench is None:
@@ -458,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--repeats and --threads take 1 or more")
     try:
         job = Job(a)
-        if a.bench:
+        if a.bench is not None:
             return bench(job, a.bench)
         ids = job.prompt()
         return compare(job, ids) if a.compare else generate_text(job, ids)
@@ -469,12 +520,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clasp_mini.py: {e}", file=sys.stderr)
         return 1
     except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"clasp_mini.py: out of memory: {str(e).splitlines()[0] if str(e) else 'fewer tokens or a narrower --dtype'}", file=sys.stderr)
+        print(f"clasp_mini.py: out of memory, try a narrower --dtype or fewer tokens: "
+              f"{str(e).partition(chr(10))[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("clasp_mini.py: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:                            # the reader has gone, as `head` does
+    except BrokenPipeError:                            # as `head` does when it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

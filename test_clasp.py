@@ -1560,7 +1560,7 @@ WRONG_INPUTS = [
     (("--prompt", "x", "--max-new-tokens", 0), 2, "max-new-tokens"), (("--prompt", "x", "--max-new-tokens", 99999), 2, "1024"),
     (("--prompt", "x", "--dtype", "int3"), 2, "int3"), (("--bench", "/nowhere.jsonl"), 2, "nobut config"),
     (("--bench", str(DEMO / "config.json")), 2, "Spec-Bench"), (("--prompt", "x", "--repeats", 0), 2, "repeats"),
-    (("--prompt", "x", "--compare", "--max-new-tokens", 1), 2, "more new tokens"), (("--prompt", "\udc80"), 2, "UTF-8"),
+    (("--prompt", "x", "--compare", "--max-new-tokens", 1), 2, "nothing to compare"), (("--prompt", "\udc80"), 2, "UTF-8"),
     (("--prompt", "x", "--draft-exit-threshold", 1.5), 2, "threshold")]
 
 
