@@ -1,12 +1,16 @@
-"""The specification. A test's name is a sentence about the program; its docstring names the wrong programs it refuses.
+"""The specification. A test's name is a sentence about the program; its docstring names the wrong
+programs it refuses.
 
-In the order of the files: the dynamic program, the sampler and its loop, LLaMA with its loader and tokenizer, the command.
-Tests prefer an identity to an experiment, and tables of deliberately wrong programs (`BROKEN_DP`, `WRONG_SAMPLERS`, ...) show that
-the tests can fail: each is the source text with an edit, and some test must object.
+In the order of the files: the dynamic program, the sampler and its loop, LLaMA with its loader and
+tokenizer, the command. Tests prefer an identity to an experiment, and tables of deliberately wrong
+programs (`BROKEN_DP`, `WRONG_SAMPLERS`, ...) show that the tests can fail: each is the source text
+with an edit, and some test must object.
 
-    CLASP_LLAMA3=DIR      a folder with Meta's tokenizer.model, released config.json files and published token vectors;
-                          two tests need it and skip without, since those files cannot be shipped here
-    CLASP_EXHAUSTIVE=1    the exact-distribution test over all combinations instead of a covering set of them
+    CLASP_LLAMA3=DIR      a folder with Meta's tokenizer.model, released config.json files and
+                          published token vectors; two tests need it and skip without, since those
+                          files cannot be shipped here
+    CLASP_EXHAUSTIVE=1    the exact-distribution test over all combinations instead of a covering
+                          set of them
 """
 import base64
 import cmath
@@ -39,6 +43,7 @@ import clasp_mini  # noqa: E402
 import dp_layer_skip  # noqa: E402
 import llama  # noqa: E402
 import speculative  # noqa: E402
+from dp_layer_skip import choose_skip  # noqa: E402
 from demo.train import save  # noqa: E402
 from speculative import (Chance, Recording, Settings, acceptance, every_outcome,  # noqa: E402
                          generate, inverse_cdf, judge, probabilities, residual)
@@ -49,10 +54,11 @@ DEMO = ROOT / "demo"
 
 
 def altered(module, *edits):
-    """`module` as it would be with each (right, wrong) edit of its text: a wrong program, as one is really written."""
+    """`module` as it would be with each (right, wrong) edit of its text: a wrong program, as one is
+    really written."""
     text = inspect.getsource(module)
     for right, wrong in edits:
-        pattern = r"\s+".join(map(re.escape, right.split(" ")))              # also across line breaks
+        pattern = r"\s+".join(map(re.escape, right.split(" ")))            # also across line breaks
         text, n = re.subn(pattern, lambda _: wrong, text)
         assert n, f"{module.__name__} has changed, and the table of wrong programs not: {right!r}"
     out = types.ModuleType(module.__name__)
@@ -364,7 +370,9 @@ def test_colour_is_for_terminals_and_never_with_NO_COLOR(monkeypatch, capsys, tt
 
 
 # ============================================================================== speculative.py
-# The heart: on a tiny LLaMA every branch that chance can take is run, and the probability of every text is exact.
+# The heart: on a tiny LLaMA every branch that chance can take is run, and the probability of every
+# text is exact.
+
 
 def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8):
     """Random weights, large enough that every layer matters and q is far from p."""
@@ -375,14 +383,26 @@ def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8
 
     cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
     one = torch.ones(D, dtype=dtype)
-    layers = [llama.Layer(one, new((H + 2 * G) * hd, D, scale=D ** -0.5), new(D, H * hd, scale=0.5),
-                          one, new(2 * ffn, D, scale=D ** -0.5), new(D, ffn, scale=0.5)) for _ in range(L)]
+    layers = [
+        llama.Layer(
+            one,
+            new((H + 2 * G) * hd, D, scale=D**-0.5),
+            new(D, H * hd, scale=0.5),
+            one,
+            new(2 * ffn, D, scale=D**-0.5),
+            new(D, ffn, scale=0.5),
+        )
+        for _ in range(L)
+    ]
     return llama.Llama(cfg, new(V, D), layers, one, new(V, D, scale=0.5))
 
 
 def full_model(model, text):
-    """Logits after `text`, by one fresh pass of the full model: what every decoder below is held against."""
-    x, _ = model.forward(torch.tensor(text), (cache := model.cache(len(text))).sequence(0, len(text)), cache)
+    """Logits after `text`, by one fresh pass of the full model: what every decoder below is held
+    against."""
+    x, _ = model.forward(
+        torch.tensor(text), (cache := model.cache(len(text))).sequence(0, len(text)), cache
+    )
     return model.head(x[-1])
 
 
@@ -403,29 +423,38 @@ def target_distribution(model, prompt, s):
     return out
 
 
-def loop_distribution(model, prompt, s, loop=generate, choose=dp_layer_skip.choose_skip):
+def loop_distribution(model, prompt, s, loop=generate, choose=choose_skip):
     """text -> probability: the whole loop, real cache, real DP, down every branch of chance."""
     out = collections.defaultdict(float)
-    for text, weight in every_outcome(lambda chance: tuple(
-            t for r in loop(model, prompt, s, chance, choose) for t in r.emitted)):
+    for text, weight in every_outcome(
+        lambda chance: tuple(t for r in loop(model, prompt, s, chance, choose) for t in r.emitted)
+    ):
         out[text] += weight
     return dict(out)
 
 
 def distance(model, s, loop=generate, prompt=(0, 1)):
-    """The largest difference in probability of any text, between the loop and the product of conditionals."""
+    """The largest difference in probability of any text, between the loop and the product of
+    conditionals."""
     want, got = target_distribution(model, prompt, s), loop_distribution(model, prompt, s, loop)
     return max(abs(want.get(t, 0.0) - got.get(t, 0.0)) for t in want | got)
 
 
-SAMPLERS = [dict(temperature=1.0), dict(temperature=0.7, top_k=2), dict(temperature=1.3, top_p=0.8),
-            dict(temperature=0.8, top_k=2, top_p=0.7), dict(temperature=0.0)]
-DRAFTS = list(itertools.product([1, 2, 3], [0, 1, 2, 3], [1, 2], [0.0, 0.5, 1.0]))          # K, M, interval, exit
+SAMPLERS = [
+    dict(temperature=1.0),
+    dict(temperature=0.7, top_k=2),
+    dict(temperature=1.3, top_p=0.8),
+    dict(temperature=0.8, top_k=2, top_p=0.7),
+    dict(temperature=0.0),
+]
+# K, M, interval, exit
+DRAFTS = list(itertools.product([1, 2, 3], [0, 1, 2, 3], [1, 2], [0.0, 0.5, 1.0]))
 STOPS = [(), (2,)]
 
 
 def combinations():
-    """Every draft setting, each with one of the ten samplers and stops, in turn; CLASP_EXHAUSTIVE=1 crosses all."""
+    """Every draft setting, each with one of the ten samplers and stops, in turn; CLASP_EXHAUSTIVE=1
+    crosses all."""
     if os.environ.get("CLASP_EXHAUSTIVE"):
         return list(itertools.product(DRAFTS, SAMPLERS, STOPS))
     pairs = list(itertools.product(SAMPLERS, STOPS))
@@ -434,16 +463,28 @@ def combinations():
 
 @pytest.mark.parametrize("draft, sampler, stops", combinations())
 def test_the_whole_loop_has_exactly_the_full_models_distribution(draft, sampler, stops):
-    """Refuses anything that moves any text's probability by 1e-12. Four new tokens are up to four rounds; the model is
-    random, so that p and q differ, drafts are refused and layers change between the rounds."""
+    """Refuses anything that moves any text's probability by 1e-12. Four new tokens are up to four
+    rounds; the model is random, so that p and q differ, drafts are refused and layers change
+    between the rounds."""
     K, M, interval, threshold = draft
-    s = Settings(K=K, M=M, interval=interval, exit_threshold=threshold, stop_ids=stops, N=4, **sampler)
+    s = Settings(
+        K=K, M=M, interval=interval, exit_threshold=threshold, stop_ids=stops, N=4, **sampler
+    )
     assert distance(tiny_llama(seed=K + M), s) < 1e-12
 
 
 @pytest.mark.parametrize("V, N, K", [(3, 5, 3), (5, 3, 2)])
 def test_so_has_a_longer_text_and_a_larger_vocabulary(V, N, K):
-    s = Settings(temperature=1.0, K=K, M=2, interval=2, exit_threshold=0.4, N=N, top_k=0 if V == 5 else 2, stop_ids=(1,))
+    s = Settings(
+        temperature=1.0,
+        K=K,
+        M=2,
+        interval=2,
+        exit_threshold=0.4,
+        N=N,
+        top_k=0 if V == 5 else 2,
+        stop_ids=(1,),
+    )
     assert distance(tiny_llama(V=V, L=4, seed=5), s) < 1e-12
 
 
@@ -452,7 +493,7 @@ def test_the_enumeration_sees_refusals_full_acceptance_changing_layers_and_stops
     s, seen = Settings(temperature=1.0, K=2, M=2, interval=1, stop_ids=(2,), N=5, top_k=2), set()
 
     def run(chance):
-        rounds = list(generate(tiny_llama(L=4, seed=0), (0, 1), s, chance, dp_layer_skip.choose_skip))
+        rounds = list(generate(tiny_llama(L=4, seed=0), (0, 1), s, chance, choose_skip))
         for r in rounds[1:]:
             k = len(r.drafted)
             seen.update({("refused", r.accepted)} if r.accepted < k else {("all", k)})
@@ -462,54 +503,121 @@ def test_the_enumeration_sees_refusals_full_acceptance_changing_layers_and_stops
             seen.add("layers changed")
 
     assert math.isclose(sum(weight for _, weight in every_outcome(run)), 1, abs_tol=1e-12)
-    assert seen >= {("refused", 0), ("refused", 1), ("all", 2), "layers changed", "a drafted stop token ended the text"}
+    assert seen >= {
+        ("refused", 0),
+        ("refused", 1),
+        ("all", 2),
+        "layers changed",
+        "a drafted stop token ended the text",
+    }
 
 
-# ------------------------------------------------------------------------------ the checker must be able to fail
+# ----------------------------------------------------------------- the checker must be able to fail
 
-DRAW, BREAK = "drafted.append(chance.draw(q[-1]))", "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:"
+DRAW, BREAK = (
+    "drafted.append(chance.draw(q[-1]))",
+    "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:",
+)
 ROWS, CACHED = "cache.sequence(cached + c, len(part))", "cached = len(text) - 1  "
-VERIFY, P = "k, todo = len(drafted), text[cached:] + drafted", "p = probabilities(model.head(x[-k - 1:]), s)"
+VERIFY, P = (
+    "k, todo = len(drafted), text[cached:] + drafted",
+    "p = probabilities(model.head(x[-k - 1:]), s)",
+)
 WRONG_SAMPLERS = {
     "residual = p": [("owed = (p - q).clamp(min=0)", "owed = p")],
-    "residual through a softmax": [("return torch.where(mass > 0, owed / mass, p)", "return (p - q).softmax(-1)")],
+    "residual through a softmax": [
+        ("return torch.where(mass > 0, owed / mass, p)", "return (p - q).softmax(-1)")
+    ],
     "residual without max(0, .)": [("owed = (p - q).clamp(min=0)", "owed = (p - q).abs()")],
     "lenient acceptance": [(".clamp(max=1)", ".mul(1.3).clamp(max=1)")],
     "acceptance the wrong way up": [("(p.double() / q.double())", "(q.double() / p.double())")],
     "argmax draft scored with a softmax q": [(DRAW, "drafted.append(int(q[-1].argmax()))")],
     "q at temperature 1": [(DRAW, DRAW + "\n            q[-1] = logits.softmax(-1)")],
-    "bonus from unfiltered logits": [(P, P + "\n        p[-1] = model.head(x[-1:])[0].softmax(-1)")],
-    "bonus from the row before": [("chance.draw(p[-1])", "chance.draw(p[-2] if len(p) > 1 else p[-1])")],
-    "p without the filters": [(P, "p = probabilities(model.head(x[-k - 1:]), Settings(temperature=s.temperature))")],
-    "top-p before temperature": [("logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature",
-                                  "logits = logits"), ("order, p / p.sum(-1, keepdim=True))", "order, (p ** (1 / s.temperature) / (p ** (1 / s.temperature)).sum(-1, keepdim=True)))")],
-    "low-confidence tokens are thrown away": [(BREAK, "if q[-1][drafted[-1]] < s.exit_threshold:\n                drafted.pop()"
-                                                      "\n                q.pop()\n                break\n            if False:")],
+    "bonus from unfiltered logits": [
+        (P, P + "\n        p[-1] = model.head(x[-1:])[0].softmax(-1)")
+    ],
+    "bonus from the row before": [
+        ("chance.draw(p[-1])", "chance.draw(p[-2] if len(p) > 1 else p[-1])")
+    ],
+    "p without the filters": [
+        (P, "p = probabilities(model.head(x[-k - 1:]), Settings(temperature=s.temperature))")
+    ],
+    "top-p before temperature": [
+        ("logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature", "logits = logits"),
+        (
+            "order, p / p.sum(-1, keepdim=True))",
+            "order, (p ** (1 / s.temperature) / (p ** (1 / s.temperature)).sum(-1, keepdim=True)))",
+        ),
+    ],
+    "low-confidence tokens are thrown away": [
+        (
+            BREAK,
+            "if q[-1][drafted[-1]] < s.exit_threshold:\n                drafted.pop()"
+            "\n                q.pop()\n                break\n            if False:",
+        )
+    ],
     "the drafts' keys stay after a verify": [
         (VERIFY, VERIFY + "\n        was = cache.k[:, :, last:last + k + 1].clone()"),
-        (CACHED, "cached = len(text) - 1\n        cache.k[:, :, last:last + k + 1] = was if k else cache.k[:, :, last:last + k + 1]#")],
+        (
+            CACHED,
+            "if k:\n            cache.k[:, :, last:last + k + 1] = was\n"
+            "        cached = len(text) - 1 #",
+        ),
+    ],
     "a refused draft's slots are not given back": [
-        ("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"), (ROWS, "cache.sequence(cached + c + late, len(part))"),
-        (CACHED, "late += k - accepted\n        cached = len(text) - 1 #"), ("model.cache(end + s.M)", "model.cache(end + s.M + 99)")],
+        ("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
+        (ROWS, "cache.sequence(cached + c + late, len(part))"),
+        (CACHED, "late += k - accepted\n        cached = len(text) - 1 #"),
+        ("model.cache(end + s.M)", "model.cache(end + s.M + 99)"),
+    ],
     "position off by one after full acceptance": [
-        ("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"), (ROWS, "cache.sequence(cached + c + late, len(part))"),
-        (CACHED, "late += 0 < k == accepted\n        cached = len(text) - 1 #"), ("model.cache(end + s.M)", "model.cache(end + s.M + 99)")],
-    "token 0 is no token": [("emitted = drafted[:accepted] + [token]", "emitted = [t for t in drafted[:accepted] + [token] if t] or [1]")],
+        ("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
+        (ROWS, "cache.sequence(cached + c + late, len(part))"),
+        (CACHED, "late += 0 < k == accepted\n        cached = len(text) - 1 #"),
+        ("model.cache(end + s.M)", "model.cache(end + s.M + 99)"),
+    ],
+    "token 0 is no token": [
+        (
+            "emitted = drafted[:accepted] + [token]",
+            "emitted = [t for t in drafted[:accepted] + [token] if t] or [1]",
+        )
+    ],
     "the text goes on after an accepted stop": [("emitted = emitted[:stops[0] + 1]", "stops = []")],
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_SAMPLERS)
 def test_the_exact_test_refuses_this_wrong_sampler(wrong):
-    """Each is an error that real repositories have made; the right program passes under the same settings."""
+    """Each is an error that real repositories have made; the right program passes under the same
+    settings."""
     model = tiny_llama(V=4, seed=11)
-    s = Settings(temperature=0.8, top_k=3, top_p=0.9, K=2, M=2, interval=1, exit_threshold=0.6, N=4, stop_ids=(2,))
+    s = Settings(
+        temperature=0.8,
+        top_k=3,
+        top_p=0.9,
+        K=2,
+        M=2,
+        interval=1,
+        exit_threshold=0.6,
+        N=4,
+        stop_ids=(2,),
+    )
     assert distance(model, s, altered(speculative, *WRONG_SAMPLERS[wrong]).generate) > 1e-4
 
 
 def test_the_settings_of_the_wrong_samplers_pass_with_the_right_one():
     model = tiny_llama(V=4, seed=11)
-    s = Settings(temperature=0.8, top_k=3, top_p=0.9, K=2, M=2, interval=1, exit_threshold=0.6, N=4, stop_ids=(2,))
+    s = Settings(
+        temperature=0.8,
+        top_k=3,
+        top_p=0.9,
+        K=2,
+        M=2,
+        interval=1,
+        exit_threshold=0.6,
+        N=4,
+        stop_ids=(2,),
+    )
     assert distance(model, s, altered(speculative).generate) < 1e-12
 
 
@@ -525,23 +633,32 @@ class Fixed(Chance):
 
 def test_a_token_of_probability_zero_never_passes_not_even_at_u_zero():
     """Refuses u <= a in the acceptance test, and u * total >= cdf in the draw."""
-    p, zero_first = torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    p, zero_first = (
+        torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+        torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]),
+    )
     assert judge(p, [torch.tensor([1.0, 0.0])], [0], Fixed(0.0)) == (0, 1, [0.0])
-    assert inverse_cdf(zero_first, 0.0) == 1 and inverse_cdf(zero_first, 1 - 2 ** -53) == 3
-    assert inverse_cdf(zero_first, 0.25) == 3 and inverse_cdf(zero_first, 0.25 - 2 ** -53) == 1
+    assert inverse_cdf(zero_first, 0.0) == 1 and inverse_cdf(zero_first, 1 - 2**-53) == 3
+    assert inverse_cdf(zero_first, 0.25) == 3 and inverse_cdf(zero_first, 0.25 - 2**-53) == 1
     sharp = altered(speculative, ("self.uniform() < a", "self.uniform() <= a")).Chance
     assert sharp.accept(Fixed(0.0), 0.0), "the wrong program is told apart"
 
 
 # ------------------------------------------------------------------------------ formulas
 
+
 def test_accepting_and_refusing_together_pay_every_token_exactly_p():
-    """q * accept + P(refuse) * residual = p, for 2000 random pairs with zeros, disjoint ones and equal ones."""
+    """q * accept + P(refuse) * residual = p, for 2000 random pairs with zeros, disjoint ones and
+    equal ones."""
     gen = torch.Generator().manual_seed(0)
     for n in range(2000):
         V = 2 + n % 7
-        p, q = torch.rand(2, V, generator=gen, dtype=torch.float64) ** 3 * (torch.rand(2, V, generator=gen) > n % 3 / 4)
-        p, q = (x / x.sum() if x.sum() > 0 else torch.eye(V, dtype=torch.float64)[n % V] for x in (p, q))
+        p, q = torch.rand(2, V, generator=gen, dtype=torch.float64) ** 3 * (
+            torch.rand(2, V, generator=gen) > n % 3 / 4
+        )
+        p, q = (
+            x / x.sum() if x.sum() > 0 else torch.eye(V, dtype=torch.float64)[n % V] for x in (p, q)
+        )
         if n % 50 == 0:
             q = p
         a = torch.where(q > 0, acceptance(p, q), 0)
@@ -554,23 +671,38 @@ def test_a_residual_without_mass_is_p_and_never_nan():
 
 
 def test_greedy_is_a_one_hot_distribution_and_ties_go_to_the_smaller_id():
-    assert probabilities(torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 0.0]]), Settings()).tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert probabilities(
+        torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 0.0]]), Settings()
+    ).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_temperature_comes_first_then_top_k_then_top_p():
-    """Refuses the other orders: at temperature 2 the nucleus of 0.6 among the top two holds both; of all four, or at temperature
-    1, it would hold another number."""
+    """Refuses the other orders: at temperature 2 the nucleus of 0.6 among the top two holds both;
+    of all four, or at temperature 1, it would hold another number."""
     logits = torch.tensor([2.0, 1.0, 0.9, -3.0], dtype=torch.float64)
     e = [math.exp(x / 2) for x in (2.0, 1.0)]
-    assert e[0] / sum(e) > 0.6 and math.exp(2) / sum(math.exp(x) for x in (2.0, 1.0, 0.9, -3.0)) < 0.6
-    assert probabilities(logits, Settings(temperature=2.0, top_k=2, top_p=0.6)).tolist() == [1, 0, 0, 0]
+    assert (
+        e[0] / sum(e) > 0.6 and math.exp(2) / sum(math.exp(x) for x in (2.0, 1.0, 0.9, -3.0)) < 0.6
+    )
+    assert probabilities(logits, Settings(temperature=2.0, top_k=2, top_p=0.6)).tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]
     got = probabilities(logits, Settings(temperature=2.0, top_k=2, top_p=0.7)).tolist()
     assert got == pytest.approx([e[0] / sum(e), e[1] / sum(e), 0, 0], abs=1e-15)
 
 
 def test_the_nucleus_is_the_shortest_beginning_that_reaches_top_p():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64).log()
-    for top_p, kept in ((0.5, [1]), (0.500001, [1, 3]), (0.75, [1, 3]), (0.76, [1, 2, 3]), (1e-9, [1])):
+    for top_p, kept in (
+        (0.5, [1]),
+        (0.500001, [1, 3]),
+        (0.75, [1, 3]),
+        (0.76, [1, 2, 3]),
+        (1e-9, [1]),
+    ):
         p = probabilities(logits, Settings(temperature=1.0, top_p=top_p - 1e-12))
         assert p.nonzero()[:, 0].tolist() == kept and abs(p.sum() - 1) < 1e-15
 
@@ -583,10 +715,17 @@ def test_probabilities_are_float32_or_wider_and_finite_at_any_temperature(dtype)
             p = probabilities(logits, Settings(temperature=t, top_k=k, top_p=top_p))
             assert p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert abs(p.sum().item() - 1) < 1e-6 and p.isfinite().all()
-    assert probabilities(torch.zeros(5), Settings(temperature=1.0, top_k=2)).tolist() == [0.5, 0.5, 0, 0, 0]
+    assert probabilities(torch.zeros(5), Settings(temperature=1.0, top_k=2)).tolist() == [
+        0.5,
+        0.5,
+        0,
+        0,
+        0,
+    ]
 
 
 # ------------------------------------------------------------------------------ the real generator
+
 
 def chi_square(module, n=20000):
     """The statistic of n tokens that were drafted from q and judged against p, over 5 cells."""
@@ -601,22 +740,28 @@ def chi_square(module, n=20000):
 
 
 def test_the_seeded_generator_draws_from_p():
-    """Chi-square with 4 degrees of freedom: the right program exceeds 23.5 for one seed in 10,000; the seed is fixed. The lenient
-    one is far beyond."""
+    """Chi-square with 4 degrees of freedom: the right program exceeds 23.5 for one seed in 10,000;
+    the seed is fixed. The lenient one is far beyond."""
     assert chi_square(speculative) < 23.5
-    assert chi_square(altered(speculative, (".clamp(max=1)", ".mul(1.2).clamp(max=1)")), n=5000) > 23.5
+    assert (
+        chi_square(altered(speculative, (".clamp(max=1)", ".mul(1.2).clamp(max=1)")), n=5000) > 23.5
+    )
 
 
 def test_a_seed_means_one_text_and_another_seed_another():
     model, s = tiny_llama(V=5), Settings(temperature=1.0, K=3, M=1, N=40)
-    texts = [[t for r in generate(model, [0], s, Chance(seed), dp_layer_skip.choose_skip) for t in r.emitted] for seed in (1, 1, 2)]
+    texts = [
+        [t for r in generate(model, [0], s, Chance(seed), choose_skip) for t in r.emitted]
+        for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_recorded_log_explains_every_token():
-    """Each question is logged with its uniform, and the answers follow from them by the stated rule."""
+    """Each question is logged with its uniform, and the answers follow from them by the stated
+    rule."""
     chance, s = Recording(3), Settings(temperature=1.0, K=3, M=1, N=30)
-    rounds = list(generate(tiny_llama(V=5), [0], s, chance, dp_layer_skip.choose_skip))
+    rounds = list(generate(tiny_llama(V=5), [0], s, chance, choose_skip))
     plain = Chance(3)
     assert [u for _, _, u, _ in chance.log] == [plain.uniform() for _ in chance.log]
     log = iter(chance.log)
@@ -632,15 +777,20 @@ def test_the_recorded_log_explains_every_token():
     assert next(log, None) is None
 
 
-# ------------------------------------------------------------------------------ greedy, lengths, stops, cache
+# -------------------------------------------------------------------- greedy, lengths, stops, cache
 
-def emitted(model, prompt, s, choose=dp_layer_skip.choose_skip, seed=0):
+
+def emitted(model, prompt, s, choose=choose_skip, seed=0):
     return [t for r in generate(model, prompt, s, Chance(seed), choose) for t in r.emitted]
 
 
 def test_greedy_clasp_is_plain_greedy_token_for_token_in_float32():
-    """30 prompts and settings of 30 tokens each; near-ties within rounding do not occur among these seeds."""
-    model, gen = tiny_llama(V=40, L=5, D=16, H=4, G=2, seed=4, dtype=torch.float32), torch.Generator().manual_seed(0)
+    """30 prompts and settings of 30 tokens each; near-ties within rounding do not occur among these
+    seeds."""
+    model, gen = (
+        tiny_llama(V=40, L=5, D=16, H=4, G=2, seed=4, dtype=torch.float32),
+        torch.Generator().manual_seed(0),
+    )
     refused = 0
     for n in range(30):
         prompt = torch.randint(40, (1 + n % 9,), generator=gen).tolist()
@@ -648,8 +798,8 @@ def test_greedy_clasp_is_plain_greedy_token_for_token_in_float32():
         for _ in range(30):
             text.append(int(full_model(model, text).argmax()))
         s = Settings(K=1 + n % 6, M=n % 6, interval=1 + n % 3, exit_threshold=n % 4 / 4, N=30)
-        rounds = list(generate(model, prompt, s, Chance(n), dp_layer_skip.choose_skip))
-        assert [t for r in rounds for t in r.emitted] == text[len(prompt):]
+        rounds = list(generate(model, prompt, s, Chance(n), choose_skip))
+        assert [t for r in rounds for t in r.emitted] == text[len(prompt) :]
         refused += sum(r.accepted < len(r.drafted) for r in rounds)
     assert refused > 30, "drafts that are never refused test nothing"
 
@@ -657,14 +807,17 @@ def test_greedy_clasp_is_plain_greedy_token_for_token_in_float32():
 @pytest.mark.parametrize("N", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("K, M", [(0, 0), (1, 3), (4, 1), (50, 2), (5, 0)])
 def test_exactly_n_tokens_come_out(N, K, M):
-    assert len(emitted(tiny_llama(V=5), [1], Settings(temperature=1.0, N=N, K=K, M=M, interval=1))) == N
+    assert (
+        len(emitted(tiny_llama(V=5), [1], Settings(temperature=1.0, N=N, K=K, M=M, interval=1)))
+        == N
+    )
 
 
 def test_nothing_follows_a_stop_token_wherever_it_stands():
     model, ended = tiny_llama(V=5), collections.Counter()
     for seed in range(60):
         s = Settings(temperature=1.0, N=25, K=4, M=1, stop_ids=(2, 3))
-        rounds = list(generate(model, [1], s, Chance(seed), dp_layer_skip.choose_skip))
+        rounds = list(generate(model, [1], s, Chance(seed), choose_skip))
         text = [t for r in rounds for t in r.emitted]
         assert not set(text[:-1]) & {2, 3} and (text[-1] in (2, 3) or len(text) == 25)
         last = rounds[-1]
@@ -678,7 +831,13 @@ def test_after_every_round_the_cache_is_that_of_a_fresh_prefill():
     make = model.cache
     model.cache = lambda S: caches.append(make(S)) or caches[-1]
     text = [1, 4, 0]
-    for r in generate(model, list(text), Settings(temperature=1.0, K=3, M=2, interval=1, N=40), Chance(0), dp_layer_skip.choose_skip):
+    for r in generate(
+        model,
+        list(text),
+        Settings(temperature=1.0, K=3, M=2, interval=1, N=40),
+        Chance(0),
+        choose_skip,
+    ):
         text += r.emitted
         n, fresh = len(text) - 1, make(len(text))
         model.forward(torch.tensor(text[:n]), fresh.sequence(0, n), fresh)
@@ -689,25 +848,42 @@ def test_after_every_round_the_cache_is_that_of_a_fresh_prefill():
 
 def test_memory_does_not_grow_with_rounds():
     """Counted: the bytes of all live tensors after each round."""
+
     def live():
         gc.collect()
-        return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor)
+        return sum(
+            t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor
+        )
 
-    sizes = [live() for n, _ in enumerate(generate(tiny_llama(V=5), [1], Settings(
-        temperature=1.0, K=2, M=1, interval=1, N=30), Chance(0), dp_layer_skip.choose_skip)) if n > 1]
+    sizes = [
+        live()
+        for n, _ in enumerate(
+            generate(
+                tiny_llama(V=5),
+                [1],
+                Settings(temperature=1.0, K=2, M=1, interval=1, N=30),
+                Chance(0),
+                choose_skip,
+            )
+        )
+        if n > 1
+    ]
     assert len(sizes) > 6 and max(sizes[2:]) - min(sizes[2:]) < 4096, sizes
 
 
 def test_layers_are_optimised_at_prefill_and_every_interval_verifications():
     s = Settings(temperature=1.0, K=2, M=2, interval=3, N=30)
-    rounds = list(generate(tiny_llama(V=5, L=4), [1], s, Chance(0), dp_layer_skip.choose_skip))
+    rounds = list(generate(tiny_llama(V=5, L=4), [1], s, Chance(0), choose_skip))
     assert [n for n, r in enumerate(rounds[:-1]) if r.choice] == list(range(0, len(rounds) - 1, 3))
     for before, after in zip(rounds, rounds[1:]):
-        assert after.skip == (before.choice.skip() if before.choice else before.skip) and sum(after.skip) == 2
+        assert (
+            after.skip == (before.choice.skip() if before.choice else before.skip)
+            and sum(after.skip) == 2
+        )
 
 
 def test_without_drafting_it_is_plain_decoding():
-    rounds = list(generate(tiny_llama(V=5), [1], Settings(N=9, K=0, M=2), Chance(0), dp_layer_skip.choose_skip))
+    rounds = list(generate(tiny_llama(V=5), [1], Settings(N=9, K=0, M=2), Chance(0), choose_skip))
     assert len(rounds) == 9 and not any(r.drafted or r.choice or any(r.skip) for r in rounds)
 
 
@@ -715,11 +891,16 @@ def test_a_prompt_longer_than_a_prefill_pass_changes_nothing(monkeypatch):
     """Refuses states or logits taken from the wrong part of a prompt that is read in pieces."""
     model, prompt = tiny_llama(V=5), [t % 5 for t in range(23)]
     s = Settings(temperature=1.0, K=2, M=1, N=20)
-    whole = list(generate(model, prompt, s, Chance(1), dp_layer_skip.choose_skip))
+    whole = list(generate(model, prompt, s, Chance(1), choose_skip))
     monkeypatch.setattr(speculative, "CHUNK", 5)
-    pieces = list(generate(model, prompt, s, Chance(1), dp_layer_skip.choose_skip))
+    pieces = list(generate(model, prompt, s, Chance(1), choose_skip))
     assert [r.emitted for r in whole] == [r.emitted for r in pieces]
-    assert torch.allclose(torch.tensor(whole[0].choice.cosine), torch.tensor(pieces[0].choice.cosine), atol=1e-12, rtol=0)
+    assert torch.allclose(
+        torch.tensor(whole[0].choice.cosine),
+        torch.tensor(pieces[0].choice.cosine),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_nothing_leaks_from_one_prompt_to_the_next():
@@ -729,9 +910,23 @@ def test_nothing_leaks_from_one_prompt_to_the_next():
     assert emitted(model, [1, 2], s) == first
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=-1),
-                                 dict(top_p=0.0), dict(top_p=1.5), dict(N=0), dict(K=-1), dict(M=4), dict(M=-1),
-                                 dict(exit_threshold=2.0), dict(interval=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(temperature=-1.0),
+        dict(temperature=math.nan),
+        dict(temperature=math.inf),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(N=0),
+        dict(K=-1),
+        dict(M=4),
+        dict(M=-1),
+        dict(exit_threshold=2.0),
+        dict(interval=0),
+    ],
+)
 def test_impossible_settings_are_named(bad):
     assert Settings().check(3) is None
     complaint = Settings(**bad).check(3)
@@ -739,7 +934,8 @@ def test_impossible_settings_are_named(bad):
 
 
 # ============================================================================== llama.py
-# Against a slow LLaMA by another route, its tokenizer against a slow tokenizer, its loader against broken folders.
+# Against a slow LLaMA by another route, its tokenizer against a slow tokenizer, its loader against
+# broken folders.
 
 INDEX, LLAMA3 = "model.safetensors.index.json", os.environ.get("CLASP_LLAMA3")
 with_llama3 = pytest.mark.skipif(not LLAMA3, reason="CLASP_LLAMA3 names no folder of Meta's files")
@@ -1401,23 +1597,32 @@ def test_what_is_wrong_with_a_folder_is_named_in_one_line(folder, harm, said):
 
 # ============================================================================== clasp_mini.py
 
+
 @pytest.fixture
 def run(capsys):
     """run(*arguments) -> (exit status, stdout, stderr), in this process."""
+
     def call(*arguments):
         try:
             status = clasp_mini.main([str(a) for a in arguments])
-        except SystemExit as e:                        # argparse ends by itself
+        except SystemExit as e:  # argparse ends by itself
             status = e.code
         out = capsys.readouterr()
         return status, out.out, out.err
+
     return call
 
 
 def command(*arguments, **options):
     """The command in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / "clasp_mini.py"), *map(str, arguments)], capture_output=True,
-                          text=True, encoding="utf-8", timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "clasp_mini.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        **options,
+    )
 
 
 SHORT = ("--max-new-tokens", 24)
@@ -1425,48 +1630,121 @@ SHORT = ("--max-new-tokens", 24)
 
 def test_clasp_writes_what_plain_decoding_writes(run):
     """The demo, greedy in float32, on every prompt of the bench set; texts and ids equal."""
-    prompts = [json.loads(line)["turns"][0] for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
+    prompts = [
+        json.loads(line)["turns"][0] for line in (DEMO / "prompts.jsonl").read_text().splitlines()
+    ]
     for prompt in prompts[::4]:
-        a, b = (json.loads(run("--prompt", prompt, *SHORT, "--json", "--strategy", s)[1]) for s in ("clasp", "ar"))
-        assert a["ids"] == b["ids"] and a["text"] == b["text"] and a["stats"]["drafted"] > 0 == b["stats"]["drafted"]
+        a, b = (
+            json.loads(run("--prompt", prompt, *SHORT, "--json", "--strategy", s)[1])
+            for s in ("clasp", "ar")
+        )
+        assert (
+            a["ids"] == b["ids"]
+            and a["text"] == b["text"]
+            and a["stats"]["drafted"] > 0 == b["stats"]["drafted"]
+        )
 
 
 def test_text_alone_is_on_standard_output_and_one_summary_on_standard_error(run):
     status, out, err = run("--prompt", "def f(x):", *SHORT)
-    assert status == 0 and out == json.loads(run("--prompt", "def f(x):", *SHORT, "--json")[1])["text"]
+    assert (
+        status == 0 and out == json.loads(run("--prompt", "def f(x):", *SHORT, "--json")[1])["text"]
+    )
     assert err.count("\n") == 1 and "tokens/s" in err and "\033" not in out + err
 
 
 def test_json_is_one_object_with_the_documented_fields(run):
-    status, out, err = run("--prompt", "class A:", *SHORT, "--json", "--temperature", 1, "--seed", 5, "--skip-layers", 20)
+    status, out, err = run(
+        "--prompt",
+        "class A:",
+        *SHORT,
+        "--json",
+        "--temperature",
+        1,
+        "--seed",
+        5,
+        "--skip-layers",
+        20,
+    )
     r = json.loads(out)
     assert status == 0 and err == "" and out.count("\n") == 1
     assert r.keys() == {"prompt_ids", "ids", "text", "settings", "stats"}
-    assert r["stats"].keys() >= {"drafted", "accepted", "emitted", "verifies", "seconds", "tokens_per_second"}
-    assert r["stats"]["emitted"] == len(r["ids"]) and r["settings"]["M"] == 20 and r["settings"]["seed"] == 5
-    assert json.loads(run("--prompt-ids", ",".join(map(str, r["prompt_ids"])), *SHORT, "--json", "--temperature", 1,
-                          "--seed", 5, "--skip-layers", 20)[1])["ids"] == r["ids"]
+    assert r["stats"].keys() >= {
+        "drafted",
+        "accepted",
+        "emitted",
+        "verifies",
+        "seconds",
+        "tokens_per_second",
+    }
+    assert (
+        r["stats"]["emitted"] == len(r["ids"])
+        and r["settings"]["M"] == 20
+        and r["settings"]["seed"] == 5
+    )
+    assert (
+        json.loads(
+            run(
+                "--prompt-ids",
+                ",".join(map(str, r["prompt_ids"])),
+                *SHORT,
+                "--json",
+                "--temperature",
+                1,
+                "--seed",
+                5,
+                "--skip-layers",
+                20,
+            )[1]
+        )["ids"]
+        == r["ids"]
+    )
 
 
 def test_figures_count_each_thing_once():
     """By hand: a prefill, a round of 3 drafted with 2 kept, one of 2 with both kept."""
+
     def r(drafted, accepted, emitted, seconds, choice=None):
-        return clasp_mini.Round(0, (True, False), drafted, [], [], accepted, emitted, choice, seconds)
-    f = clasp_mini.figures([r([], 0, [7], (0, 1.0, 0.5), "set"), r([1, 2, 3], 2, [1, 2, 9], (0.3, 0.2, 0)),
-                            r([4, 5], 2, [4, 5, 6], (0.2, 0.3, 0.5), "set")])
+        return clasp_mini.Round(
+            0, (True, False), drafted, [], [], accepted, emitted, choice, seconds
+        )
+
+    f = clasp_mini.figures(
+        [
+            r([], 0, [7], (0, 1.0, 0.5), "set"),
+            r([1, 2, 3], 2, [1, 2, 9], (0.3, 0.2, 0)),
+            r([4, 5], 2, [4, 5, 6], (0.2, 0.3, 0.5), "set"),
+        ]
+    )
     assert (f["drafted"], f["accepted"], f["emitted"], f["verifies"]) == (5, 4, 7, 2)
     assert f["tokens_per_verify"] == 3 and f["acceptance"] == 0.8 and f["skip_set"] == [0]
     assert f["seconds"] == pytest.approx(3.0) and f["decode_seconds"] == pytest.approx(2.0)
-    assert f["tokens_per_second"] == pytest.approx(3.0) and f["shares"]["optimise"] == pytest.approx(0.5)
-    assert f["draft_step_seconds"] == pytest.approx(0.1) and f["verify_seconds"] == pytest.approx(0.25)
+    assert f["tokens_per_second"] == pytest.approx(3.0) and f["shares"][
+        "optimise"
+    ] == pytest.approx(0.5)
+    assert f["draft_step_seconds"] == pytest.approx(0.1) and f["verify_seconds"] == pytest.approx(
+        0.25
+    )
     assert clasp_mini.ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(6 / (5 * 0.5 + 2))
 
 
 def test_compare_reports_speed_ideal_and_equality(run):
-    status, out, _ = run("--prompt", "def f(x):", "--max-new-tokens", 16, "--compare", "--repeats", 2, "--json")
+    status, out, _ = run(
+        "--prompt", "def f(x):", "--max-new-tokens", 16, "--compare", "--repeats", 2, "--json"
+    )
     r = json.loads(out)
     assert status == 0 and r["equal"] is True and r["speedup"] > 0 and r["ideal_speedup"] > 0
-    status, out, _ = run("--prompt", "def f(x):", "--max-new-tokens", 16, "--compare", "--repeats", 1, "--temperature", 1)
+    status, out, _ = run(
+        "--prompt",
+        "def f(x):",
+        "--max-new-tokens",
+        16,
+        "--compare",
+        "--repeats",
+        1,
+        "--temperature",
+        1,
+    )
     assert status == 0 and "speed-up" in out and "two samples" in out
 
 
@@ -1475,7 +1753,11 @@ def test_bench_has_a_line_per_category(run, tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(lines))
     status, out, _ = run("--bench", tmp_path / "some.jsonl", "--max-new-tokens", 12)
     names = [json.loads(line)["category"] for line in lines]
-    assert status == 0 and [line[:16].strip() for line in out.splitlines()] == ["category", *names, "overall"]
+    assert status == 0 and [line[:16].strip() for line in out.splitlines()] == [
+        "category",
+        *names,
+        "overall",
+    ]
 
 
 def test_verbose_shows_a_line_per_round_with_a_bar_of_all_layers(run):
@@ -1493,6 +1775,7 @@ def test_colour_is_for_terminals_and_never_with_no_color(monkeypatch):
 
         def isatty(self):
             return True
+
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert clasp_mini.Terminal(Screen()).paint("kept", "x") == "\033[32mx\033[0m"
@@ -1515,7 +1798,9 @@ def test_a_character_split_over_tokens_is_shown_when_it_is_whole():
 def test_prompt_ids_need_no_tokenizer_and_get_nothing_added(run, tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(DEMO / name)
-    r = json.loads(run("--model", tmp_path, "--prompt-ids", "3840,5,6", "--max-new-tokens", 4, "--json")[1])
+    r = json.loads(
+        run("--model", tmp_path, "--prompt-ids", "3840,5,6", "--max-new-tokens", 4, "--json")[1]
+    )
     assert r["prompt_ids"] == [3840, 5, 6] and r["text"] is None
     status, out, _ = run("--model", tmp_path, "--prompt-ids", "3840,5,6", "--max-new-tokens", 4)
     assert status == 0 and out == ",".join(map(str, r["ids"]))
@@ -1530,8 +1815,20 @@ def test_the_prompt_can_come_through_a_pipe():
 
 
 def test_a_reader_that_leaves_early_is_no_fault():
-    process = subprocess.Popen([sys.executable, str(ROOT / "clasp_mini.py"), "--prompt", "x = ", "--max-new-tokens", "400",
-                                "--temperature", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "clasp_mini.py"),
+            "--prompt",
+            "x = ",
+            "--max-new-tokens",
+            "400",
+            "--temperature",
+            "1",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read().decode()
@@ -1539,8 +1836,22 @@ def test_a_reader_that_leaves_early_is_no_fault():
 
 
 def test_ctrl_c_ends_with_the_summary_so_far():
-    process = subprocess.Popen([sys.executable, str(ROOT / "clasp_mini.py"), "--prompt", "x = ", "--max-new-tokens", "1000",
-                                "--temperature", "1", "--strategy", "ar"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "clasp_mini.py"),
+            "--prompt",
+            "x = ",
+            "--max-new-tokens",
+            "1000",
+            "--temperature",
+            "1",
+            "--strategy",
+            "ar",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.read(1)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -1549,19 +1860,34 @@ def test_ctrl_c_ends_with_the_summary_so_far():
 
 
 WRONG_INPUTS = [
-    (("--prompt", ""), 2, "empty"), (("--prompt-ids", "1,x"), 2, "whole numbers"), (("--prompt-ids", "4096"), 2, "vocabulary"),
-    (("--prompt-ids", "-1"), 2, ""), (("--prompt-ids", ","), 2, "empty"), ((), 2, "--prompt"),
-    (("--prompt", "x", "--prompt-ids", "1"), 2, "not allowed"), (("--prompt", "x", "--system", "y"), 2, "--chat"),
-    (("--prompt", "x", "--model", "/nobut config"), 1, "no such folder"), (("--prompt", "x", "--device", "abacus"), 2, "abacus"),
-    (("--prompt", "x", "--device", "cuda:77"), 2, "cuda:77"), (("--prompt", "x", "--skip-layers", 33), 2, "32 layers"),
-    (("--prompt", "x", "--draft-length", -1), 2, "draft-length"), (("--prompt", "x", "--temperature", -1), 2, "temperature"),
-    (("--prompt", "x", "--temperature", "nan"), 2, "temperature"), (("--prompt", "x", "--top-p", 0), 2, "top-p"),
-    (("--prompt", "x", "--top-k", -3), 2, "top-k"), (("--prompt", "x", "--interval", 0), 2, "interval"),
-    (("--prompt", "x", "--max-new-tokens", 0), 2, "max-new-tokens"), (("--prompt", "x", "--max-new-tokens", 99999), 2, "1024"),
-    (("--prompt", "x", "--dtype", "int3"), 2, "int3"), (("--bench", "/nowhere.jsonl"), 2, "nobut config"),
-    (("--bench", str(DEMO / "config.json")), 2, "Spec-Bench"), (("--prompt", "x", "--repeats", 0), 2, "repeats"),
-    (("--prompt", "x", "--compare", "--max-new-tokens", 1), 2, "nothing to compare"), (("--prompt", "\udc80"), 2, "UTF-8"),
-    (("--prompt", "x", "--draft-exit-threshold", 1.5), 2, "threshold")]
+    (("--prompt", ""), 2, "empty"),
+    (("--prompt-ids", "1,x"), 2, "whole numbers"),
+    (("--prompt-ids", "4096"), 2, "vocabulary"),
+    (("--prompt-ids", "-1"), 2, ""),
+    (("--prompt-ids", ","), 2, "empty"),
+    ((), 2, "--prompt"),
+    (("--prompt", "x", "--prompt-ids", "1"), 2, "not allowed"),
+    (("--prompt", "x", "--system", "y"), 2, "--chat"),
+    (("--prompt", "x", "--model", "/nowhere"), 1, "no such folder"),
+    (("--prompt", "x", "--device", "abacus"), 2, "abacus"),
+    (("--prompt", "x", "--device", "cuda:77"), 2, "cuda:77"),
+    (("--prompt", "x", "--skip-layers", 33), 2, "32 layers"),
+    (("--prompt", "x", "--draft-length", -1), 2, "draft-length"),
+    (("--prompt", "x", "--temperature", -1), 2, "temperature"),
+    (("--prompt", "x", "--temperature", "nan"), 2, "temperature"),
+    (("--prompt", "x", "--top-p", 0), 2, "top-p"),
+    (("--prompt", "x", "--top-k", -3), 2, "top-k"),
+    (("--prompt", "x", "--interval", 0), 2, "interval"),
+    (("--prompt", "x", "--max-new-tokens", 0), 2, "max-new-tokens"),
+    (("--prompt", "x", "--max-new-tokens", 99999), 2, "1024"),
+    (("--prompt", "x", "--dtype", "int3"), 2, "int3"),
+    (("--bench", "/nowhere.jsonl"), 2, "nowhere"),
+    (("--bench", str(DEMO / "config.json")), 2, "Spec-Bench"),
+    (("--prompt", "x", "--repeats", 0), 2, "repeats"),
+    (("--prompt", "x", "--compare", "--max-new-tokens", 1), 2, "nothing to compare"),
+    (("--prompt", "\udc80"), 2, "UTF-8"),
+    (("--prompt", "x", "--draft-exit-threshold", 1.5), 2, "threshold"),
+]
 
 
 @pytest.mark.parametrize("arguments, status, word", WRONG_INPUTS)
@@ -1573,19 +1899,34 @@ def test_wrong_input_gets_one_clear_line(run, arguments, status, word):
 
 
 def test_memory_is_checked_before_it_is_taken(run, monkeypatch):
-    monkeypatch.setattr(llama.Path, "read_text", lambda self, **kw: "MemAvailable: 10 kB\n" if self.name == "meminfo"
-                        else open(self, encoding="utf-8").read())
+    monkeypatch.setattr(
+        llama.Path,
+        "read_text",
+        lambda self, **kw: (
+            "MemAvailable: 10 kB\n"
+            if self.name == "meminfo"
+            else open(self, encoding="utf-8").read()
+        ),
+    )
     status, out, err = run("--prompt", "x")
     assert status == 1 and "not enough memory" in err and "GB" in err
 
 
 def test_help_and_version(run):
     status, out, _ = run("--help")
-    assert status == 0 and all(flag in out for flag in ("--prompt", "--skip-layers", "--compare", "--bench", "--json"))
+    assert status == 0 and all(
+        flag in out for flag in ("--prompt", "--skip-layers", "--compare", "--bench", "--json")
+    )
     assert run("--version")[1].startswith("clasp-mini ")
 
 
 def test_the_readme_names_only_flags_that_exist():
     known = set(re.findall(r"--[a-z-]+", clasp_mini.parser().format_help()))
-    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "clasp_mini.py" in line]
-    assert lines and not {f for line in lines for f in re.findall(r"(?<=\s)--[a-z-]+", line)} - known
+    lines = [
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if "clasp_mini.py" in line
+    ]
+    assert (
+        lines and not {f for line in lines for f in re.findall(r"(?<=\s)--[a-z-]+", line)} - known
+    )

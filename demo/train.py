@@ -1,10 +1,10 @@
 """How the demo model was made: byte-pair ranks, then a deep LLaMA-3 trained with layer dropout.
 Needs only the packages of this repository; `demo/README.md` is the model card.
 
-    python demo/train.py tokenizer              # demo/tokenizer.model from the standard library's
-    source python demo/train.py model --steps 3000     # trains; run it again and it goes on where
-    it stopped python demo/train.py export                 # demo/model.safetensors and the two
-    config files
+    python demo/train.py tokenizer        # tokenizer.model, from the standard library's source
+    torchrun --nproc-per-node 2 demo/train.py model --compile      # a process per core; resumable
+    python demo/train.py export           # model.safetensors and the two config files
+    python demo/train.py measure          # the held-out loss of what is shipped
 
 The one idea here that CLaSp depends on: a network that has never missed a layer falls apart when
 one is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught
@@ -18,26 +18,28 @@ import collections
 import hashlib
 import heapq
 import json
+import math
 import os
 import random
+import sys
 import sysconfig
 import time
 from pathlib import Path
 
 import regex                       # comes with tiktoken, which splits text with it
-import tiktoken
 import torch
 import torch.nn.functional as F
 from safetensors import TensorSpec, serialize_file
 from torch import Tensor, nn
 
 DEMO = Path(__file__).resolve().parent
+sys.path.insert(0, str(DEMO.parent))
+from llama import SPLIT, Llama, Tokenizer  # noqa: E402
+
 RANKS, SPECIALS = 3840, 256        # V = 4096
 L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
 THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
 BOS, EOS = RANKS, RANKS + 1
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")                 # LLaMA-3's own
 
 
 # ---------------------------------------------------------------------------- text
@@ -50,7 +52,7 @@ def corpus() -> tuple[list[str], list[str]]:
     train, held = [], []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} & set(name.split("/")):
+        if set(name.split("/")) & {"test", "tests", "idle_test", "site-packages", "dist-packages"}:
             continue
         try:
             text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
@@ -113,18 +115,12 @@ def make_tokenizer() -> None:
     (DEMO / "tokenizer.model").write_bytes(b"".join(lines))
 
 
-def load_encoder() -> tiktoken.Encoding:
-    rows = (line.split() for line in (DEMO / "tokenizer.model").read_bytes().splitlines())
-    return tiktoken.Encoding("demo", pat_str=SPLIT, special_tokens={},
-                             mergeable_ranks={base64.b64decode(t): int(r) for t, r in rows})
-
-
 def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
     """(ids of all files, each between begin and end of text; positions at which a line starts)."""
-    enc, ids = load_encoder(), []
-    for doc in enc.encode_ordinary_batch(texts):
-        ids += [BOS, *doc, EOS]
-    newline = torch.tensor([i < RANKS and enc.decode_single_token_bytes(i).endswith(b"\n") for i in range(RANKS + 2)])
+    tok, ids = Tokenizer(DEMO), []
+    for text in texts:
+        ids += [BOS, *tok.encode(text), EOS]
+    newline = torch.tensor([tok.decode_bytes([i]).endswith(b"\n") for i in range(RANKS + 2)])
     ids = torch.tensor(ids)
     return ids, (newline[ids] | (ids == BOS)).nonzero().squeeze(1) + 1
 
@@ -186,7 +182,8 @@ class Model(nn.Module):
         """Mean negative log-likelihood of ids[:, 1:] in nats per token, the layers with skip[i]
         left out."""
         T = ids.shape[1] - 1
-        x, cos, sin, bias = self.embed_tokens(ids[:, :-1]), self.cos[:T], self.sin[:T], self.bias[:T, :, :T]
+        x, cos, sin = self.embed_tokens(ids[:, :-1]), self.cos[:T], self.sin[:T]
+        bias = self.bias[:T, :, :T]
         for layer, s in zip(self.layers, skip):
             if not s:
                 x = layer(x, cos, sin, bias)
@@ -229,10 +226,13 @@ def train(a: argparse.Namespace) -> None:
     data, starts = tokens(train_text)
     held, _ = tokens(held_text)
     bytes_held = sum(len(t.encode()) for t in held_text)
-    print(f"train {len(data):,} tokens, held out {len(held):,} tokens, {bytes_held / len(held):.2f} bytes per token", flush=True)
+    if rank == 0:
+        print(f"train {len(data):,} tokens, held out {len(held):,} tokens, "
+              f"{bytes_held / len(held):.2f} bytes per token", flush=True)
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if not (n.startswith("layers") and p.ndim == 2)]
+    known = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in known]
     opts = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     state = DEMO / "train_state.pt"                                      # ours alone, never shipped
@@ -286,30 +286,34 @@ def train(a: argparse.Namespace) -> None:
         if rank == 0 and (step % a.every == 0 or step == a.steps):
             seconds = spent + time.time() - began
             full, half = evaluate(model, held, device)
-            log.append([step, step * a.masks * B * T, sum(window) / len(window), full, half, seconds])
-            print(f"step {step} tokens {step * a.masks * B * T / 1e6:.2f}M train {sum(window) / len(window):.3f} "
-                  f"held-out full {full:.3f} often-dropped layers left out {half:.3f} {seconds / 60:.1f} min", flush=True)
+            seen, loss = step * a.masks * a.rows * a.length, sum(window) / len(window)
+            log.append([step, seen, loss, full, half, seconds])
+            print(f"step {step} tokens {seen / 1e6:.2f}M train {loss:.3f} held-out full {full:.3f} "
+                  f"often-dropped layers left out {half:.3f} {seconds / 60:.1f} min", flush=True)
             window = []
-            torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step, log=log,
-                            spent=seconds), state.with_suffix(".tmp"))
+            torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts],
+                            step=step, log=log, spent=seconds), state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
 
 
 @torch.no_grad()
-def evaluate(model: Model, held: Tensor, device: torch.device, rows: int = 24, T: int = 512) -> tuple[float, float]:
+def evaluate(model: Model, held: Tensor, device: torch.device, rows: int = 24,
+             T: int = 512) -> tuple[float, float]:
     """Held-out nats per token on evenly spaced windows: at full depth, and without the 17
     often-dropped layers."""
     at = torch.linspace(0, len(held) - T - 1, rows).long().tolist()
     ids = torch.stack([torch.cat((torch.tensor([BOS]), held[i:i + T])) for i in at]).to(device)
     half = [r > 0.5 for r in drop_rates()]
     with torch.autocast(device.type, torch.bfloat16):
-        return tuple(sum(model.loss(b, m).item() for b in ids.split(4)) / (rows // 4) for m in ([False] * L, half))
+        return tuple(sum(model.loss(b, m).item() for b in ids.split(4)) / (rows // 4)
+                     for m in ([False] * L, half))
 
 
 def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. The library's own `save_file` does the same, but asks for NumPy."""
-    specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(),
-                              data_len=t.nbytes) for name, t in tensors.items()}
+    specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
+                              data_ptr=t.data_ptr(), data_len=t.nbytes)
+             for name, t in tensors.items()}
     assert all(t.is_contiguous() for t in tensors.values())
     serialize_file(specs, str(path), metadata={"format": "pt", **(metadata or {})})
 
@@ -326,15 +330,36 @@ def export() -> None:
                 name = name.replace(f".{p}_proj", f".{part}.{p}_proj")
         out["model." + name] = t.to(torch.bfloat16).contiguous()
     save(out, DEMO / "model.safetensors")
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=RANKS + SPECIALS, hidden_size=D,
-                  intermediate_size=FFN, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=HD,
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama",
+                  vocab_size=RANKS + SPECIALS, hidden_size=D, intermediate_size=FFN,
+                  num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=HD,
                   hidden_act="silu", rms_norm_eps=EPS, rope_theta=THETA, rope_scaling=None,
-                  max_position_embeddings=CONTEXT, tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-                  bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
-    (DEMO / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (DEMO / "generation_config.json").write_text(json.dumps(dict(bos_token_id=BOS, eos_token_id=EOS), indent=2) + "\n")
+                  max_position_embeddings=CONTEXT, tie_word_embeddings=True, attention_bias=False,
+                  mlp_bias=False, bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
+    for name, content in (("config.json", config), (
+            "generation_config.json", dict(bos_token_id=BOS, eos_token_id=EOS))):
+        (DEMO / name).write_text(json.dumps(content, indent=2) + "\n")
+    (DEMO / "model.safetensors").chmod(0o644)
     n = sum(t.numel() for t in out.values())
-    print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB, after step {s['step']}, {s['spent'] / 60:.0f} minutes")
+    print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB, step {s['step']}, {s['spent'] / 60:.0f} minutes")
+
+
+@torch.inference_mode()
+def measure() -> None:
+    """The shipped weights on the whole held-out text, by llama.py in float32: windows of the whole
+    context, each begun afresh."""
+    model, text = Llama.load(DEMO), corpus()[1]
+    held, size = tokens(text)[0], sum(len(t.encode()) for t in text)
+    often, T = [r > 0.5 for r in drop_rates()], CONTEXT - 1
+    for name, skip in (("all layers", None), (f"{sum(often)} often-dropped left out", often)):
+        total, count = 0.0, 0
+        for part in held.split(T):
+            ids, cache = torch.cat((torch.tensor([BOS]), part)), model.cache(len(part))
+            x, _ = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
+            total += F.cross_entropy(model.head(x), ids[1:], reduction="sum").item()
+            count += len(part)
+        print(f"{name}: {total / count:.3f} nats per token, {total / size / math.log(2):.3f} bits "
+              f"per byte, {count:,} held-out tokens")
 
 
 def main() -> None:
@@ -342,21 +367,24 @@ def main() -> None:
     sub = p.add_subparsers(dest="what", required=True)
     sub.add_parser("tokenizer")
     sub.add_parser("export")
+    sub.add_parser("measure")
     m = sub.add_parser("model")
-    m.add_argument("--steps", type=int, default=3000)
+    m.add_argument("--steps", type=int, default=2600)
     m.add_argument("--lr", type=float, default=3e-3)
-    m.add_argument("--decay", type=float, default=0.35, help="last part of the steps, over which the rate falls to zero")
-    m.add_argument("--long-from", type=float, default=0.85, help="part of the steps after which rows span the whole context")
+    m.add_argument("--decay", type=float, default=0.35,
+                   help="last part of the steps, over which the rate falls to zero")
+    m.add_argument("--long-from", type=float, default=0.8,
+                   help="part of the steps after which rows span the whole context")
     m.add_argument("--length", type=int, default=256)
     m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
     m.add_argument("--masks", type=int, default=8, help="skip masks per step")
-    m.add_argument("--every", type=int, default=100)
+    m.add_argument("--every", type=int, default=50, help="steps between two reports")
     m.add_argument("--seed", type=int, default=1)
     m.add_argument("--threads", type=int, default=1)
     m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     m.add_argument("--compile", action="store_true")
     a = p.parse_args()
-    dict(tokenizer=make_tokenizer, export=export, model=lambda: train(a))[a.what]()
+    dict(tokenizer=make_tokenizer, model=lambda: train(a), export=export, measure=measure)[a.what]()
 
 
 if __name__ == "__main__":
