@@ -82,8 +82,9 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def ideal_speedup(clasp: dict, plain: dict) -> float | None:
     """Decoded tokens over the passes they took, in plain steps: decoded / (drafted * c + verifies),
-    with c the measured cost of a draft step. It counts a verify as one plain step, and nothing for
-    layer optimisation and sampling: what a run falls short of it is overhead."""
+    with c the measured cost of a draft step (after Leviathan et al. 2023, §3.3, with counts for
+    expectations). A verify counts as one plain step, a layer optimisation as nothing: what a run
+    falls short of this is overhead."""
     if not clasp["verifies"] or not plain["verify_seconds"]:
         return None
     c = (clasp["draft_step_seconds"] or 0.0) / plain["verify_seconds"]
@@ -138,9 +139,7 @@ def round_line(n: int, r: Round, tokenizer: Tokenizer | None, t: Terminal) -> st
         text = tokenizer.decode([i]) if tokenizer else f"{i} "
         return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
 
-    parts = [t.paint(kind, spell(i)) for kind, ids in (
-        ("kept", r.emitted[:r.accepted]), ("refused", r.drafted[r.accepted:]),
-        ("own", r.emitted[r.accepted:])) for i in ids]
+    parts = [t.paint(kind, spell(i)) for kind, ids in r.parts().items() for i in ids]
     return f"{n:4} {t.bar(r.skip)} {r.accepted:2}/{len(r.drafted):<2} {''.join(parts)}"
 
 
@@ -275,7 +274,7 @@ def generate_text(job: Job, ids: list[int]) -> int:
     a, s, tok = job.a, job.settings, job.tokenizer
     text, err, rounds, shown = Text(tok, s.stop_ids), Terminal(sys.stderr), [], []
     if sys.stdout.isatty() and sys.stderr.isatty() and not (a.json or a.verbose or a.chat) and tok:
-        prompt = tok.decode(ids[ids[0] == tok.bos:])
+        prompt = tok.decode(ids[1:] if ids[0] == tok.bos else ids)
         print(err.paint("dim", prompt), end="", file=sys.stderr, flush=True)
 
     def each(r: Round) -> None:
@@ -310,8 +309,8 @@ def compare(job: Job, ids: list[int]) -> int:
     plain, clasp = ([figures(p[side]) for p in pairs] for side in range(2))
     texts = [(ids_of(a), ids_of(b)) for a, b in pairs]
     if any(f["tokens_per_second"] is None for f in plain + clasp):
-        raise UsageError("nothing to compare, all tokens came from the prefill: allow more new "
-                         "tokens")
+        raise UsageError("nothing to compare, the prefill gave all tokens: allow more of them, or "
+                         "take a prompt that does not end at once")
     rate = [_median(f["tokens_per_second"] for f in side) for side in (plain, clasp)]
     speedup, ideal = rate[1] / rate[0], _median(map(ideal_speedup, clasp, plain))
     step = _median(f["verify_seconds"] for f in plain)
@@ -351,11 +350,13 @@ def compare(job: Job, ids: list[int]) -> int:
 
 def bench(job: Job, path: str) -> int:
     """Every question of a Spec-Bench file plainly and with CLaSp; a line per category, as in the
-    paper's Table 1. Later turns see the earlier ones and plain decoding's answers to them."""
+    paper's Table 1. Later turns see the earlier ones and plain decoding's answers to them. What
+    does not fit into the context is left out and named; Ctrl-C ends with the table so far."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line) for line in lines if line.strip()]
-        questions = [(str(q["category"]), [str(t) for t in q["turns"]]) for q in questions]
+        questions = [(str(q["category"]), list(map(str, q["turns"]))) for q in questions
+                     if isinstance(q["turns"], list)]
     except OSError as e:
         raise UsageError(f"{path}: cannot be read: {e.strerror}") from None
     except (ValueError, KeyError, TypeError) as e:
@@ -364,34 +365,46 @@ def bench(job: Job, path: str) -> int:
     if not any(turns for _, turns in questions):
         raise UsageError(f"{path}: no questions")
     results: dict[str, list[tuple[dict, dict]]] = {}
-    for n, (category, turns) in enumerate(questions):
-        messages: list[dict[str, str]] = []
-        for turn in turns:
-            messages.append(dict(role="user", content=turn))
-            ids = job.fits(job.encode(messages))
-            if not results:
-                job.pair(ids, job.a.seed)              # warm-up, not counted
-            plain, clasp = job.pair(ids, job.a.seed)
-            messages.append(dict(role="assistant", content=job.text(ids_of(plain))))
-            results.setdefault(category, []).append((figures(plain), figures(clasp)))
-        if sys.stderr.isatty():
-            print(f"\r{n + 1} of {len(questions)}", end="\n" if n + 1 == len(questions) else "",
-                  file=sys.stderr, flush=True)
+    status = 0
+    try:
+        for n, (category, turns) in enumerate(questions):
+            messages: list[dict[str, str]] = []
+            for turn in turns:
+                messages.append(dict(role="user", content=turn))
+                try:
+                    ids = job.fits(job.encode(messages))
+                except UsageError as e:
+                    print(f"clasp_mini.py: question {n + 1} left out: {e}", file=sys.stderr)
+                    break
+                if not results:
+                    job.pair(ids, job.a.seed)          # warm-up, not counted
+                plain, clasp = job.pair(ids, job.a.seed)
+                messages.append(dict(role="assistant", content=job.text(ids_of(plain))))
+                results.setdefault(category, []).append((figures(plain), figures(clasp)))
+            if sys.stderr.isatty():
+                print(f"\r{n + 1} of {len(questions)}", end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if not results:
+        raise UsageError(f"{path}: no answers")
     table = {name: _bench_line(pairs) for name, pairs in results.items()}
     table["overall"] = _bench_line([p for pairs in results.values() for p in pairs])
     if job.a.json:
         print(json.dumps(dict(settings=job.report(), categories=table)))
-        return 0
+        return status
     print(f"{'category':<16} answers tokens/verify acceptance speed-up  ideal")
     for name, line in table.items():
         print(f"{name:<16} {line['answers']:7} {line['tokens_per_verify'] or 0:13.2f} "
               f"{line['acceptance'] or 0:10.2f} {line['speedup'] or 0:8.2f} "
               f"{line['ideal_speedup'] or 0:6.2f}")
-    return 0
+    return status
 
 
 def _bench_line(pairs: list[tuple[dict, dict]]) -> dict:
-    """Tokens per verify and acceptance over all tokens; speed-up as the ratio of tokens/s."""
+    """Tokens per verify and acceptance over all tokens; speed-up and its ideal as ratios of the
+    rates over all answers."""
     def total(side: int, key: str) -> float:
         return sum(p[side][key] for p in pairs)
 
@@ -400,7 +413,7 @@ def _bench_line(pairs: list[tuple[dict, dict]]) -> dict:
 
     decoded = [total(side, "emitted") - len(pairs) for side in range(2)]
     rate = [over(decoded[side], total(side, "decode_seconds")) for side in range(2)]
-    ideal = [(p[1]["emitted"], i) for p in pairs if (i := ideal_speedup(p[1], p[0]))]
+    ideal = [(p[1]["emitted"] - 1, i) for p in pairs if (i := ideal_speedup(p[1], p[0]))]
     return dict(answers=len(pairs), tokens_per_verify=over(decoded[1], total(1, "verifies")),
                 acceptance=over(total(1, "accepted"), total(1, "drafted")),
                 speedup=over(rate[1], rate[0]),
@@ -472,8 +485,8 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("how it is drafted (speed alone)")
     g.add_argument("--strategy", choices=["clasp", "ar"], default="clasp",
                    help="ar is plain decoding, one token per pass")
-    g.add_argument("--skip-layers", type=int, metavar="M", help="layers the draft leaves out (of "
-                   f"all, default: demo {demo['skip']:.0%}%, else {other['skip']:.0%}%)")
+    g.add_argument("--skip-layers", type=int, metavar="M", help="layers the draft leaves out "
+                   f"(default: demo {demo['skip']:.0%}%, else {other['skip']:.0%}% of them)")
     g.add_argument("--draft-length", type=int, metavar="K", help="most tokens drafted per round "
                    f"(default: demo {demo['K']}, else {other['K']})")
     g.add_argument("--draft-exit-threshold", type=float, metavar="P",
@@ -505,8 +518,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--system goes with --chat")
     if a.chat and a.prompt_ids is not None:
         p.error("--chat goes with --prompt or --bench, not with --prompt-ids")
-    if a.repeats < 1 or (a.threads is not None and a.threads < 1):
-        p.error("--repeats and --threads take 1 or more")
+    if a.repeats < 1 or (a.threads is not None and not 1 <= a.threads <= 1024):
+        p.error("--repeats takes 1 or more, --threads 1 to 1024")
+    if not 0 <= a.seed < 2 ** 62:
+        p.error("--seed takes 0 to 2**62 - 1")
+    if (a.compare or a.bench is not None) and (a.strategy == "ar" or a.verbose):
+        p.error("--compare and --bench run plain decoding too, without --strategy ar or --verbose")
+    if a.compare and a.bench is not None:
+        p.error("--compare goes with a prompt; --bench compares by itself")
     try:
         job = Job(a)
         if a.bench is not None:
@@ -533,4 +552,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")           # where the encoding has no such character
     sys.exit(main())

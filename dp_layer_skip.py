@@ -7,20 +7,20 @@ token (§3.4, eq. 2).
 
 In words: after the first i layers, of which j were left out, how close can we be to where the full
 model is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or
-it was skipped, and then one skip fewer had been spent before it. The budget's answer stands at D[L,
-M]; the parents lead back from there to the set.
+it was skipped, and then one skip fewer had been spent before it. The answer for a budget of M
+stands in the last line, at j = M; the parents lead back from there to the set.
 
 Glossary
     L, M     layers; layers to leave out
     h[0..L]  the full model's states of one token, h[L] before the final norm
-    D, g     (L+1, M+1) best cosines; (M+1, width) the states behind one line of D
+    D, g     (L+1, M+1) best cosines found; (M+1, width) the states behind one line of D
     f_i      layer i on J independent versions of the token: (J, width) -> (J, width). This file
              knows no more of the model.
     parents  (L+1, M+1) bits: True where the cell was reached by skipping
 
 It is an approximation, and says so: each cell keeps one state, the nearest so far, although a
-farther one might have come out nearer in the end (§3.5, "approximate Markov"). `python
-dp_layer_skip.py` shows a table, a path, and how near it comes.
+farther one might have come out nearer in the end (§3.5, "approximate Markov"). To see a table, a
+path, and how near it comes:    python dp_layer_skip.py
 
 Run it on states you already have: a verify pass has just computed h. The cost is L - 1 calls of f,
 with at most M rows each.
@@ -38,13 +38,12 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-RunLayer = Callable[[int, Tensor], Tensor]                    # f_i on J rows: (i, (J, D)) -> (J, D)
+RunLayer = Callable[[int, Tensor], Tensor]            # f_i: (i, (J, width)) -> (J, width)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one run of the dynamic program knows: the best set for every budget 0..M, not only for
-    M."""
+    """What one run of the dynamic program knows: the set found for every budget 0..M."""
     D: list[list[float]]        # (L+1) x (M+1) cosines; nan where j > i
     parents: list[list[bool]]   # (L+1) x (M+1) True where layer i-1 was skipped
 
@@ -63,11 +62,11 @@ class Choice:
 
     @property
     def cosine(self) -> list[float]:
-        """The cosine with h[L] of the best set for each budget 0..M."""
+        """The cosine with h[L] of the set found for each budget 0..M."""
         return self.D[-1]
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:                            # (..., D), (..., D) -> (...)
+def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (..., width) -> (...)
     """a.b / (|a| |b|), in float32 or wider: bfloat16 cannot tell 0.999 from 1."""
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
@@ -80,8 +79,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                            # (..., D
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     """One cell at a time: the reference for the fast one below, and the version to read first.
 
-    h (L+1, D); run_layer(i, x) for x (1, D). Ties go to running the layer: it stands first, and
-    `max` keeps the first."""
+    h (L+1, width); run_layer(i, x) for x (1, width). On ties, where the paper is silent, the layer
+    is run: that choice stands first, and `max` keeps the first."""
     L, nan = len(h) - 1, float("nan")
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     D = [[nan] * (M + 1) for _ in range(L + 1)]
@@ -105,33 +104,32 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
     (§3.6).
 
-    h (L+1, D), on any device; run_layer(i, x) for x (J, D), J <= M; 0 <= M <= L. What is decided
-    stays on the device until the end: no cell, and no layer, waits for the host."""
+    h (L+1, width), on any device; run_layer(i, x) for x (J, width), J <= M; 0 <= M <= L. What is
+    decided stays on the device until the end: no cell, and no layer, waits for the host."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
-    g = h[:1]                                          # g[i, 0..min(i, M)], here i = 0: (1, D)
+    g = h[:1]                                          # g[i, 0..min(i, M)], here i = 0: (1, width)
     lines, bits = [], []
     for i in range(1, L + 1):
         J = min(i - 1, M)              # cells 1..J have a choice; cell 0 is h[i], cell i only skips
         last = min(i, M)
-        skipped = g[:last]                     # skipping moves a state from j-1 to j: cells 1..last
-        cos = cosine(h[i], skipped)                    # (last,)
+        # Skipping moves a state from j-1 to j, cells 1..last. Where running wins, what ran takes
+        # its place.
+        state = g[:last]
+        cos = cosine(h[i], state)                      # (last,)
         bit = torch.ones_like(cos, dtype=torch.bool)
         if J:
-            ran = run_layer(i - 1, g[1:J + 1])         # (J, D)
+            ran = run_layer(i - 1, g[1:J + 1])                               # (J, width)
             cos_ran = cosine(h[i], ran)
             wins = cos[:J] > cos_ran                   # strictly: on a tie the layer is run
             bit[:J] = wins
             cos = torch.cat((torch.where(wins, cos[:J], cos_ran), cos[J:]))
-            skipped = torch.cat((torch.where(wins[:, None], skipped[:J], ran), skipped[J:]))
-        g = torch.cat((h[i:i + 1], skipped))           # cell 0: nothing skipped
+            state = torch.cat((torch.where(wins[:, None], state[:J], ran), state[J:]))
+        g = torch.cat((h[i:i + 1], state))             # cell 0: nothing skipped
         pad = (0, M - last)
         lines.append(torch.nn.functional.pad(cos, pad, value=float("nan")))
         bits.append(torch.nn.functional.pad(bit, pad))
-    if M == 0:
-        return Choice([[1.0] for _ in range(L + 1)], [[False] for _ in range(L + 1)])
-    # the one time the host waits
-    D, parents = torch.stack(lines).tolist(), torch.stack(bits).tolist()
+    D, parents = torch.stack(lines).tolist(), torch.stack(bits).tolist()     # here the host waits
     return Choice([[1.0] + [float("nan")] * M] + [[1.0, *line] for line in D],
                   [[False] * (M + 1)] + [[False, *line] for line in parents])
 
@@ -196,7 +194,7 @@ def main() -> None:
     choice = choose_skip(h, run_layer, M)
     chosen = [i for i, s in enumerate(choice.skip()) if s]
     print(f"A toy of {L} layers, of which 1, 4 and 7 do little; {M} are to be left out.\n"
-          "D[i,j]: the best cosine with the full model after i layers, j of them left out.\n"
+          "D[i,j]: the best cosine found with the full model after i layers, j left out.\n"
           "The way back from D[9,3] is marked *.\n")
     print(show(choice, colour))
     print(f"\nLeft out: {chosen}, cosine {choice.cosine[M]:.4f}. "

@@ -158,8 +158,8 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------- rows and their cache
 
 class Rows(NamedTuple):
-    """What the T rows of a pass are told about themselves. All are tensors, none a Python number,
-    so that a recorded pass (a CUDA graph) can be told something else by overwriting them."""
+    """What the T rows of a pass are told about themselves. All are tensors and none a Python
+    number: a layer does the same whatever the position, and is told a new one by overwriting."""
     cos: Tensor                 # (T, 1, hd) rotary table at each row's position
     sin: Tensor                 # (T, 1, hd) likewise, the first half negated (see `rotate`)
     slots: Tensor               # (T,) cache slot that each row writes
@@ -182,8 +182,8 @@ class Cache:
         self.layers = list(zip(self.k, self.v))                     # L times (G, S, hd), (G, S, hd)
         self.S, self.R = S, cfg.H // cfg.G
         wide = torch.promote_types(dtype, torch.float32)
-        # (S, hd/2)
-        angle = torch.outer(torch.arange(S, dtype=torch.float64), rope_frequencies(cfg))
+        position = torch.arange(S, dtype=torch.float64)
+        angle = torch.outer(position, rope_frequencies(cfg))                            # (S, hd/2)
         self.cos = torch.cat((angle.cos(), angle.cos()), 1)[:, None].to(device, wide)   # (S, 1, hd)
         self.sin = torch.cat((-angle.sin(), angle.sin()), 1)[:, None].to(device, wide)
         self.slot = torch.arange(S, device=device)
@@ -200,10 +200,10 @@ class Cache:
         return self._rows(self.cos[t:n], self.sin[t:n], slots, self.slot[:n] <= slots[:, None])
 
     def versions(self, t: int, J: int) -> Rows:
-        """J versions of the one token at position t: equal positions, scratch slots behind it, each
-        reading the past (slots before t) and its own slot. Slot t, the full model's own entry for
-        that token, is nobody's to read, and being nobody's to write either it survives: the text's
-        cache is unharmed."""
+        """J versions of the one token at position t (§3.6): equal positions, scratch slots behind
+        it, each reading the past (slots before t) and its own slot. Slot t, the full model's own
+        entry for that token, is nobody's to read, and being nobody's to write either it survives:
+        the text's cache is unharmed."""
         n = t + 1 + J
         assert n <= self.S, f"{J} scratch slots behind {t} in a cache of {self.S} slots"
         slots, every = self.slot[t + 1:n], self.slot[:n]
@@ -218,8 +218,9 @@ class Cache:
 
 def rope_frequencies(cfg: Config) -> Tensor:
     """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. LLaMA-3.1 and later
-    stretch the slow ones: a wavelength longer than original/low is divided by `factor`, one shorter
-    than original/high is kept, between them the two are blended linearly in original/wavelength."""
+    slow the slow ones: a frequency whose wavelength exceeds original/low is divided by `factor`,
+    one whose wavelength is below original/high is kept, and between them the two are blended
+    linearly in original/wavelength."""
     f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)           # (hd/2,)
     if cfg.scaling:
         factor, low, high, original = cfg.scaling
@@ -265,8 +266,7 @@ class Llama:
         self.device, self.dtype = embed.device, embed.dtype
 
     def cache(self, S: int) -> Cache:
-        """A cache of S slots for one run: prompt + new tokens + the drafts or scratch slots behind
-        them."""
+        """A cache of S slots for one run: prompt, new tokens, and the scratch slots behind them."""
         c, size = self.cfg, torch.finfo(self.dtype).bits // 8
         need_memory(self.device, 2 * c.L * c.G * c.hd * S * size, f"a cache of {S} slots")
         return Cache(c, S, self.device, self.dtype)
@@ -300,10 +300,9 @@ class Llama:
         keys.index_copy_(1, rows.slots, k.transpose(0, 1))
         values.index_copy_(1, rows.slots, v.transpose(0, 1))
         # The R query heads that share a kv head become rows of one product with it, so grouped
-        # queries need neither copies of K and V nor a kernel that knows about them.
-        # (T, H, hd) -> (G, T*R, hd)
+        # queries need neither copies of K and V nor a kernel that knows about them:
+        # q (T, H, hd) -> (G, T*R, hd), score (G, T*R, n).
         q = q.view(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)
-        # (G, T*R, n)
         score = torch.baddbmm(rows.bias, q, keys[:, :n].transpose(1, 2), alpha=c.hd ** -0.5)
         weight = score.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
         a = torch.bmm(weight, values[:, :n])                                # (G, T*R, hd)
@@ -314,7 +313,7 @@ class Llama:
         return torch.addmm(x, F.silu(gate) * up, w.down.t())
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
-        """h[L] -> logits, float32 or wider."""
+        """h[L] -> logits, computed in the model's dtype, then widened to float32 or more."""
         x = F.linear(rms_norm(x, self.norm, self.cfg.eps), self.lm_head)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -416,7 +415,8 @@ def _fill(place: dict[str, Tensor], files: dict[str, Path], progress: Progress |
 def need_memory(device: torch.device, need: int, what: str) -> None:
     """Raise ModelError if `device` has fewer than `need` bytes free for `what`."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        pool = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + pool
     elif os.path.exists("/proc/meminfo"):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next((int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvail")), need)
@@ -468,7 +468,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text -> ids. No special token is added, and none can be written: "<|eot_id|>" in
-        a user's text is nine or so ordinary tokens."""
+        a user's text is a handful of ordinary tokens."""
         return self._bpe.encode_ordinary(text)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

@@ -2,10 +2,13 @@
 round, step for step.
 
 Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with
-probability q(d); the full model would have said p(d). Accept with probability min(1, p/q), so that
-accepted drafts pay min(p, q) of what each token is owed; after a refusal draw from norm(max(0, p -
-q)), which is exactly what is still owed. The sum is p, whatever q was: a bad draft costs time,
-never truth. Three things must hold for this, and each has a test that fails when it does not:
+probability q(d); the full model would have said p(d).
+
+    min(1, p/q)            accept with this probability: accepted drafts pay min(p, q)
+    norm(max(0, p - q))    draw from this after a refusal: exactly what is still owed
+
+The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this,
+and each has a test that fails when it does not:
 
     - one function (`probabilities`) turns logits into p and into q, for draft, acceptance, residual
       and bonus;
@@ -54,8 +57,7 @@ class Settings:
     interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
 
     def check(self, L: int) -> str | None:
-        """What is wrong with these settings for a model of L layers, in a line; None if nothing
-        is."""
+        """The first fault of these settings for a model of L layers, as one line; else None."""
         for ok, complaint in (
                 (0 <= self.temperature < float("inf"),
                  f"temperature {self.temperature}: 0 (greedy) or above wanted"),
@@ -81,8 +83,9 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # a tiny temperature must not overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature
+    # The smallest temperatures must neither overflow nor vanish in float32.
+    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(s.temperature, torch.finfo(logits.dtype).tiny)
     if not s.top_k and s.top_p == 1:
         return logits.softmax(-1)
     logits, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -99,14 +102,14 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
 
 def acceptance(p: Tensor, q: Tensor) -> Tensor:
     """min(1, p/q): how likely a drafted token is kept, from its probabilities under target and
-    draft."""
+    draft (Leviathan et al. 2023, Algorithm 1)."""
     return (p.double() / q.double()).clamp(max=1)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
-    """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q). Where p
-    and q agree to the last bit nothing is owed, and nothing can have been refused; should rounding
-    say otherwise, p itself."""
+    """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
+    Where p and q agree to the last bit nothing is owed, and nothing can have been refused; should
+    rounding say otherwise, p itself."""
     owed = (p - q).clamp(min=0)
     mass = owed.sum()
     return torch.where(mass > 0, owed / mass, p)
@@ -131,8 +134,8 @@ def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int],
 # ------------------------------------------------------------------------------ chance
 
 class Chance:
-    """The real one: a seeded generator. It lives on the host, so that a seed means the same on
-    every device."""
+    """The real one: a seeded generator. It lives on the host, so that a seed means the same
+    uniforms on every device."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -142,8 +145,7 @@ class Chance:
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
     def accept(self, a: float) -> bool:
-        """True with probability a. Strict: with u <= a, a token of probability zero would pass at u
-        = 0."""
+        """True with probability a. Strict: u <= a would pass a token of probability 0 at u = 0."""
         return self.uniform() < a
 
     def draw(self, p: Tensor) -> int:
@@ -152,13 +154,11 @@ class Chance:
 
 
 def inverse_cdf(p: Tensor, u: float) -> int:
-    """The first token, in ascending id, at which the running sum of p (float64) exceeds u times its
-    total."""
-    cdf = p.double().cumsum(0)
-    # subtle: u * total can round up to the total; the first slot to reach it is the last token with
-    # p > 0.
-    last = torch.searchsorted(cdf, cdf[-1])
-    return int(torch.minimum(torch.searchsorted(cdf, u * cdf[-1], right=True), last))
+    """The first token, in ascending id, at which the running sum of p (V,), in float64, exceeds u
+    times its total."""
+    ids = p.nonzero()[:, 0]          # a token of probability zero has no slot to be drawn from
+    cdf = p[ids].double().cumsum(0)
+    return int(ids[torch.searchsorted(cdf, u * cdf[-1], right=True)])
 
 
 class Recording(Chance):
@@ -235,6 +235,11 @@ class Round:
     choice: Any                 # what the chooser returned, if it was asked after this round
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
+    def parts(self) -> dict[str, list[int]]:
+        """The tokens by what became of them: "kept", "refused", the full model's "own"."""
+        return dict(kept=self.emitted[:self.accepted], refused=self.drafted[self.accepted:],
+                    own=self.emitted[self.accepted:])
+
 
 @torch.inference_mode()
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
@@ -245,29 +250,30 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
     choice of K, M, exit_threshold, interval or `choose` changes it. Without `choose`, or with K or
     M = 0, no layers are optimised.
     """
+    assert prompt, "an empty prompt has no last token to continue from"
+    assert not s.check(model.cfg.L), s.check(model.cfg.L)
     text, cached = list(prompt), 0
     end, verified = len(text) + s.N, 0
     skip = (False,) * model.cfg.L
-    # scratch slots of the DP behind the last token; drafts need none
-    cache = model.cache(end + s.M)
-    assert text, "an empty prompt has no last token to continue from"
+    cache = model.cache(end + s.M)     # M scratch slots for the DP; drafts stay within the text's
 
     while True:
-        began, last = _clock(model), len(text) - 1     # position of the last token
-        # 1. Draft: up to K tokens from the layers not skipped; not more than can still be emitted
-        #    beside the bonus.
+        began, t = _clock(model), len(text) - 1        # t: position of the last token
+        # 1. Draft: up to K tokens from the layers not skipped, though no more than can be emitted
+        #    beside the full model's own. While nothing is cached, the prefill comes first.
         drafted, q, confidence = [], [], []
         while cached and len(drafted) < min(s.K, end - len(text) - 1):
             token = drafted[-1] if drafted else text[-1]
-            rows = cache.sequence(last + len(drafted), 1)
+            rows = cache.sequence(t + len(drafted), 1)
             x, _ = model.forward(_ids(model, [token]), rows, cache, skip)
             logits = model.head(x)[0]                  # (V,)
             q.append(probabilities(logits, s))
             drafted.append(chance.draw(q[-1]))
             confidence.append(logits.softmax(-1).amax().item())
-            # A doubtful token stays, and is judged like any other; only what would follow it is not
-            # drafted. To throw a token away after having seen it would make it rarer than p says
-            # (the tests measure that).
+            # Our decision, as the paper is silent: confidence is the draft's top-1 probability at
+            # temperature 1, before top-k and top-p; and a doubtful token stays and is judged like
+            # any other, only what would follow it is not drafted. To throw a token away after
+            # having seen it would make it rarer than p says (the tests measure that).
             if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:
                 break
         drafting = _clock(model)
@@ -279,32 +285,35 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
         optimise = choose is not None and s.K > 0 and s.M > 0 and verified % s.interval == 0
         for c in range(0, len(todo), CHUNK):
             part = todo[c:c + CHUNK]
-            x, h = model.forward(_ids(model, part), cache.sequence(cached + c, len(part)), cache,
+            rows = cache.sequence(cached + c, len(part))
+            x, h = model.forward(_ids(model, part), rows, cache,
                                  states=slice(-k - 1, None) if optimise else None)
-        # (k+1, V): row r predicts what follows the r-th draft
+        # p (k+1, V): row r predicts what follows the r-th draft, row 0 what follows the last token.
         p = probabilities(model.head(x[-k - 1:]), s)
         accepted, token, a = judge(p, q, drafted, chance)
         emitted = drafted[:accepted] + [token]
-        stops = [r for r, t in enumerate(emitted) if t in s.stop_ids]
-        if stops:
-            # a stop token ends the text where it stands, drafted or not
+        stops = [r for r, d in enumerate(emitted) if d in s.stop_ids]
+        if stops:                                      # the text ends there, drafted or not
             emitted = emitted[:stops[0] + 1]
         text += emitted
-        cached = len(text) - 1                       # the last token has been emitted, not yet read
+        cached = len(text) - 1                         # the last token is emitted, not yet read
         done = bool(stops) or len(text) == end
         verifying = _clock(model)
 
         # 3. Optimise layers: the states of the last accepted row are the probe; its candidates are
-        #    told its position.
+        #    told its position. The first set comes from the last prompt token ("Prefill & Update",
+        #    Fig. 1), the others every `interval` verifications.
         used, choice = skip, None
         if optimise and not done:
-            rows = cache.versions(last + accepted, s.M)
-            choice = choose(h[:, accepted],
-                            lambda i, x: model.layer(i, x, rows.first(len(x)), cache), s.M)
+            rows = cache.versions(t + accepted, s.M)
+
+            def run_layer(i: int, x: Tensor, rows: Any = rows) -> Tensor:
+                return model.layer(i, x, rows.first(len(x)), cache)
+            choice = choose(h[:, accepted], run_layer, s.M)
             skip = choice.skip()
         verified += 1
         ended = _clock(model)
-        yield Round(last + 1, used, drafted, confidence, a, accepted, emitted, choice,
+        yield Round(t + 1, used, drafted, confidence, a, accepted, emitted, choice,
                     (drafting - began, verifying - drafting, ended - verifying))
         if done:
             return

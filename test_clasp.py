@@ -249,7 +249,7 @@ def test_each_layer_is_called_once_and_the_host_reads_only_at_the_end(dp=dp_laye
             except (RuntimeError, NotImplementedError) as e:
                 raise AssertionError(f"after {events[-1:]} a tensor was read: {e}") from e
         # Never layer 0: its output is h[1]. At the end two reads, of D and of the parents.
-        assert events == ([(i, min(i, M), 8) for i in range(1, L)] + ["read"] * 2 if M else [])
+        assert events == [(i, min(i, M), 8) for i in range(1, L) if M] + ["read"] * 2
 
 
 def test_on_a_llama_candidates_are_as_if_each_were_alone(dp=dp_layer_skip, ll=llama):
@@ -301,11 +301,11 @@ BROKEN_DP = {
     "cell (i,i) does not know it skipped": [
         ("ones_like(cos, dtype", "zeros_like(cos, dtype"), ("append((True, g", "append((j < i, g")],
     "skipping spends nothing": [
-        ("skipped = g[:last]", "skipped = torch.cat((g[1:], g[-1:]))[:last]"),
+        ("state = g[:last]", "state = torch.cat((g[1:], g[-1:]))[:last]"),
         ("g[i - 1, j - 1])", "g[i - 1, min(j, i - 1)])")],
     "g[i,0] is one layer late": [
         ("torch.cat((h[i:i + 1]", "torch.cat((h[i - 1:i]"), ("= 1.0, h[i] ", "= 1.0, h[i - 1] ")],
-    "the losing state is kept": [("skipped[:J], ran)", "ran, skipped[:J])")],
+    "the losing state is kept": [("state[:J], ran)", "ran, state[:J])")],
     "the losing cosine is told": [("wins, cos[:J], cos_ran)", "wins, cos_ran, cos[:J])")],
     "the cosine is bfloat16": [("torch.promote_types(a.dtype, torch.float32)", "torch.bfloat16")],
     "the cosine is as wide as the states": [
@@ -373,7 +373,6 @@ def test_colour_is_for_terminals_and_never_with_NO_COLOR(monkeypatch, capsys, tt
 # The heart: on a tiny LLaMA every branch that chance can take is run, and the probability of every
 # text is exact.
 
-
 def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8):
     """Random weights, large enough that every layer matters and q is far from p."""
     gen = torch.Generator().manual_seed(seed)
@@ -383,27 +382,27 @@ def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8
 
     cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
     one = torch.ones(D, dtype=dtype)
-    layers = [
-        llama.Layer(
-            one,
-            new((H + 2 * G) * hd, D, scale=D**-0.5),
-            new(D, H * hd, scale=0.5),
-            one,
-            new(2 * ffn, D, scale=D**-0.5),
-            new(D, ffn, scale=0.5),
-        )
-        for _ in range(L)
-    ]
+    layers = [llama.Layer(one, new((H + 2 * G) * hd, D, scale=D ** -0.5), new(D, H * hd, scale=0.5),
+                          one, new(2 * ffn, D, scale=D ** -0.5), new(D, ffn, scale=0.5))
+              for _ in range(L)]
     return llama.Llama(cfg, new(V, D), layers, one, new(V, D, scale=0.5))
 
 
 def full_model(model, text):
-    """Logits after `text`, by one fresh pass of the full model: what every decoder below is held
-    against."""
-    x, _ = model.forward(
-        torch.tensor(text), (cache := model.cache(len(text))).sequence(0, len(text)), cache
-    )
+    """Logits after `text`, by one fresh pass of the full model: what decoders are held against."""
+    cache = model.cache(len(text))
+    x, _ = model.forward(torch.tensor(text), cache.sequence(0, len(text)), cache)
     return model.head(x[-1])
+
+
+def decode(model, prompt, s, chance=0, loop=generate):
+    """The rounds of a whole run with the real dynamic program; `chance` may be a seed."""
+    chance = Chance(chance) if isinstance(chance, int) else chance
+    return list(loop(model, list(prompt), s, chance, choose_skip))
+
+
+def tokens(rounds):
+    return [t for r in rounds for t in r.emitted]
 
 
 def target_distribution(model, prompt, s):
@@ -423,38 +422,24 @@ def target_distribution(model, prompt, s):
     return out
 
 
-def loop_distribution(model, prompt, s, loop=generate, choose=choose_skip):
-    """text -> probability: the whole loop, real cache, real DP, down every branch of chance."""
-    out = collections.defaultdict(float)
-    for text, weight in every_outcome(
-        lambda chance: tuple(t for r in loop(model, prompt, s, chance, choose) for t in r.emitted)
-    ):
-        out[text] += weight
-    return dict(out)
-
-
 def distance(model, s, loop=generate, prompt=(0, 1)):
-    """The largest difference in probability of any text, between the loop and the product of
-    conditionals."""
-    want, got = target_distribution(model, prompt, s), loop_distribution(model, prompt, s, loop)
+    """The largest difference in probability of any text between the loop (real cache, real DP, down
+    every branch of chance) and the product of conditionals."""
+    want, got = target_distribution(model, prompt, s), collections.defaultdict(float)
+    for text, weight in every_outcome(lambda c: tuple(tokens(decode(model, prompt, s, c, loop)))):
+        got[text] += weight
     return max(abs(want.get(t, 0.0) - got.get(t, 0.0)) for t in want | got)
 
 
-SAMPLERS = [
-    dict(temperature=1.0),
-    dict(temperature=0.7, top_k=2),
-    dict(temperature=1.3, top_p=0.8),
-    dict(temperature=0.8, top_k=2, top_p=0.7),
-    dict(temperature=0.0),
-]
-# K, M, interval, exit
-DRAFTS = list(itertools.product([1, 2, 3], [0, 1, 2, 3], [1, 2], [0.0, 0.5, 1.0]))
+SAMPLERS = [dict(temperature=1.0), dict(temperature=0.7, top_k=2), dict(temperature=1.3, top_p=0.8),
+            dict(temperature=0.8, top_k=2, top_p=0.7), dict(temperature=0.0)]
+DRAFTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (1, 2), (0.0, 0.5, 1.0)))
 STOPS = [(), (2,)]
 
 
 def combinations():
-    """Every draft setting, each with one of the ten samplers and stops, in turn; CLASP_EXHAUSTIVE=1
-    crosses all."""
+    """Every draft setting (K, M, interval, exit threshold), each with one of the ten samplers and
+    stops in turn; with CLASP_EXHAUSTIVE=1 each with all."""
     if os.environ.get("CLASP_EXHAUSTIVE"):
         return list(itertools.product(DRAFTS, SAMPLERS, STOPS))
     pairs = list(itertools.product(SAMPLERS, STOPS))
@@ -464,161 +449,94 @@ def combinations():
 @pytest.mark.parametrize("draft, sampler, stops", combinations())
 def test_the_whole_loop_has_exactly_the_full_models_distribution(draft, sampler, stops):
     """Refuses anything that moves any text's probability by 1e-12. Four new tokens are up to four
-    rounds; the model is random, so that p and q differ, drafts are refused and layers change
-    between the rounds."""
+    rounds; the model is random, so that p and q differ, drafts are refused and layers change."""
     K, M, interval, threshold = draft
-    s = Settings(
-        K=K, M=M, interval=interval, exit_threshold=threshold, stop_ids=stops, N=4, **sampler
-    )
+    s = Settings(K=K, M=M, interval=interval, exit_threshold=threshold, stop_ids=stops, N=4,
+                 **sampler)
     assert distance(tiny_llama(seed=K + M), s) < 1e-12
 
 
-@pytest.mark.parametrize("V, N, K", [(3, 5, 3), (5, 3, 2)])
-def test_so_has_a_longer_text_and_a_larger_vocabulary(V, N, K):
-    s = Settings(
-        temperature=1.0,
-        K=K,
-        M=2,
-        interval=2,
-        exit_threshold=0.4,
-        N=N,
-        top_k=0 if V == 5 else 2,
-        stop_ids=(1,),
-    )
+@pytest.mark.parametrize("V, N, K, top_k", [(3, 5, 3, 2), (5, 3, 2, 0)])
+def test_so_has_a_longer_text_and_a_larger_vocabulary(V, N, K, top_k):
+    """Refuses errors that need a third draft, or more than three tokens, to show."""
+    s = Settings(temperature=1.0, K=K, M=2, interval=2, exit_threshold=0.4, N=N, top_k=top_k,
+                 stop_ids=(1,))
     assert distance(tiny_llama(V=V, L=4, seed=5), s) < 1e-12
 
 
-def test_the_enumeration_sees_refusals_full_acceptance_changing_layers_and_stops_inside_drafts():
+def test_the_enumeration_sees_refusals_acceptance_changing_layers_and_stops_inside_drafts():
     """Refuses a test of the loop that would pass because nothing happens in it."""
     s, seen = Settings(temperature=1.0, K=2, M=2, interval=1, stop_ids=(2,), N=5, top_k=2), set()
 
     def run(chance):
-        rounds = list(generate(tiny_llama(L=4, seed=0), (0, 1), s, chance, choose_skip))
-        for r in rounds[1:]:
+        rounds = decode(tiny_llama(L=4), (0, 1), s, chance)[1:]
+        for r in rounds:
             k = len(r.drafted)
-            seen.update({("refused", r.accepted)} if r.accepted < k else {("all", k)})
+            seen.add(("refused", r.accepted) if r.accepted < k else ("all", k))
             if r.emitted[-1] == 2 and r.accepted == len(r.emitted):
-                seen.add("a drafted stop token ended the text")
-        if len({r.skip for r in rounds[1:]}) > 1:
+                seen.add("drafted stop")
+        if len({r.skip for r in rounds}) > 1:
             seen.add("layers changed")
 
-    assert math.isclose(sum(weight for _, weight in every_outcome(run)), 1, abs_tol=1e-12)
-    assert seen >= {
-        ("refused", 0),
-        ("refused", 1),
-        ("all", 2),
-        "layers changed",
-        "a drafted stop token ended the text",
-    }
+    assert math.isclose(sum(w for _, w in every_outcome(run)), 1, abs_tol=1e-12)
+    assert seen >= {("refused", 0), ("refused", 1), ("all", 2), "layers changed", "drafted stop"}
 
 
 # ----------------------------------------------------------------- the checker must be able to fail
 
-DRAW, BREAK = (
-    "drafted.append(chance.draw(q[-1]))",
-    "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:",
-)
-ROWS, CACHED = "cache.sequence(cached + c, len(part))", "cached = len(text) - 1  "
-VERIFY, P = (
-    "k, todo = len(drafted), text[cached:] + drafted",
-    "p = probabilities(model.head(x[-k - 1:]), s)",
-)
-WRONG_SAMPLERS = {
+DRAW, P = "drafted.append(chance.draw(q[-1]))", "p = probabilities(model.head(x[-k - 1:]), s)"
+EXIT = "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:"
+TODO, CACHED = "k, todo = len(drafted), text[cached:] + drafted", "cached = len(text) - 1  "
+BONUS, EMITTED = "chance.draw(p[-1])", "emitted = drafted[:accepted] + [token]"
+LATE = [("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
+        ("cache.sequence(cached + c, len(part))", "cache.sequence(cached + c + late, len(part))"),
+        ("model.cache(end + s.M)", "model.cache(end + s.M + 99)")]
+WRONG_SAMPLERS = {      # what is wrong: (the program's text, the wrong text in its place), ...
     "residual = p": [("owed = (p - q).clamp(min=0)", "owed = p")],
     "residual through a softmax": [
-        ("return torch.where(mass > 0, owed / mass, p)", "return (p - q).softmax(-1)")
-    ],
+        ("return torch.where(mass > 0, owed / mass, p)", "return (p - q).softmax(-1)")],
     "residual without max(0, .)": [("owed = (p - q).clamp(min=0)", "owed = (p - q).abs()")],
     "lenient acceptance": [(".clamp(max=1)", ".mul(1.3).clamp(max=1)")],
     "acceptance the wrong way up": [("(p.double() / q.double())", "(q.double() / p.double())")],
     "argmax draft scored with a softmax q": [(DRAW, "drafted.append(int(q[-1].argmax()))")],
     "q at temperature 1": [(DRAW, DRAW + "\n            q[-1] = logits.softmax(-1)")],
     "bonus from unfiltered logits": [
-        (P, P + "\n        p[-1] = model.head(x[-1:])[0].softmax(-1)")
-    ],
-    "bonus from the row before": [
-        ("chance.draw(p[-1])", "chance.draw(p[-2] if len(p) > 1 else p[-1])")
-    ],
-    "p without the filters": [
-        (P, "p = probabilities(model.head(x[-k - 1:]), Settings(temperature=s.temperature))")
-    ],
+        (P, P + "\n        p[-1] = model.head(x[-1:])[0].softmax(-1)")],
+    "bonus from the row before": [(BONUS, "chance.draw(p[-2] if len(p) > 1 else p[-1])")],
+    "p without the filters": [(P, P[:-2] + "Settings(temperature=s.temperature))")],
     "top-p before temperature": [
-        ("logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature", "logits = logits"),
-        (
-            "order, p / p.sum(-1, keepdim=True))",
-            "order, (p ** (1 / s.temperature) / (p ** (1 / s.temperature)).sum(-1, keepdim=True)))",
-        ),
-    ],
-    "low-confidence tokens are thrown away": [
-        (
-            BREAK,
-            "if q[-1][drafted[-1]] < s.exit_threshold:\n                drafted.pop()"
-            "\n                q.pop()\n                break\n            if False:",
-        )
-    ],
+        ("logits / max(s.temperature, torch.finfo(logits.dtype).tiny)", "logits"),
+        ("p / p.sum(-1, keepdim=True))",
+         "torch.nn.functional.normalize(p ** (1 / s.temperature), 1, -1))")],
+    "doubtful tokens are thrown away": [
+        (EXIT, "if q[-1][drafted[-1]] < s.exit_threshold:\n                drafted.pop(), q.pop()\n"
+               "                break\n            if False:")],
     "the drafts' keys stay after a verify": [
-        (VERIFY, VERIFY + "\n        was = cache.k[:, :, last:last + k + 1].clone()"),
-        (
-            CACHED,
-            "if k:\n            cache.k[:, :, last:last + k + 1] = was\n"
-            "        cached = len(text) - 1 #",
-        ),
-    ],
+        (TODO, TODO + "\n        was = cache.k[:, :, t:t + k + 1].clone()"),
+        (CACHED, "if k:\n            cache.k[:, :, t:t + k + 1] = was\n"
+                 "        cached = len(text) - 1 #")],
     "a refused draft's slots are not given back": [
-        ("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
-        (ROWS, "cache.sequence(cached + c + late, len(part))"),
-        (CACHED, "late += k - accepted\n        cached = len(text) - 1 #"),
-        ("model.cache(end + s.M)", "model.cache(end + s.M + 99)"),
-    ],
+        *LATE, (CACHED, "late += k - accepted\n        cached = len(text) - 1 #")],
     "position off by one after full acceptance": [
-        ("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
-        (ROWS, "cache.sequence(cached + c + late, len(part))"),
-        (CACHED, "late += 0 < k == accepted\n        cached = len(text) - 1 #"),
-        ("model.cache(end + s.M)", "model.cache(end + s.M + 99)"),
-    ],
+        *LATE, (CACHED, "late += 0 < k == accepted\n        cached = len(text) - 1 #")],
     "token 0 is no token": [
-        (
-            "emitted = drafted[:accepted] + [token]",
-            "emitted = [t for t in drafted[:accepted] + [token] if t] or [1]",
-        )
-    ],
+        (EMITTED, "emitted = [d for d in drafted[:accepted] + [token] if d] or [1]")],
     "the text goes on after an accepted stop": [("emitted = emitted[:stops[0] + 1]", "stops = []")],
 }
+STRICT = Settings(temperature=0.8, top_k=3, top_p=0.9, N=4, stop_ids=(2,), K=2, M=2, interval=1,
+                  exit_threshold=0.6)
 
 
 @pytest.mark.parametrize("wrong", WRONG_SAMPLERS)
 def test_the_exact_test_refuses_this_wrong_sampler(wrong):
-    """Each is an error that real repositories have made; the right program passes under the same
-    settings."""
-    model = tiny_llama(V=4, seed=11)
-    s = Settings(
-        temperature=0.8,
-        top_k=3,
-        top_p=0.9,
-        K=2,
-        M=2,
-        interval=1,
-        exit_threshold=0.6,
-        N=4,
-        stop_ids=(2,),
-    )
-    assert distance(model, s, altered(speculative, *WRONG_SAMPLERS[wrong]).generate) > 1e-4
+    """Refuses an exact test that errors which real repositories have made would pass."""
+    loop = altered(speculative, *WRONG_SAMPLERS[wrong]).generate
+    assert distance(tiny_llama(V=4, seed=11), STRICT, loop) > 1e-4
 
 
 def test_the_settings_of_the_wrong_samplers_pass_with_the_right_one():
-    model = tiny_llama(V=4, seed=11)
-    s = Settings(
-        temperature=0.8,
-        top_k=3,
-        top_p=0.9,
-        K=2,
-        M=2,
-        interval=1,
-        exit_threshold=0.6,
-        N=4,
-        stop_ids=(2,),
-    )
-    assert distance(model, s, altered(speculative).generate) < 1e-12
+    """Refuses a table of wrong programs that are refused for another reason."""
+    assert distance(tiny_llama(V=4, seed=11), STRICT, altered(speculative).generate) < 1e-12
 
 
 class Fixed(Chance):
@@ -632,100 +550,79 @@ class Fixed(Chance):
 
 
 def test_a_token_of_probability_zero_never_passes_not_even_at_u_zero():
-    """Refuses u <= a in the acceptance test, and u * total >= cdf in the draw."""
-    p, zero_first = (
-        torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
-        torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]),
-    )
-    assert judge(p, [torch.tensor([1.0, 0.0])], [0], Fixed(0.0)) == (0, 1, [0.0])
-    assert inverse_cdf(zero_first, 0.0) == 1 and inverse_cdf(zero_first, 1 - 2**-53) == 3
-    assert inverse_cdf(zero_first, 0.25) == 3 and inverse_cdf(zero_first, 0.25 - 2**-53) == 1
-    sharp = altered(speculative, ("self.uniform() < a", "self.uniform() <= a")).Chance
-    assert sharp.accept(Fixed(0.0), 0.0), "the wrong program is told apart"
+    """Refuses u <= a in the acceptance test, and >= for > in the draw."""
+    p, q = torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0])
+    assert judge(p, [q], [0], Fixed(0.0)) == (0, 1, [0.0])
+    assert altered(speculative, ("() < a", "() <= a")).Chance.accept(Fixed(0.0), 0.0)
+    p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    for u, token in ((0.0, 1), (0.25 - 2 ** -53, 1), (0.25, 3), (1 - 2 ** -53, 3)):
+        assert inverse_cdf(p, u) == token
 
 
 # ------------------------------------------------------------------------------ formulas
 
-
 def test_accepting_and_refusing_together_pay_every_token_exactly_p():
-    """q * accept + P(refuse) * residual = p, for 2000 random pairs with zeros, disjoint ones and
-    equal ones."""
+    """Refuses any wrong acceptance or residual: q * accept + P(refuse) * residual = p, for 2000
+    random pairs, among them pairs with zeros, disjoint and equal ones."""
     gen = torch.Generator().manual_seed(0)
     for n in range(2000):
         V = 2 + n % 7
-        p, q = torch.rand(2, V, generator=gen, dtype=torch.float64) ** 3 * (
-            torch.rand(2, V, generator=gen) > n % 3 / 4
-        )
-        p, q = (
-            x / x.sum() if x.sum() > 0 else torch.eye(V, dtype=torch.float64)[n % V] for x in (p, q)
-        )
-        if n % 50 == 0:
-            q = p
+        p, q = torch.rand(2, V, generator=gen, dtype=torch.float64) ** 3
+        keep = torch.rand(2, V, generator=gen) > n % 3 / 4
+        p, q = (x * k if (x * k).sum() > 0 else x for x, k in zip((p, q), keep))
+        p, q = p / p.sum(), q / q.sum()
+        q = p if n % 50 == 0 else q
         a = torch.where(q > 0, acceptance(p, q), 0)
         assert ((q * a + (q * (1 - a)).sum() * residual(p, q)) - p).abs().max() < 1e-14
 
 
 def test_a_residual_without_mass_is_p_and_never_nan():
+    """Refuses 0/0 where p and q are equal, as with an empty skip set, or p is smaller
+    throughout."""
     p = torch.tensor([0.25, 0.75])
     assert residual(p, p).equal(p) and residual(p, p * (1 + 1e-6)).equal(p)
 
 
 def test_greedy_is_a_one_hot_distribution_and_ties_go_to_the_smaller_id():
-    assert probabilities(
-        torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 0.0]]), Settings()
-    ).tolist() == [[0, 1, 0], [1, 0, 0]]
+    """Refuses greedy by a tiny temperature, which shares a tie."""
+    logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, 0.0]])
+    assert probabilities(logits, Settings()).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_temperature_comes_first_then_top_k_then_top_p():
-    """Refuses the other orders: at temperature 2 the nucleus of 0.6 among the top two holds both;
-    of all four, or at temperature 1, it would hold another number."""
+    """Refuses the other orders: of the top two at temperature 2, the first has more than 0.6; of
+    all four it has less, and so the nucleus of 0.6 would hold two."""
     logits = torch.tensor([2.0, 1.0, 0.9, -3.0], dtype=torch.float64)
-    e = [math.exp(x / 2) for x in (2.0, 1.0)]
-    assert (
-        e[0] / sum(e) > 0.6 and math.exp(2) / sum(math.exp(x) for x in (2.0, 1.0, 0.9, -3.0)) < 0.6
-    )
-    assert probabilities(logits, Settings(temperature=2.0, top_k=2, top_p=0.6)).tolist() == [
-        1,
-        0,
-        0,
-        0,
-    ]
-    got = probabilities(logits, Settings(temperature=2.0, top_k=2, top_p=0.7)).tolist()
-    assert got == pytest.approx([e[0] / sum(e), e[1] / sum(e), 0, 0], abs=1e-15)
+    two, four = (logits[:2] / 2).softmax(-1), (logits / 2).softmax(-1)
+    assert two[0] > 0.6 > four[0]
+    for top_p, want in ((0.6, [1, 0, 0, 0]), (0.7, [*two.tolist(), 0, 0])):
+        p = probabilities(logits, Settings(temperature=2.0, top_k=2, top_p=top_p))
+        assert p.tolist() == pytest.approx(want, abs=1e-15)
 
 
 def test_the_nucleus_is_the_shortest_beginning_that_reaches_top_p():
+    """Refuses one token too few or too many, and an empty nucleus."""
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64).log()
-    for top_p, kept in (
-        (0.5, [1]),
-        (0.500001, [1, 3]),
-        (0.75, [1, 3]),
-        (0.76, [1, 2, 3]),
-        (1e-9, [1]),
-    ):
-        p = probabilities(logits, Settings(temperature=1.0, top_p=top_p - 1e-12))
+    for top_p, kept in ((0.49, [1]), (0.51, [1, 3]), (0.74, [1, 3]), (0.76, [1, 2, 3]),
+                        (0.01, [1])):
+        p = probabilities(logits, Settings(temperature=1.0, top_p=top_p))
         assert p.nonzero()[:, 0].tolist() == kept and abs(p.sum() - 1) < 1e-15
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_probabilities_are_float32_or_wider_and_finite_at_any_temperature(dtype):
+    """Refuses arithmetic in bfloat16, overflow, and a top-k that keeps more than k on ties."""
     logits = torch.tensor([-300.0, 0.0, 300.0, 299.0], dtype=dtype)
-    for t in (1e-30, 1e-3, 1.0, 1e6):
-        for k, top_p in ((0, 1.0), (9, 1.0), (2, 0.5), (1, 1.0)):
-            p = probabilities(logits, Settings(temperature=t, top_k=k, top_p=top_p))
-            assert p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for temperature in (1e-300, 1e-46, 1e-30, 1e-3, 1.0, 1e6):
+        for top_k, top_p in ((0, 1.0), (9, 1.0), (2, 0.5), (1, 1.0)):
+            p = probabilities(logits, Settings(temperature=temperature, top_k=top_k, top_p=top_p))
+            assert p.dtype == torch.promote_types(dtype, torch.float32)
             assert abs(p.sum().item() - 1) < 1e-6 and p.isfinite().all()
-    assert probabilities(torch.zeros(5), Settings(temperature=1.0, top_k=2)).tolist() == [
-        0.5,
-        0.5,
-        0,
-        0,
-        0,
-    ]
+    p = probabilities(torch.zeros(5, dtype=dtype), Settings(temperature=1.0, top_k=2))
+    assert p.tolist() == [0.5, 0.5, 0, 0, 0]
 
 
 # ------------------------------------------------------------------------------ the real generator
-
 
 def chi_square(module, n=20000):
     """The statistic of n tokens that were drafted from q and judged against p, over 5 cells."""
@@ -740,66 +637,56 @@ def chi_square(module, n=20000):
 
 
 def test_the_seeded_generator_draws_from_p():
-    """Chi-square with 4 degrees of freedom: the right program exceeds 23.5 for one seed in 10,000;
-    the seed is fixed. The lenient one is far beyond."""
-    assert chi_square(speculative) < 23.5
-    assert (
-        chi_square(altered(speculative, (".clamp(max=1)", ".mul(1.2).clamp(max=1)")), n=5000) > 23.5
-    )
+    """Refuses a generator that is not uniform or is asked wrongly. With 4 degrees of freedom the
+    right program exceeds 23.5 for one seed in 10,000; the seed is fixed. A lenient one is far
+    beyond."""
+    lenient = altered(speculative, (".clamp(max=1)", ".mul(1.2).clamp(max=1)"))
+    assert chi_square(speculative) < 23.5 < chi_square(lenient, n=5000)
 
 
 def test_a_seed_means_one_text_and_another_seed_another():
-    model, s = tiny_llama(V=5), Settings(temperature=1.0, K=3, M=1, N=40)
-    texts = [
-        [t for r in generate(model, [0], s, Chance(seed), choose_skip) for t in r.emitted]
-        for seed in (1, 1, 2)
-    ]
-    assert texts[0] == texts[1] != texts[2]
+    """Refuses a hidden source of chance, a seed that is not used, and seeding before each draw."""
+    s = Settings(temperature=1.0, K=3, M=1, N=40)
+    texts = [tokens(decode(tiny_llama(V=5), [0], s, seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) > 1
 
 
 def test_the_recorded_log_explains_every_token():
-    """Each question is logged with its uniform, and the answers follow from them by the stated
-    rule."""
+    """Refuses a log with a question left out, or a token that does not follow from its uniform."""
     chance, s = Recording(3), Settings(temperature=1.0, K=3, M=1, N=30)
-    rounds = list(generate(tiny_llama(V=5), [0], s, chance, choose_skip))
-    plain = Chance(3)
+    rounds, plain = decode(tiny_llama(V=5), [0], s, chance), Chance(3)
     assert [u for _, _, u, _ in chance.log] == [plain.uniform() for _ in chance.log]
     log = iter(chance.log)
+
+    def drawn():
+        kind, p, u, token = next(log)
+        assert kind == "draw" and p.cumsum(0)[token] > u >= p.cumsum(0)[token] - p[token] - 1e-12
+        return token
+
     for r in rounds:
-        for d in r.drafted:
-            kind, q, u, token = next(log)
-            assert (kind, token) == ("draw", d) and inverse_cdf(q, u) == d
+        assert [drawn() for _ in r.drafted] == r.drafted
         for n in range(r.accepted + (r.accepted < len(r.drafted))):
             kind, a, u, verdict = next(log)
             assert (kind, a, verdict) == ("accept", r.a[n], n < r.accepted) and verdict == (u < a)
-        kind, p, u, token = next(log)
-        assert kind == "draw" and r.emitted[-1] == token == inverse_cdf(p, u)
+        assert drawn() == r.emitted[-1]
     assert next(log, None) is None
 
 
 # -------------------------------------------------------------------- greedy, lengths, stops, cache
 
-
-def emitted(model, prompt, s, choose=choose_skip, seed=0):
-    return [t for r in generate(model, prompt, s, Chance(seed), choose) for t in r.emitted]
-
-
 def test_greedy_clasp_is_plain_greedy_token_for_token_in_float32():
-    """30 prompts and settings of 30 tokens each; near-ties within rounding do not occur among these
-    seeds."""
-    model, gen = (
-        tiny_llama(V=40, L=5, D=16, H=4, G=2, seed=4, dtype=torch.float32),
-        torch.Generator().manual_seed(0),
-    )
-    refused = 0
+    """Refuses a draft that shows in the text: 30 prompts and settings, 30 tokens each; near-ties
+    within rounding do not occur among these seeds."""
+    model = tiny_llama(V=40, L=5, D=16, H=4, G=2, seed=4, dtype=torch.float32)
+    gen, refused = torch.Generator().manual_seed(0), 0
     for n in range(30):
         prompt = torch.randint(40, (1 + n % 9,), generator=gen).tolist()
         text = list(prompt)
         for _ in range(30):
             text.append(int(full_model(model, text).argmax()))
         s = Settings(K=1 + n % 6, M=n % 6, interval=1 + n % 3, exit_threshold=n % 4 / 4, N=30)
-        rounds = list(generate(model, prompt, s, Chance(n), choose_skip))
-        assert [t for r in rounds for t in r.emitted] == text[len(prompt) :]
+        rounds = decode(model, prompt, s)
+        assert tokens(rounds) == text[len(prompt):]
         refused += sum(r.accepted < len(r.drafted) for r in rounds)
     assert refused > 30, "drafts that are never refused test nothing"
 
@@ -807,37 +694,30 @@ def test_greedy_clasp_is_plain_greedy_token_for_token_in_float32():
 @pytest.mark.parametrize("N", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("K, M", [(0, 0), (1, 3), (4, 1), (50, 2), (5, 0)])
 def test_exactly_n_tokens_come_out(N, K, M):
-    assert (
-        len(emitted(tiny_llama(V=5), [1], Settings(temperature=1.0, N=N, K=K, M=M, interval=1)))
-        == N
-    )
+    """Refuses drafts or a bonus beyond the end."""
+    s = Settings(temperature=1.0, N=N, K=K, M=M, interval=1)
+    assert len(tokens(decode(tiny_llama(V=5), [1], s))) == N
 
 
 def test_nothing_follows_a_stop_token_wherever_it_stands():
-    model, ended = tiny_llama(V=5), collections.Counter()
+    """Refuses a stop that is seen only as the full model's own token, or only when drafted."""
+    ended = collections.Counter()
     for seed in range(60):
         s = Settings(temperature=1.0, N=25, K=4, M=1, stop_ids=(2, 3))
-        rounds = list(generate(model, [1], s, Chance(seed), choose_skip))
-        text = [t for r in rounds for t in r.emitted]
+        rounds = decode(tiny_llama(V=5), [1], s, seed)
+        text, last = tokens(rounds), rounds[-1]
         assert not set(text[:-1]) & {2, 3} and (text[-1] in (2, 3) or len(text) == 25)
-        last = rounds[-1]
         ended["drafted" if last.accepted == len(last.emitted) else "own"] += text[-1] in (2, 3)
-    assert min(ended.values()) >= 5, ended
+    assert min(ended["drafted"], ended["own"]) >= 5, ended
 
 
 def test_after_every_round_the_cache_is_that_of_a_fresh_prefill():
     """Refuses entries left from drafts, from the DP's scratch slots or from another position."""
-    model, caches = tiny_llama(V=5, L=4, seed=2), []
+    model, caches, text = tiny_llama(V=5, L=4, seed=2), [], [1, 4, 0]
     make = model.cache
     model.cache = lambda S: caches.append(make(S)) or caches[-1]
-    text = [1, 4, 0]
-    for r in generate(
-        model,
-        list(text),
-        Settings(temperature=1.0, K=3, M=2, interval=1, N=40),
-        Chance(0),
-        choose_skip,
-    ):
+    s = Settings(temperature=1.0, K=3, M=2, interval=1, N=40)
+    for r in generate(model, list(text), s, Chance(0), choose_skip):
         text += r.emitted
         n, fresh = len(text) - 1, make(len(text))
         model.forward(torch.tensor(text[:n]), fresh.sequence(0, n), fresh)
@@ -847,90 +727,60 @@ def test_after_every_round_the_cache_is_that_of_a_fresh_prefill():
 
 
 def test_memory_does_not_grow_with_rounds():
-    """Counted: the bytes of all live tensors after each round."""
-
+    """Refuses a cache or states that pile up: the bytes of all live tensors after each round."""
     def live():
         gc.collect()
-        return sum(
-            t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor
-        )
+        every = (t for t in gc.get_objects() if type(t) is torch.Tensor)
+        return sum(t.untyped_storage().nbytes() for t in every)
 
-    sizes = [
-        live()
-        for n, _ in enumerate(
-            generate(
-                tiny_llama(V=5),
-                [1],
-                Settings(temperature=1.0, K=2, M=1, interval=1, N=30),
-                Chance(0),
-                choose_skip,
-            )
-        )
-        if n > 1
-    ]
-    assert len(sizes) > 6 and max(sizes[2:]) - min(sizes[2:]) < 4096, sizes
+    s = Settings(temperature=1.0, K=2, M=1, interval=1, N=30)
+    sizes = [live() for _ in generate(tiny_llama(V=5), [1], s, Chance(0), choose_skip)][3:]
+    assert len(sizes) > 6 and max(sizes) - min(sizes) < 4096, sizes
 
 
 def test_layers_are_optimised_at_prefill_and_every_interval_verifications():
+    """Refuses an interval off by one, a set that is used late, and a set of another size."""
     s = Settings(temperature=1.0, K=2, M=2, interval=3, N=30)
-    rounds = list(generate(tiny_llama(V=5, L=4), [1], s, Chance(0), choose_skip))
-    assert [n for n, r in enumerate(rounds[:-1]) if r.choice] == list(range(0, len(rounds) - 1, 3))
-    for before, after in zip(rounds, rounds[1:]):
-        assert (
-            after.skip == (before.choice.skip() if before.choice else before.skip)
-            and sum(after.skip) == 2
-        )
+    rounds = decode(tiny_llama(V=5, L=4), [1], s)
+    asked = [n for n, r in enumerate(rounds[:-1]) if r.choice]
+    assert asked == list(range(0, len(rounds) - 1, 3)) and len(asked) > 2
+    for before, after in itertools.pairwise(rounds):
+        assert after.skip == (before.choice.skip() if before.choice else before.skip)
+        assert sum(after.skip) == 2
 
 
 def test_without_drafting_it_is_plain_decoding():
-    rounds = list(generate(tiny_llama(V=5), [1], Settings(N=9, K=0, M=2), Chance(0), choose_skip))
+    """Refuses layer optimisation that nothing uses, and a round that gives more than one token."""
+    rounds = decode(tiny_llama(V=5), [1], Settings(N=9, K=0, M=2))
     assert len(rounds) == 9 and not any(r.drafted or r.choice or any(r.skip) for r in rounds)
 
 
 def test_a_prompt_longer_than_a_prefill_pass_changes_nothing(monkeypatch):
     """Refuses states or logits taken from the wrong part of a prompt that is read in pieces."""
-    model, prompt = tiny_llama(V=5), [t % 5 for t in range(23)]
-    s = Settings(temperature=1.0, K=2, M=1, N=20)
-    whole = list(generate(model, prompt, s, Chance(1), choose_skip))
+    prompt, s = [t % 5 for t in range(23)], Settings(temperature=1.0, K=2, M=1, N=20)
+    whole = decode(tiny_llama(V=5), prompt, s)
     monkeypatch.setattr(speculative, "CHUNK", 5)
-    pieces = list(generate(model, prompt, s, Chance(1), choose_skip))
+    pieces = decode(tiny_llama(V=5), prompt, s)
     assert [r.emitted for r in whole] == [r.emitted for r in pieces]
-    assert torch.allclose(
-        torch.tensor(whole[0].choice.cosine),
-        torch.tensor(pieces[0].choice.cosine),
-        atol=1e-12,
-        rtol=0,
-    )
+    assert whole[0].choice.cosine == pytest.approx(pieces[0].choice.cosine, abs=1e-12)
 
 
 def test_nothing_leaks_from_one_prompt_to_the_next():
+    """Refuses a cache, a skip set or a position kept in the model."""
     model, s = tiny_llama(V=5), Settings(temperature=1.0, K=3, M=1, N=20)
-    first = emitted(model, [1, 2], s)
-    emitted(model, [4, 4, 4], s)
-    assert emitted(model, [1, 2], s) == first
+    first = decode(model, [1, 2], s)
+    decode(model, [4, 4, 4], s)
+    assert [r.emitted for r in decode(model, [1, 2], s)] == [r.emitted for r in first]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(temperature=-1.0),
-        dict(temperature=math.nan),
-        dict(temperature=math.inf),
-        dict(top_k=-1),
-        dict(top_p=0.0),
-        dict(top_p=1.5),
-        dict(N=0),
-        dict(K=-1),
-        dict(M=4),
-        dict(M=-1),
-        dict(exit_threshold=2.0),
-        dict(interval=0),
-    ],
-)
-def test_impossible_settings_are_named(bad):
-    assert Settings().check(3) is None
-    complaint = Settings(**bad).check(3)
-    assert complaint and "\n" not in complaint and str(next(iter(bad.values()))) in complaint
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
+    ("top_p", 0.0), ("top_p", 1.5), ("N", 0), ("K", -1), ("K", 512), ("M", 4), ("M", -1),
+    ("exit_threshold", 2.0), ("interval", 0)])
+def test_impossible_settings_are_named(name, value):
+    """Refuses a setting that would end in a traceback or in another distribution."""
+    complaint = Settings(**{name: value}).check(3)
+    assert Settings().check(3) is None and "\n" not in complaint and str(value) in complaint
 
 
 # ============================================================================== llama.py
@@ -1597,179 +1447,120 @@ def test_what_is_wrong_with_a_folder_is_named_in_one_line(folder, harm, said):
 
 # ============================================================================== clasp_mini.py
 
-
 @pytest.fixture
 def run(capsys):
     """run(*arguments) -> (exit status, stdout, stderr), in this process."""
-
     def call(*arguments):
         try:
             status = clasp_mini.main([str(a) for a in arguments])
-        except SystemExit as e:  # argparse ends by itself
+        except SystemExit as e:                        # argparse ends by itself
             status = e.code
         out = capsys.readouterr()
         return status, out.out, out.err
-
     return call
 
 
-def command(*arguments, **options):
+@pytest.fixture
+def result(run):
+    """result(*arguments) -> the object that --json prints."""
+    def call(*arguments):
+        status, out, err = run(*arguments, "--json")
+        assert status == 0 and err == "" and out.count("\n") == 1
+        return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    return call
+
+
+def process(*arguments, **options):
     """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "clasp_mini.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-        **options,
-    )
+    command = [sys.executable, str(ROOT / "clasp_mini.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 SHORT = ("--max-new-tokens", 24)
+LONG = ("--prompt", "x = ", "--max-new-tokens", 1000, "--temperature", 1, "--strategy", "ar")
+QUESTIONS = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
 
 
-def test_clasp_writes_what_plain_decoding_writes(run):
-    """The demo, greedy in float32, on every prompt of the bench set; texts and ids equal."""
-    prompts = [
-        json.loads(line)["turns"][0] for line in (DEMO / "prompts.jsonl").read_text().splitlines()
-    ]
-    for prompt in prompts[::4]:
-        a, b = (
-            json.loads(run("--prompt", prompt, *SHORT, "--json", "--strategy", s)[1])
-            for s in ("clasp", "ar")
-        )
-        assert (
-            a["ids"] == b["ids"]
-            and a["text"] == b["text"]
-            and a["stats"]["drafted"] > 0 == b["stats"]["drafted"]
-        )
+def test_clasp_writes_what_plain_decoding_writes(result):
+    """Refuses a demo on which greedy text depends on the strategy: every fourth prompt of the bench
+    set, in float32."""
+    for line in QUESTIONS[::4]:
+        prompt = ("--prompt", json.loads(line)["turns"][0], *SHORT)
+        clasp, plain = result(*prompt), result(*prompt, "--strategy", "ar")
+        assert clasp["ids"] == plain["ids"] and clasp["text"] == plain["text"]
+        assert clasp["stats"]["drafted"] > 0 == plain["stats"]["drafted"]
 
 
-def test_text_alone_is_on_standard_output_and_one_summary_on_standard_error(run):
+def test_text_alone_is_on_standard_output_and_one_summary_on_standard_error(run, result):
+    """Refuses a prompt, a newline, a colour or a figure in what a pipe receives."""
     status, out, err = run("--prompt", "def f(x):", *SHORT)
-    assert (
-        status == 0 and out == json.loads(run("--prompt", "def f(x):", *SHORT, "--json")[1])["text"]
-    )
+    assert status == 0 and out == result("--prompt", "def f(x):", *SHORT)["text"]
     assert err.count("\n") == 1 and "tokens/s" in err and "\033" not in out + err
 
 
-def test_json_is_one_object_with_the_documented_fields(run):
-    status, out, err = run(
-        "--prompt",
-        "class A:",
-        *SHORT,
-        "--json",
-        "--temperature",
-        1,
-        "--seed",
-        5,
-        "--skip-layers",
-        20,
-    )
-    r = json.loads(out)
-    assert status == 0 and err == "" and out.count("\n") == 1
+def test_json_is_one_object_with_the_documented_fields(result):
+    """Refuses a field that is missing or does not mean what the README says."""
+    sampled = (*SHORT, "--temperature", 1, "--seed", 5, "--skip-layers", 20)
+    r = result("--prompt", "class A:", *sampled)
     assert r.keys() == {"prompt_ids", "ids", "text", "settings", "stats"}
-    assert r["stats"].keys() >= {
-        "drafted",
-        "accepted",
-        "emitted",
-        "verifies",
-        "seconds",
-        "tokens_per_second",
-    }
-    assert (
-        r["stats"]["emitted"] == len(r["ids"])
-        and r["settings"]["M"] == 20
-        and r["settings"]["seed"] == 5
-    )
-    assert (
-        json.loads(
-            run(
-                "--prompt-ids",
-                ",".join(map(str, r["prompt_ids"])),
-                *SHORT,
-                "--json",
-                "--temperature",
-                1,
-                "--seed",
-                5,
-                "--skip-layers",
-                20,
-            )[1]
-        )["ids"]
-        == r["ids"]
-    )
+    assert r["stats"].keys() >= {"drafted", "accepted", "emitted", "verifies", "seconds",
+                                 "tokens_per_second"}
+    assert r["stats"]["emitted"] == len(r["ids"]) and r["settings"]["M"] == 20
+    ids = ",".join(map(str, r["prompt_ids"]))
+    assert result("--prompt-ids", ids, *sampled)["ids"] == r["ids"]
 
 
 def test_figures_count_each_thing_once():
-    """By hand: a prefill, a round of 3 drafted with 2 kept, one of 2 with both kept."""
+    """Refuses a prefill counted as decoding, a token counted twice, a wrong ideal; by hand: a
+    prefill, a round of 3 drafted with 2 kept, one of 2 with both kept."""
+    def a_round(drafted, accepted, emitted, seconds, choice=None):
+        return speculative.Round(0, (True, False), drafted, [], [], accepted, emitted, choice,
+                                 seconds)
 
-    def r(drafted, accepted, emitted, seconds, choice=None):
-        return clasp_mini.Round(
-            0, (True, False), drafted, [], [], accepted, emitted, choice, seconds
-        )
-
-    f = clasp_mini.figures(
-        [
-            r([], 0, [7], (0, 1.0, 0.5), "set"),
-            r([1, 2, 3], 2, [1, 2, 9], (0.3, 0.2, 0)),
-            r([4, 5], 2, [4, 5, 6], (0.2, 0.3, 0.5), "set"),
-        ]
-    )
-    assert (f["drafted"], f["accepted"], f["emitted"], f["verifies"]) == (5, 4, 7, 2)
-    assert f["tokens_per_verify"] == 3 and f["acceptance"] == 0.8 and f["skip_set"] == [0]
-    assert f["seconds"] == pytest.approx(3.0) and f["decode_seconds"] == pytest.approx(2.0)
-    assert f["tokens_per_second"] == pytest.approx(3.0) and f["shares"][
-        "optimise"
-    ] == pytest.approx(0.5)
-    assert f["draft_step_seconds"] == pytest.approx(0.1) and f["verify_seconds"] == pytest.approx(
-        0.25
-    )
-    assert clasp_mini.ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(6 / (5 * 0.5 + 2))
+    f = clasp_mini.figures([a_round([], 0, [7], (0, 1.0, 0.5), "set"),
+                            a_round([1, 2, 3], 2, [1, 2, 9], (0.3, 0.2, 0)),
+                            a_round([4, 5], 2, [4, 5, 6], (0.2, 0.3, 0.5), "set")])
+    want = dict(drafted=5, accepted=4, emitted=7, verifies=2, tokens_per_verify=3, acceptance=0.8,
+                seconds=3.0, decode_seconds=2.0, tokens_per_second=3.0, draft_step_seconds=0.1,
+                verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
+    assert {k: f[k] for k in want} == pytest.approx(want) and f["skip_set"] == [0]
+    assert f["shares"] == pytest.approx(dict(draft=0.25, verify=0.25, optimise=0.5))
+    assert clasp_mini.ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(6 / (5 / 2 + 2))
 
 
-def test_compare_reports_speed_ideal_and_equality(run):
-    status, out, _ = run(
-        "--prompt", "def f(x):", "--max-new-tokens", 16, "--compare", "--repeats", 2, "--json"
-    )
-    r = json.loads(out)
-    assert status == 0 and r["equal"] is True and r["speedup"] > 0 and r["ideal_speedup"] > 0
-    status, out, _ = run(
-        "--prompt",
-        "def f(x):",
-        "--max-new-tokens",
-        16,
-        "--compare",
-        "--repeats",
-        1,
-        "--temperature",
-        1,
-    )
-    assert status == 0 and "speed-up" in out and "two samples" in out
+def test_compare_reports_speed_ideal_and_equality(run, result):
+    """Refuses a comparison of one side with itself, and equality claimed of two samples."""
+    few = ("--prompt", "def f(x):", "--max-new-tokens", 16, "--compare", "--repeats", 2)
+    r = result(*few)
+    assert r["equal"] is True and r["speedup"] > 0 and r["ideal_speedup"] > 0
+    assert r["stats"]["drafted"] > 0 == r["plain_stats"]["drafted"]
+    assert result(*few, "--temperature", 1)["equal"] is None
+    status, out, _ = run(*few)
+    assert status == 0 and "speed-up" in out and re.search("^texts +equal$", out, re.M)
 
 
-def test_bench_has_a_line_per_category(run, tmp_path):
-    lines = (DEMO / "prompts.jsonl").read_text().splitlines()[::5]
-    (tmp_path / "some.jsonl").write_text("\n".join(lines))
-    status, out, _ = run("--bench", tmp_path / "some.jsonl", "--max-new-tokens", 12)
-    names = [json.loads(line)["category"] for line in lines]
-    assert status == 0 and [line[:16].strip() for line in out.splitlines()] == [
-        "category",
-        *names,
-        "overall",
-    ]
+def test_bench_has_a_line_per_category_and_leaves_out_what_does_not_fit(run, tmp_path):
+    """Refuses a category that is lost, and one long question that ends all."""
+    some, path = QUESTIONS[::5], tmp_path / "some.jsonl"
+    path.write_text("\n".join([*some, json.dumps(dict(category="long", turns=["x " * 2000]))]))
+    status, out, err = run("--bench", path, "--max-new-tokens", 12)
+    names = [json.loads(line)["category"] for line in some]
+    assert [line[:16].strip() for line in out.splitlines()] == ["category", *names, "overall"]
+    assert status == 0 and err.count("\n") == 1 and "question 6 left out" in err
 
 
-def test_verbose_shows_a_line_per_round_with_a_bar_of_all_layers(run):
+def test_verbose_shows_a_line_per_round_with_a_bar_of_all_layers(run, result):
+    """Refuses a bar of another skip set and rounds that are not shown."""
     _, out, err = run("--prompt", "import os\n", *SHORT, "--verbose")
-    stats = json.loads(run("--prompt", "import os\n", *SHORT, "--json")[1])
-    rounds = err.splitlines()[:-1]
-    assert len(rounds) == stats["stats"]["verifies"] + 1 and out == stats["text"]
+    r = result("--prompt", "import os\n", *SHORT)
+    *rounds, _ = err.splitlines()
+    assert len(rounds) == r["stats"]["verifies"] + 1 and out == r["text"]
     assert all(re.match(r" *\d+ [█░]{32} ", line) for line in rounds)
-    assert rounds[1].count("░") == stats["settings"]["M"]
+    assert rounds[1].count("░") == r["settings"]["M"]
 
 
-def test_colour_is_for_terminals_and_never_with_no_color(monkeypatch):
+def test_colours_of_the_command_are_for_terminals_and_never_with_no_color(monkeypatch):
+    """Refuses escape codes where none are wanted, and cells that an encoding does not have."""
     class Screen:
         encoding = "utf-8"
 
@@ -1788,145 +1579,120 @@ def test_colour_is_for_terminals_and_never_with_no_color(monkeypatch):
 def test_a_character_split_over_tokens_is_shown_when_it_is_whole():
     """Refuses decoding token by token, which shows U+FFFD for every half."""
     tok, text = llama.Tokenizer(DEMO), "naïve 🦙 日本"
-    ids = tok.encode(text)
-    stream = clasp_mini.Text(tok, ())
-    parts = [stream.add([i]) for i in ids] + [stream.add([], final=True)]
-    assert "".join(parts) == text and "\ufffd" not in "".join(parts) and "" in parts[:-1]
+    ids, stream = tok.encode(text), clasp_mini.Text(tok, ())
+    parts = [stream.add([i]) for i in ids]
+    assert "" in parts and "".join(parts) + stream.add([], final=True) == text
     assert clasp_mini.Text(tok, ()).add(ids[:-1], final=True).endswith("\ufffd")
 
 
-def test_prompt_ids_need_no_tokenizer_and_get_nothing_added(run, tmp_path):
+def test_prompt_ids_need_no_tokenizer_and_get_nothing_added(run, result, tmp_path):
+    """Refuses a begin-of-text that nobody asked for, and a tokenizer that nobody needs."""
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(DEMO / name)
-    r = json.loads(
-        run("--model", tmp_path, "--prompt-ids", "3840,5,6", "--max-new-tokens", 4, "--json")[1]
-    )
+    few = ("--model", tmp_path, "--max-new-tokens", 4)
+    r = result(*few, "--prompt-ids", "3840,5,6")
     assert r["prompt_ids"] == [3840, 5, 6] and r["text"] is None
-    status, out, _ = run("--model", tmp_path, "--prompt-ids", "3840,5,6", "--max-new-tokens", 4)
-    assert status == 0 and out == ",".join(map(str, r["ids"]))
-    status, _, err = run("--model", tmp_path, "--prompt", "x")
+    assert run(*few, "--prompt-ids", "3840,5,6")[:2] == (0, ",".join(map(str, r["ids"])))
+    status, _, err = run(*few, "--prompt", "x")
     assert status == 1 and "tokenizer" in err and err.count("\n") == 1
 
 
 def test_the_prompt_can_come_through_a_pipe():
-    r = command("--prompt", "-", "--max-new-tokens", 5, "--json", input="def f(x):")
-    assert r.returncode == 0 and r.stderr == ""
-    assert json.loads(r.stdout)["prompt_ids"][1:] == llama.Tokenizer(DEMO).encode("def f(x):")
+    """Refuses - read as a prompt, and anything but the object on a --json run's streams."""
+    p = process("--prompt", "-", "--max-new-tokens", 5, "--json", stdin=subprocess.PIPE)
+    out, err = p.communicate(b"def f(x):", timeout=60)
+    assert p.returncode == 0 and err == b""
+    assert json.loads(out)["prompt_ids"][1:] == llama.Tokenizer(DEMO).encode("def f(x):")
 
 
 def test_a_reader_that_leaves_early_is_no_fault():
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "clasp_mini.py"),
-            "--prompt",
-            "x = ",
-            "--max-new-tokens",
-            "400",
-            "--temperature",
-            "1",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.read(1)
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    assert process.wait(60) == 141 and "Traceback" not in err and "Exception" not in err
+    """Refuses the traceback that `| head` would show."""
+    p = process(*LONG)
+    p.stdout.read(1)
+    p.stdout.close()
+    err = p.stderr.read()
+    assert p.wait(60) == 141 and b"Traceback" not in err and b"Exception" not in err
 
 
 def test_ctrl_c_ends_with_the_summary_so_far():
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "clasp_mini.py"),
-            "--prompt",
-            "x = ",
-            "--max-new-tokens",
-            "1000",
-            "--temperature",
-            "1",
-            "--strategy",
-            "ar",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.read(1)
+    """Refuses a traceback, a lost summary and an exit status of success."""
+    p = process(*LONG)
+    p.stdout.read(1)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in err and b"tokens" in err
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and b"Traceback" not in err and b"tokens" in err
 
 
-WRONG_INPUTS = [
-    (("--prompt", ""), 2, "empty"),
-    (("--prompt-ids", "1,x"), 2, "whole numbers"),
-    (("--prompt-ids", "4096"), 2, "vocabulary"),
-    (("--prompt-ids", "-1"), 2, ""),
-    (("--prompt-ids", ","), 2, "empty"),
-    ((), 2, "--prompt"),
-    (("--prompt", "x", "--prompt-ids", "1"), 2, "not allowed"),
-    (("--prompt", "x", "--system", "y"), 2, "--chat"),
-    (("--prompt", "x", "--model", "/nowhere"), 1, "no such folder"),
-    (("--prompt", "x", "--device", "abacus"), 2, "abacus"),
-    (("--prompt", "x", "--device", "cuda:77"), 2, "cuda:77"),
-    (("--prompt", "x", "--skip-layers", 33), 2, "32 layers"),
-    (("--prompt", "x", "--draft-length", -1), 2, "draft-length"),
-    (("--prompt", "x", "--temperature", -1), 2, "temperature"),
-    (("--prompt", "x", "--temperature", "nan"), 2, "temperature"),
-    (("--prompt", "x", "--top-p", 0), 2, "top-p"),
-    (("--prompt", "x", "--top-k", -3), 2, "top-k"),
-    (("--prompt", "x", "--interval", 0), 2, "interval"),
-    (("--prompt", "x", "--max-new-tokens", 0), 2, "max-new-tokens"),
-    (("--prompt", "x", "--max-new-tokens", 99999), 2, "1024"),
-    (("--prompt", "x", "--dtype", "int3"), 2, "int3"),
-    (("--bench", "/nowhere.jsonl"), 2, "nowhere"),
-    (("--bench", str(DEMO / "config.json")), 2, "Spec-Bench"),
-    (("--prompt", "x", "--repeats", 0), 2, "repeats"),
-    (("--prompt", "x", "--compare", "--max-new-tokens", 1), 2, "nothing to compare"),
-    (("--prompt", "\udc80"), 2, "UTF-8"),
-    (("--prompt", "x", "--draft-exit-threshold", 1.5), 2, "threshold"),
-]
+WRONG_INPUTS = [        # arguments, exit status, what is said
+    (["--prompt", ""], 2, "empty"), (["--prompt-ids", "1,x"], 2, "whole numbers"),
+    (["--prompt-ids", "4096"], 2, "vocabulary"), (["--prompt-ids", "-1"], 2, "vocabulary"),
+    (["--prompt-ids", ","], 2, "empty"), ([], 2, "--prompt"),
+    (["--prompt", "x", "--prompt-ids", "1"], 2, "not allowed"),
+    (["--prompt", "x", "--system", "y"], 2, "--chat"),
+    (["--prompt", "x", "--model", "/nowhere"], 1, "no such folder"),
+    (["--prompt", "x", "--device", "abacus"], 2, "abacus"),
+    (["--prompt", "x", "--device", "cuda:77"], 2, "cuda:77"),
+    (["--prompt", "x", "--skip-layers", 33], 2, "32 layers"),
+    (["--prompt", "x", "--draft-length", -1], 2, "draft-length"),
+    (["--prompt", "x", "--draft-exit-threshold", 1.5], 2, "threshold"),
+    (["--prompt", "x", "--interval", 0], 2, "interval"),
+    (["--prompt", "x", "--temperature", -1], 2, "temperature"),
+    (["--prompt", "x", "--temperature", "nan"], 2, "temperature"),
+    (["--prompt", "x", "--top-p", 0], 2, "top-p"), (["--prompt", "x", "--top-k", -3], 2, "top-k"),
+    (["--prompt", "x", "--seed", 2 ** 70], 2, "seed"),
+    (["--prompt", "x", "--threads", 10 ** 12], 2, "threads"),
+    (["--prompt", "x", "--max-new-tokens", 0], 2, "max-new-tokens"),
+    (["--prompt", "x", "--max-new-tokens", 99999], 2, "1024"),
+    (["--prompt", "x", "--dtype", "int3"], 2, "int3"), (["--prompt", "\udc80"], 2, "UTF-8"),
+    (["--prompt", "x", "--compare", "--repeats", 0], 2, "repeats"),
+    (["--prompt", "x", "--compare", "--max-new-tokens", 1], 2, "nothing to compare"),
+    (["--prompt", "x", "--compare", "--strategy", "ar"], 2, "plain decoding"),
+    (["--bench", "/nowhere.jsonl"], 2, "nowhere"),
+    (["--bench", DEMO / "config.json"], 2, "Spec-Bench")]
 
 
-@pytest.mark.parametrize("arguments, status, word", WRONG_INPUTS)
-def test_wrong_input_gets_one_clear_line(run, arguments, status, word):
+@pytest.mark.parametrize("arguments, status, said", WRONG_INPUTS)
+def test_wrong_input_gets_one_clear_line(run, arguments, status, said):
+    """Refuses a traceback, a guess, and an error that does not name what is wrong."""
     got, out, err = run(*arguments)
-    assert got == status and out == "" and word in err
-    assert err.splitlines()[-1].startswith("clasp_mini.py: ") and "Traceback" not in err
-    assert len([line for line in err.splitlines() if not line.startswith(("usage:", " "))]) == 1
+    lines = [line for line in err.splitlines() if not line.startswith(("usage:", " "))]
+    assert got == status and out == "" and len(lines) == 1
+    assert lines[0].startswith("clasp_mini.py: ") and said in lines[0]
 
 
 def test_memory_is_checked_before_it_is_taken(run, monkeypatch):
-    monkeypatch.setattr(
-        llama.Path,
-        "read_text",
-        lambda self, **kw: (
-            "MemAvailable: 10 kB\n"
-            if self.name == "meminfo"
-            else open(self, encoding="utf-8").read()
-        ),
-    )
+    """Refuses a load that the system's killer would end."""
+    read = Path.read_text
+    monkeypatch.setattr(llama.Path, "read_text", lambda self, **how: "MemAvailable: 10 kB\n"
+                        if self.name == "meminfo" else read(self, **how))
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
     status, out, err = run("--prompt", "x")
-    assert status == 1 and "not enough memory" in err and "GB" in err
+    assert status == 1 and out == "" and "not enough memory" in err and err.count("\n") == 1
 
 
 def test_help_and_version(run):
+    """Refuses a help text that argparse cannot print."""
     status, out, _ = run("--help")
-    assert status == 0 and all(
-        flag in out for flag in ("--prompt", "--skip-layers", "--compare", "--bench", "--json")
-    )
-    assert run("--version")[1].startswith("clasp-mini ")
+    assert status == 0 and all(f in out for f in ("--prompt", "--skip-layers", "--json"))
+    assert run("--version")[1] == f"clasp-mini {clasp_mini.VERSION}\n"
 
 
-def test_the_readme_names_only_flags_that_exist():
-    known = set(re.findall(r"--[a-z-]+", clasp_mini.parser().format_help()))
-    lines = [
-        line
-        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-        if "clasp_mini.py" in line
-    ]
-    assert (
-        lines and not {f for line in lines for f in re.findall(r"(?<=\s)--[a-z-]+", line)} - known
-    )
+def test_the_readme_names_only_flags_and_tests_that_exist():
+    """Refuses a command in the README that does not run, and a -k that selects nothing."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if "clasp_mini.py" in line]
+    flags = {flag for line in lines for flag in re.findall(r"(?<=\s)--[a-z-]+", line)}
+    assert flags and flags <= set(re.findall(r"--[a-z-]+", clasp_mini.parser().format_help()))
+    words = [w for k in re.findall(r'-k "?([a-z_ ]+?)["`)]', readme) for w in k.split(" or ")]
+    names = " ".join(name for name in globals() if name.startswith("test_"))
+    assert len(words) > 5 and [w for w in words if w not in names] == []
+
+
+def test_the_library_example_of_the_readme_runs(monkeypatch, capsys):
+    """Refuses an example that has drifted from the code."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(ROOT)
+    exec(example[1], {})
+    assert len(capsys.readouterr().out.splitlines()) > 3

@@ -4,6 +4,7 @@ model's own.
     python demo/picture.py "def fibonacci(n):" > demo/run.svg
 """
 import sys
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def line(x: int, y: int, inside: str, right: bool = False) -> str:
     return f'<text x="{x}" y="{y}"{anchor} xml:space="preserve">{inside}</text>'
 
 
-def draw(rounds: list[Round], spell, title: str, most: int = 24) -> str:
+def draw(rounds: list[Round], spell: Callable[[list[int]], str], title: str,
+         most: int = 24) -> str:
     """The first rounds after the prefill as SVG."""
     L, shown = len(rounds[0].skip), rounds[1:most + 1]
     left = 40 + L * CELL + 70
@@ -45,9 +47,8 @@ def draw(rounds: list[Round], spell, title: str, most: int = 24) -> str:
         out += [f'<rect x="{40 + i * CELL}" y="{y - 11}" width="{CELL - 1}" height="13" '
                 f'fill="{COLOUR["skip" if s else "run"]}"/>' for i, s in enumerate(r.skip)]
         out.append(line(left - 24, y, span("dim", f"{r.accepted}/{len(r.drafted)}"), right=True))
-        parts = (("kept", r.emitted[:r.accepted]), ("refused", r.drafted[r.accepted:]),
-                 ("own", r.emitted[r.accepted:]))
-        out.append(line(left, y, "".join(span(kind, spell(ids)) for kind, ids in parts if ids)))
+        parts = [span(kind, spell(ids)) for kind, ids in r.parts().items() if ids]
+        out.append(line(left, y, "".join(parts)))
     return "\n".join([*out, "</svg>"])
 
 

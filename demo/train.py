@@ -249,10 +249,9 @@ def train(a: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
     began, window = time.time(), []
     while step < a.steps:
-        # a step's data and masks depend on its number alone
+        # A step's data and masks depend on its number alone; the last steps see the whole context.
         rng = random.Random(a.seed * 1_000_003 + step)
-        # the last part sees the whole context
-        T = a.length if step < a.long_from * a.steps else CONTEXT - 1
+        T = a.length if step < a.long_from * a.steps else CONTEXT
         B = max(1, round(a.length * a.rows / T))
         frac = step / a.steps                                 # warm up, hold, fall linearly to zero
         scale = min(1.0, (step + 1) / 100, (1 - frac) / a.decay)
@@ -260,11 +259,11 @@ def train(a: argparse.Namespace) -> None:
             for g in o.param_groups:
                 g["lr"] = a.lr * scale
         total = 0.0
-        for i, mask in enumerate(masks(a.masks, rng)):
+        for n, mask in enumerate(masks(a.masks, rng)):
             at = [min(int(starts[rng.randrange(len(starts))]), len(data) - T) for _ in range(B)]
-            rows = [torch.cat((torch.tensor([BOS]), data[i:i + T])) for i in at]
-            if i % world != rank:
+            if n % world != rank:
                 continue
+            rows = [torch.cat((torch.tensor([BOS]), data[start:start + T])) for start in at]
             with torch.autocast(device.type, torch.bfloat16):
                 loss = model.loss(torch.stack(rows).to(device), mask)
             (loss / a.masks).backward()
@@ -324,7 +323,6 @@ def export() -> None:
     s = torch.load(DEMO / "train_state.pt", weights_only=True)
     out = {}
     for name, t in s["model"].items():
-        name = name.replace("_orig_mod.", "")
         for part, home in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
             for p in home:
                 name = name.replace(f".{p}_proj", f".{part}.{p}_proj")
@@ -369,7 +367,7 @@ def main() -> None:
     sub.add_parser("export")
     sub.add_parser("measure")
     m = sub.add_parser("model")
-    m.add_argument("--steps", type=int, default=2600)
+    m.add_argument("--steps", type=int, default=2500)
     m.add_argument("--lr", type=float, default=3e-3)
     m.add_argument("--decay", type=float, default=0.35,
                    help="last part of the steps, over which the rate falls to zero")
