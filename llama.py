@@ -232,20 +232,22 @@ def rope_frequencies(cfg: Config) -> Tensor:
 # ------------------------------------------------------------------------------ forward
 
 class Layer(NamedTuple):
-    """One decoder layer's weights. Projections that read the same input are one matrix: on a CPU a
-    pass of few rows is mostly the overhead of its calls, and this saves three of seven."""
+    """One decoder layer's weights; matrices map rows, x @ W. Projections that read the same input
+    are one matrix: a pass of few rows is mostly the overhead of its calls, and this saves three."""
     attn_norm: Tensor           # (D,)
-    qkv: Tensor                 # ((H + 2G) * hd, D): queries, keys, values
-    out: Tensor                 # (D, H * hd)
+    qkv: Tensor                 # (D, (H + 2G) * hd): queries, keys, values
+    out: Tensor                 # (H * hd, D)
     mlp_norm: Tensor            # (D,)
-    gate_up: Tensor             # (2 * ffn, D)
-    down: Tensor                # (D, ffn)
+    gate_up: Tensor             # (D, 2 * ffn)
+    down: Tensor                # (ffn, D)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, the statistics in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, the statistics in eps's dtype, float32 or wider. (eps is
+    a tensor and the mean a scaled sum because small CPU calls are quicker so.)"""
+    wide = x.type(eps.dtype)
+    mean = torch.add(eps, wide.square().sum(-1, keepdim=True), alpha=1 / x.shape[-1])
+    return (wide * mean.rsqrt()).type(x.dtype) * weight
 
 
 def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T, heads, hd)
@@ -253,7 +255,7 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
     half a head brings each to its partner's place; the minus sign that one of the two needs lives
     in the table. (Meta's own files interleave the pairs instead: the wrong layout does not crash,
     it just writes worse text.)"""
-    return (x * rows.cos + x.roll(x.shape[-1] // 2, -1) * rows.sin).to(x.dtype)
+    return (x * rows.cos + x.roll(x.shape[-1] // 2, -1) * rows.sin).type(x.dtype)
 
 
 class Llama:
@@ -264,6 +266,8 @@ class Llama:
                  head: Tensor) -> None:
         self.cfg, self.embed, self.layers, self.norm, self.lm_head = cfg, embed, layers, norm, head
         self.device, self.dtype = embed.device, embed.dtype
+        self.wide = torch.promote_types(self.dtype, torch.float32)      # of norms, softmax, logits
+        self.eps = torch.tensor(cfg.eps, device=self.device, dtype=self.wide)
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and the scratch slots behind them."""
@@ -294,28 +298,27 @@ class Llama:
         w, c, (keys, values) = self.layers[i], self.cfg, cache.layers[i]
         T, R, n = len(x), c.H // c.G, rows.bias.shape[-1]
 
-        a = F.linear(rms_norm(x, w.attn_norm, c.eps), w.qkv).view(T, c.H + 2 * c.G, c.hd)
-        qk, v = a.split((c.H + c.G, c.G), 1)                                # the heads: H + G | G
-        q, k = rotate(qk, rows).split((c.H, c.G), 1)
+        a = (rms_norm(x, w.attn_norm, self.eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
+        qk, v = rotate(a[:, :c.H + c.G], rows), a[:, c.H + c.G:]            # the heads: H + G | G
+        q, k = qk[:, :c.H], qk[:, c.H:]
         keys.index_copy_(1, rows.slots, k.transpose(0, 1))
         values.index_copy_(1, rows.slots, v.transpose(0, 1))
         # The R query heads that share a kv head become rows of one product with it, so grouped
         # queries need neither copies of K and V nor a kernel that knows about them:
         # q (T, H, hd) -> (G, T*R, hd), score (G, T*R, n).
-        q = q.view(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)
+        q = q.reshape(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)
         score = torch.baddbmm(rows.bias, q, keys[:, :n].transpose(1, 2), alpha=c.hd ** -0.5)
-        weight = score.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+        weight = score.softmax(-1, dtype=self.wide).type(x.dtype)
         a = torch.bmm(weight, values[:, :n])                                # (G, T*R, hd)
         a = a.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)  # -> (T, H*hd)
-        x = torch.addmm(x, a, w.out.t())                                    # x + W a
+        x = torch.addmm(x, a, w.out)                                        # x + a @ W
 
-        gate, up = F.linear(rms_norm(x, w.mlp_norm, c.eps), w.gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate) * up, w.down.t())
+        gate, up = (rms_norm(x, w.mlp_norm, self.eps) @ w.gate_up).chunk(2, -1)
+        return torch.addmm(x, F.silu(gate) * up, w.down)
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
         """h[L] -> logits, computed in the model's dtype, then widened to float32 or more."""
-        x = F.linear(rms_norm(x, self.norm, self.cfg.eps), self.lm_head)
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.linear(rms_norm(x, self.norm, self.eps), self.lm_head).type(self.wide)
 
     # -------------------------------------------------------------------------- loading
 
@@ -333,26 +336,32 @@ class Llama:
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
+        def matrix(n_in: int, n_out: int) -> Tensor:
+            # Files hold (out, in). In float32 on a CPU (in, out) is read faster, elsewhere not.
+            if device.type == "cpu" and dtype == torch.float32:
+                return new(n_in, n_out)
+            return new(n_out, n_in).t()
+
         count = (cfg.V * cfg.D * (1 if cfg.tied else 2) + cfg.D + cfg.L * (
             2 * cfg.D + cfg.D * cfg.hd * (2 * cfg.H + 2 * cfg.G) + 3 * cfg.D * cfg.ffn))
         need_memory(device, count * torch.finfo(dtype).bits // 8, "the weights")
         qh, kh = cfg.H * cfg.hd, cfg.G * cfg.hd
         embed, norm = new(cfg.V, cfg.D), new(cfg.D)
         head = embed if cfg.tied else new(cfg.V, cfg.D)
-        layers = [Layer(new(cfg.D), new(qh + 2 * kh, cfg.D), new(cfg.D, qh), new(cfg.D),
-                        new(2 * cfg.ffn, cfg.D), new(cfg.D, cfg.ffn)) for _ in range(cfg.L)]
+        layers = [Layer(new(cfg.D), matrix(cfg.D, qh + 2 * kh), matrix(qh, cfg.D), new(cfg.D),
+                        matrix(cfg.D, 2 * cfg.ffn), matrix(cfg.ffn, cfg.D)) for _ in range(cfg.L)]
         # The table: their name -> our place. A fused matrix is filled from its parts.
         place = {"model.embed_tokens.weight": embed, "model.norm.weight": norm}
         if not cfg.tied:
             place["lm_head.weight"] = head
         for i, w in enumerate(layers):
-            q, k, v = w.qkv.split((qh, kh, kh))
-            gate, up = w.gate_up.chunk(2)
+            q, k, v = w.qkv.t().split((qh, kh, kh))
+            gate, up = w.gate_up.t().chunk(2)
             place |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in {
                 "input_layernorm": w.attn_norm, "post_attention_layernorm": w.mlp_norm,
                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                "self_attn.o_proj": w.out,
-                "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": w.down}.items()}
+                "self_attn.o_proj": w.out.t(),
+                "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": w.down.t()}.items()}
         _fill(place, files, progress)
         return cls(cfg, embed, layers, norm, head)
 

@@ -95,8 +95,8 @@ def llama_probe(ll: types.ModuleType, seed: int, spare: int) -> tuple:
     def r(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen, dtype=torch.float64)
 
-    layers = [ll.Layer(1 + r(D) / 2, r((H + 2 * G) * hd, D), r(D, H * hd) / 4,
-                       1 + r(D) / 2, r(2 * ffn, D) / 2, r(D, ffn) / 4) for _ in range(L)]
+    layers = [ll.Layer(1 + r(D) / 2, r(D, (H + 2 * G) * hd), r(H * hd, D) / 4,
+                       1 + r(D) / 2, r(D, 2 * ffn) / 2, r(ffn, D) / 4) for _ in range(L)]
     cfg = ll.Config(L, D, H, G, hd, ffn, V, 1e-5, 64, False, 50.0, None)
     model = ll.Llama(cfg, r(V, D), layers, 1 + r(D), r(V, D))
     ids, cache = torch.randint(V, (7,), generator=gen), model.cache(7 + spare)
@@ -322,7 +322,7 @@ BROKEN_LLAMA = {
     "the token before it is not seen": [("(every < t) |", "(every < t - 1) |")],
     "scratch begins at the probe": [("every = self.slot[t + 1:n]", "every = self.slot[t:n - 1]")],
     "h[L] comes after the final norm": [
-        ("h.append(x)", "h.append(rms_norm(x, self.norm, 0.0) if i == self.cfg.L - 1 else x)")],
+        ("h.append(x)", "h.append(rms_norm(x, self.norm, self.eps) if i == self.cfg.L - 1 else x)")],
 }
 
 
@@ -382,8 +382,8 @@ def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8
 
     cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
     one = torch.ones(D, dtype=dtype)
-    layers = [llama.Layer(one, new((H + 2 * G) * hd, D, scale=D ** -0.5), new(D, H * hd, scale=0.5),
-                          one, new(2 * ffn, D, scale=D ** -0.5), new(D, ffn, scale=0.5))
+    layers = [llama.Layer(one, new(D, (H + 2 * G) * hd, scale=D ** -0.5), new(H * hd, D, scale=0.5),
+                          one, new(D, 2 * ffn, scale=D ** -0.5), new(ffn, D, scale=0.5))
               for _ in range(L)]
     return llama.Llama(cfg, new(V, D), layers, one, new(V, D, scale=0.5))
 
@@ -469,7 +469,7 @@ def test_the_enumeration_sees_refusals_acceptance_changing_layers_and_stops_insi
     s, seen = Settings(temperature=1.0, K=2, M=2, interval=1, stop_ids=(2,), N=5, top_k=2), set()
 
     def run(chance):
-        rounds = decode(tiny_llama(L=4), (0, 1), s, chance)[1:]
+        rounds = decode(tiny_llama(L=4, seed=1), (0, 1), s, chance)[1:]
         for r in rounds:
             k = len(r.drafted)
             seen.add(("refused", r.accepted) if r.accepted < k else ("all", k))
@@ -1005,10 +1005,10 @@ WRONG_LLAMA = {       # what is wrong: (the program's text, the wrong text in it
     "versions written over the probe": [("self.slot[t + 1:n]", "self.slot[t:n - 1]")],
     "scores divided by the root of D": [("c.hd ** -0.5", "c.D ** -0.5")],
     "query heads dealt to kv heads in turn": [
-        ("q.view(T, c.G, R, c.hd)", "q.view(T, R, c.G, c.hd).transpose(1, 2)")],
-    "a norm without eps": [("keepdim=True) + eps", "keepdim=True)")],
+        ("q.reshape(T, c.G, R, c.hd)", "q.reshape(T, R, c.G, c.hd).transpose(1, 2)")],
+    "a norm without eps": [("torch.add(eps,", "torch.add(0 * eps,")],
     "the last state after the final norm": [("torch.stack([x[states] for x in h])", "torch.stack("
-        "[x[states] for x in h[:-1]] + [rms_norm(x, self.norm, self.cfg.eps)[states]])")],
+        "[x[states] for x in h[:-1]] + [rms_norm(x, self.norm, self.eps)[states]])")],
 }
 
 
@@ -1106,7 +1106,7 @@ def test_norm_statistics_are_float32_in_bfloat16():
 
     def norm(x):
         return (x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16()
-    got, exact = llama.rms_norm(x, torch.ones(512).bfloat16(), 1e-5), norm(x.double())
+    got, exact = llama.rms_norm(x, torch.ones(512).bfloat16(), torch.tensor(1e-5)), norm(x.double())
     assert got.dtype == torch.bfloat16 and (got != exact).double().mean() < 1e-3
     assert (norm(x) != exact).double().mean() > 0.2
 
