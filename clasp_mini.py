@@ -11,8 +11,11 @@ dp_layer_skip.py) -> text and figures.
 import signal
 
 if __name__ == "__main__":
-    # Importing torch takes seconds; until then Ctrl-C just ends us.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Importing torch and reading weights take seconds, and the C code there turns a pending
+    # KeyboardInterrupt into errors of its own; until then Ctrl-C just ends us, unless it was
+    # ignored from the start (nohup, a script's background job).
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse  # noqa: E402
 import codecs  # noqa: E402
@@ -31,7 +34,8 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # no
 import torch  # noqa: E402
 
 from dp_layer_skip import choose_skip  # noqa: E402
-from llama import NAMED, Llama, ModelError, Progress, Tokenizer, stop_ids  # noqa: E402
+from llama import (  # noqa: E402
+    NAMED, Config, Llama, ModelError, Progress, Tokenizer, stop_ids)
 from speculative import Chance, Round, Settings, generate  # noqa: E402
 
 VERSION = "0.1.0"
@@ -40,7 +44,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 # The defaults, in one place. For the demo the best of a sweep (README, "How fast is it?"). For
 # other models the paper's threshold and the lower end of its "50 to 60 %" of the layers; it does
 # not state K and the interval for the 8B.
-TUNED = {"demo": dict(skip=0.5, K=8, exit_threshold=0.3, interval=16),
+TUNED = {"demo": dict(skip=0.56, K=12, exit_threshold=0.4, interval=32),
          "other": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
 
 
@@ -68,7 +72,7 @@ def figures(rounds: Sequence[Round]) -> dict:
         seconds=prefill + decoding, prefill_seconds=prefill, decode_seconds=decoding,
         tokens_per_second=decoded / decoding if decoded else None,
         shares=dict(draft=draft / decoding, verify=(verify - prefill) / decoding,
-                    optimise=optimise / decoding) if decoding else None,
+                    optimise=optimise / decoding) if decoded else None,
         draft_step_seconds=_median(r.seconds[0] / len(r.drafted) for r in rounds if r.drafted),
         verify_seconds=_median(r.seconds[1] for r in rounds[1:]),
         optimise_seconds=_median(updates), optimisations=len(updates),
@@ -137,7 +141,7 @@ def round_line(n: int, r: Round, tokenizer: Tokenizer | None, t: Terminal) -> st
     """--verbose: round, skip map, kept/drafted, and the tokens: kept, refused, the full model's."""
     def spell(i: int) -> str:
         text = tokenizer.decode([i]) if tokenizer else f"{i} "
-        return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     parts = [t.paint(kind, spell(i)) for kind, ids in r.parts().items() for i in ids]
     return f"{n:4} {t.bar(r.skip)} {r.accepted:2}/{len(r.drafted):<2} {''.join(parts)}"
@@ -146,11 +150,13 @@ def round_line(n: int, r: Round, tokenizer: Tokenizer | None, t: Terminal) -> st
 def summary(f: dict, s: Settings) -> str:
     """One compact account of a run."""
     if not f["verifies"]:
-        return f"{f['emitted']} token(s), all from the prefill ({f['prefill_seconds']:.2f} s)"
+        return f"{f['emitted']} token(s), the prefill's, in {f['prefill_seconds']:.2f} s"
     head = (f"{f['emitted']} tokens in {f['seconds']:.2f} s: prefill {f['prefill_seconds']:.2f} s, "
             f"then {f['tokens_per_second']:.1f} tokens/s")
-    if not f["drafted"]:
+    if s.K == 0:
         return f"{head} | plain decoding"
+    if not f["drafted"]:
+        return f"{head} | nothing drafted"
     share = ", ".join(f"{name} {part:.0%}" for name, part in f["shares"].items())
     return (f"{head} | {f['tokens_per_verify']:.2f} tokens per verify | acceptance "
             f"{f['acceptance']:.2f} ({f['accepted']} of {f['drafted']} drafted) | {share} | skips "
@@ -160,22 +166,23 @@ def summary(f: dict, s: Settings) -> str:
 # --------------------------------------------------------------------- what the command can do
 
 class Job:
-    """A loaded model and what is to be done with it: what `main` hands to the three modes."""
+    """A model and what is to be done with it: what `main` hands to the three modes. All that can be
+    wrong with the command is found before `load` reads the weights."""
 
     def __init__(self, a: argparse.Namespace) -> None:
         self.a, folder = a, Path(a.model)
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such folder")
-        device = _device(a.device)
+        self.device, self.cfg = _device(a.device), Config.load(folder)
         try:
             self.tokenizer = Tokenizer(folder)
         except ModelError:
             if not a.prompt_ids:                       # ids need none; one makes them readable
                 raise
             self.tokenizer = None
-        self.stops = stop_ids(folder)
-        self.model = Llama.load(folder, device, DTYPES.get(a.dtype), _progress())
-        cfg = self.model.cfg
+        self.stops, cfg = stop_ids(folder), self.cfg
+        if self.tokenizer and max(self.tokenizer.special.values()) >= cfg.V:
+            raise ModelError(f"{folder}: the tokenizer has more tokens than the model's {cfg.V}")
         weights = cfg.L * cfg.D * (cfg.hd * 2 * (cfg.H + cfg.G) + 3 * cfg.ffn)
         if a.threads or weights < 100e6:               # small matrices gain nothing from a second
             torch.set_num_threads(a.threads or 1)
@@ -197,6 +204,9 @@ class Job:
         if a.chat and self.tokenizer.special[NAMED[9]] not in self.stops:
             print("clasp_mini.py: note: <|eot_id|> does not stop this model, so it was hardly "
                   "trained on --chat", file=sys.stderr)
+
+    def load(self) -> None:
+        self.model = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
 
     def prompt(self) -> list[int]:
         """The user's prompt as ids, checked against the model."""
@@ -230,7 +240,7 @@ class Job:
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
 
     def fits(self, ids: list[int]) -> list[int]:
-        cfg, N = self.model.cfg, self.settings.N
+        cfg, N = self.cfg, self.settings.N
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         bad = [i for i in ids if not 0 <= i < cfg.V]
@@ -298,6 +308,8 @@ def generate_text(job: Job, ids: list[int]) -> int:
     else:
         print("".join(shown) if a.verbose else shown[-1], end="\n" if sys.stdout.isatty() else "",
               flush=True)
+        if not sys.stdout.isatty() and not a.verbose and sys.stderr.isatty():
+            print(file=sys.stderr)                     # `| cat`: the text need not end its line
         print(err.paint("dim", summary(figures(rounds), s)), file=sys.stderr)
     return status
 
@@ -348,22 +360,33 @@ def compare(job: Job, ids: list[int]) -> int:
     return 0
 
 
-def bench(job: Job, path: str) -> int:
-    """Every question of a Spec-Bench file plainly and with CLaSp; a line per category, as in the
-    paper's Table 1. Later turns see the earlier ones and plain decoding's answers to them. What
-    does not fit into the context is left out and named; Ctrl-C ends with the table so far."""
+Questions = list[tuple[str, list[str]]]                             # (category, turns) of each
+
+
+def read_questions(path: str) -> Questions:
+    """A file in Spec-Bench's format: a JSON object with `category` and `turns` per line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # split, as splitlines would also break a line at U+2028 and U+0085, which JSON leaves as is
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         questions = [json.loads(line) for line in lines if line.strip()]
-        questions = [(str(q["category"]), list(map(str, q["turns"]))) for q in questions
-                     if isinstance(q["turns"], list)]
+        questions = [(str(q["category"]), q["turns"]) for q in questions]
+        for _, turns in questions:
+            if not isinstance(turns, list) or not all(isinstance(t, str) for t in turns):
+                raise TypeError("turns is not a list of texts")
     except OSError as e:
         raise UsageError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UsageError(f"{path}: not a Spec-Bench file, a JSON object with category and turns "
                          f"per line ({e!r})") from None
     if not any(turns for _, turns in questions):
         raise UsageError(f"{path}: no questions")
+    return questions
+
+
+def bench(job: Job, questions: Questions) -> int:
+    """Every question plainly and with CLaSp; a line per category, as in the paper's Table 1. Later
+    turns see the earlier ones and plain decoding's answers to them. What does not fit into the
+    context is left out and named; Ctrl-C ends with the table so far."""
     results: dict[str, list[tuple[dict, dict]]] = {}
     status = 0
     try:
@@ -388,7 +411,9 @@ def bench(job: Job, path: str) -> int:
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if not results:
-        raise UsageError(f"{path}: no answers")
+        if status:
+            raise KeyboardInterrupt
+        raise UsageError("no question fits into the model's context")
     table = {name: _bench_line(pairs) for name, pairs in results.items()}
     table["overall"] = _bench_line([p for pairs in results.values() for p in pairs])
     if job.a.json:
@@ -442,7 +467,7 @@ def _progress() -> Progress | None:
     def show(done: int, total: int) -> None:
         nonlocal shown
         t = time.perf_counter() - began
-        if t > 1 and (t - shown > 0.2 or done == total):
+        if total > 1e9 and t > 1 and (t - shown > 0.2 or done == total):
             shown = t
             print(f"\rloading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e9 / t:.1f} GB/s ",
                   end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -528,30 +553,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--compare goes with a prompt; --bench compares by itself")
     try:
         job = Job(a)
+        work = job.prompt() if a.bench is None else read_questions(a.bench)
+        job.load()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here the text is kept
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if a.bench is not None:
-            return bench(job, a.bench)
-        ids = job.prompt()
-        return compare(job, ids) if a.compare else generate_text(job, ids)
+            status = bench(job, work)
+        else:
+            status = compare(job, work) if a.compare else generate_text(job, work)
+        sys.stdout.flush()                             # here, where a fault of it is answered for
+        return status
     except UsageError as e:
         print(f"clasp_mini.py: {e}", file=sys.stderr)
         return 2
     except ModelError as e:
         print(f"clasp_mini.py: {e}", file=sys.stderr)
         return 1
-    except (MemoryError, torch.OutOfMemoryError) as e:
+    except (MemoryError, RuntimeError) as e:           # OutOfMemoryError is a RuntimeError
+        # On a CPU PyTorch has no type for it, only a text.
+        if type(e) is RuntimeError and "DefaultCPUAllocator" not in str(e):
+            raise
         print(f"clasp_mini.py: out of memory, try a narrower --dtype or fewer tokens: "
               f"{str(e).partition(chr(10))[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("clasp_mini.py: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:                            # as `head` does when it has seen enough
+    except OSError as e:                # the reader has gone, as `head` does, or the disk is full
+        if e.filename:
+            print(f"clasp_mini.py: {e.filename}: {e.strerror}", file=sys.stderr)
+            return 1
+        if not isinstance(e, BrokenPipeError):
+            print(f"clasp_mini.py: the output cannot be written: {e.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141 if isinstance(e, BrokenPipeError) else 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:                 # closed by the caller, as `>&-` does
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")           # where the encoding has no such character
     sys.exit(main())

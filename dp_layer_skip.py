@@ -28,6 +28,7 @@ with at most M rows each.
 import itertools
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -215,4 +216,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for name in ("SIGINT", "SIGPIPE"):                 # Ctrl-C and `| head` end it without a word
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     main()

@@ -385,6 +385,7 @@ def _open(path: Path) -> safe_open:
     if not path.exists():
         raise ModelError(f"{path}: this shard is missing")
     try:
+        path.open("rb").close()                        # its error says more than safe_open's
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
         raise ModelError(f"{path}: broken or cut short: {e}") from None
@@ -416,6 +417,8 @@ def _fill(place: dict[str, Tensor], files: dict[str, Path], progress: Progress |
                     raise ModelError(f"{name}: shape {view.get_shape()}, but config.json makes "
                                      f"it {list(want.shape)}")
                 want.copy_(f.get_tensor(name))
+                if not want.isfinite().all():
+                    raise ModelError(f"{path.name}: {name} holds values that are not numbers")
                 done += want.nbytes
                 if progress:
                     progress(done, total)

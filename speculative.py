@@ -94,7 +94,8 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
     p = logits.softmax(-1)
     # The nucleus is the shortest beginning with a mass of at least top_p: a token stays if those
     # before it fall short.
-    p = torch.where(p.cumsum(-1) - p < s.top_p, p, 0) if s.top_p < 1 else p
+    if s.top_p < 1:
+        p = torch.where(p.cumsum(-1) - p < max(s.top_p, torch.finfo(p.dtype).tiny), p, 0)
     return torch.zeros_like(p).scatter_(-1, order, p / p.sum(-1, keepdim=True))
 
 

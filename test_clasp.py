@@ -322,7 +322,8 @@ BROKEN_LLAMA = {
     "the token before it is not seen": [("(every < t) |", "(every < t - 1) |")],
     "scratch begins at the probe": [("every = self.slot[t + 1:n]", "every = self.slot[t:n - 1]")],
     "h[L] comes after the final norm": [
-        ("h.append(x)", "h.append(rms_norm(x, self.norm, self.eps) if i == self.cfg.L - 1 else x)")],
+        ("h.append(x)",
+         "h.append(rms_norm(x, self.norm, self.eps) if i == self.cfg.L - 1 else x)")],
 }
 
 

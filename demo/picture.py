@@ -55,7 +55,9 @@ def draw(rounds: list[Round], spell: Callable[[list[int]], str], title: str,
 def main() -> None:
     prompt = sys.argv[1] if len(sys.argv) > 1 else "def fibonacci(n):"
     job = clasp_mini.Job(clasp_mini.parser().parse_args(["--prompt", prompt, *sys.argv[2:]]))
-    rounds = job.run(job.prompt(), job.settings, job.a.seed)
+    ids = job.prompt()
+    job.load()
+    rounds = job.run(ids, job.settings, job.a.seed)
 
     def spell(ids: list[int]) -> str:
         return job.tokenizer.decode(ids).replace("\n", "⏎").replace(" ", "\u00a0")
