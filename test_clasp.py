@@ -615,7 +615,7 @@ def test_probabilities_are_float32_or_wider_and_finite_at_any_temperature(dtype)
     """Refuses arithmetic in bfloat16, overflow, and a top-k that keeps more than k on ties."""
     logits = torch.tensor([-300.0, 0.0, 300.0, 299.0], dtype=dtype)
     for temperature in (1e-300, 1e-46, 1e-30, 1e-3, 1.0, 1e6):
-        for top_k, top_p in ((0, 1.0), (9, 1.0), (2, 0.5), (1, 1.0)):
+        for top_k, top_p in ((0, 1.0), (9, 1.0), (2, 0.5), (1, 1.0), (0, 1e-300)):
             p = probabilities(logits, Settings(temperature=temperature, top_k=top_k, top_p=top_p))
             assert p.dtype == torch.promote_types(dtype, torch.float32)
             assert abs(p.sum().item() - 1) < 1e-6 and p.isfinite().all()
@@ -1550,6 +1550,16 @@ def test_bench_has_a_line_per_category_and_leaves_out_what_does_not_fit(run, tmp
     assert status == 0 and err.count("\n") == 1 and "question 6 left out" in err
 
 
+def test_bench_reads_every_file_that_is_json_by_lines(run, tmp_path):
+    """Refuses lines cut at U+2028, a byte order mark taken for text, and turns taken apart."""
+    path = tmp_path / "odd.jsonl"
+    path.write_text('\ufeff{"category": "a", "turns": ["x\u2028y"]}\r\n\n', encoding="utf-8")
+    assert run("--bench", path, "--max-new-tokens", 4)[0] == 0
+    path.write_text('{"category": "a", "turns": "xy"}')
+    status, out, err = run("--bench", path)
+    assert status == 2 and out == "" and "Spec-Bench" in err and err.count("\n") == 1
+
+
 def test_verbose_shows_a_line_per_round_with_a_bar_of_all_layers(run, result):
     """Refuses a bar of another skip set and rounds that are not shown."""
     _, out, err = run("--prompt", "import os\n", *SHORT, "--verbose")
@@ -1613,6 +1623,16 @@ def test_a_reader_that_leaves_early_is_no_fault():
     p.stdout.close()
     err = p.stderr.read()
     assert p.wait(60) == 141 and b"Traceback" not in err and b"Exception" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("mode", [[], ["--json"]], ids=["text", "json"])
+def test_output_that_cannot_be_written_is_said_in_one_line(mode):
+    """Refuses a traceback, and success reported for a text that is lost."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "clasp_mini.py"), "--prompt", "x", *mode]
+        p = subprocess.run([*command, "--max-new-tokens", "4"], stdout=full, stderr=subprocess.PIPE)
+    assert p.returncode == 1 and p.stderr.count(b"\n") == 1 and b"cannot be written" in p.stderr
 
 
 def test_ctrl_c_ends_with_the_summary_so_far():
