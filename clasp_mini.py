@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 # The defaults, in one place. For the demo the best of a sweep (README, "How fast is it?"). For
 # other models the paper's threshold and the lower end of its "50 to 60 %" of the layers; it does
 # not state K and the interval for the 8B.
-TUNED = {"demo": dict(skip=0.56, K=12, exit_threshold=0.4, interval=32),
+TUNED = {"demo": dict(skip=0.56, K=12, exit_threshold=0.5, interval=32),
          "other": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
 
 
