@@ -25,7 +25,7 @@ import statistics  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable, Iterable, Sequence  # noqa: E402
+from collections.abc import Iterable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TextIO  # noqa: E402
@@ -251,18 +251,13 @@ class Job:
                              f"context of {cfg.context}; {max(0, cfg.context - len(ids))} fit")
         return ids
 
-    def run(self, ids: list[int], s: Settings, seed: int,
-            each: Callable[[Round], None] = lambda r: None) -> list[Round]:
-        rounds = []
-        for r in generate(self.model, ids, s, Chance(seed), choose_skip):
-            rounds.append(r)
-            each(r)
-        return rounds
+    def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:
+        return generate(self.model, ids, s, Chance(seed), choose_skip)
 
     def pair(self, ids: list[int], seed: int) -> tuple[list[Round], list[Round]]:
         """The same prompt plainly and with CLaSp, one after the other."""
-        return (self.run(ids, replace(self.settings, K=0, M=0), seed),
-                self.run(ids, self.settings, seed))
+        return (list(self.run(ids, replace(self.settings, K=0, M=0), seed)),
+                list(self.run(ids, self.settings, seed)))
 
     def text(self, ids: Sequence[int]) -> str | None:
         return self.tokenizer and self.tokenizer.decode([i for i in ids if i not in self.stops])
@@ -287,18 +282,16 @@ def generate_text(job: Job, ids: list[int]) -> int:
         prompt = tok.decode(ids[1:] if ids[0] == tok.bos else ids)
         print(err.paint("dim", prompt), end="", file=sys.stderr, flush=True)
 
-    def each(r: Round) -> None:
-        rounds.append(r)
-        shown.append(text.add(r.emitted))
-        if a.verbose:
-            line = round_line(len(rounds) - 1, r, tok, err)
-            print(line, file=sys.stderr, flush=True)
-        elif not a.json:
-            print(shown[-1], end="", flush=True)
-
     status = 0
     try:
-        job.run(ids, s, a.seed, each)
+        for r in job.run(ids, s, a.seed):
+            rounds.append(r)
+            shown.append(text.add(r.emitted))
+            if a.verbose:
+                line = round_line(len(rounds) - 1, r, tok, err)
+                print(line, file=sys.stderr, flush=True)
+            elif not a.json:
+                print(shown[-1], end="", flush=True)
     except KeyboardInterrupt:                          # what has been made so far is kept
         status = 130
     shown.append(text.add([], final=True))

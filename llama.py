@@ -371,7 +371,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():
         with _open(single) as f:
-            return {name: single for name in f.keys()}
+            return dict.fromkeys(f.keys(), single)
     if not index.exists():
         raise ModelError(f"{folder}: neither {single.name} nor {index.name}")
     names = _read_json(index).get("weight_map")

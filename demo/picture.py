@@ -57,7 +57,7 @@ def main() -> None:
     job = clasp_mini.Job(clasp_mini.parser().parse_args(["--prompt", prompt, *sys.argv[2:]]))
     ids = job.prompt()
     job.load()
-    rounds = job.run(ids, job.settings, job.a.seed)
+    rounds = list(job.run(ids, job.settings, job.a.seed))
 
     def spell(ids: list[int]) -> str:
         return job.tokenizer.decode(ids).replace("\n", "⏎").replace(" ", "\u00a0")
