@@ -61,6 +61,15 @@ class Choice:
                 j -= 1                           # which used up one skip; i falls by one either way
         return tuple(out)
 
+    @classmethod
+    def read(cls, D: Tensor, parents: Tensor) -> "Choice":
+        """What `table` returns, fetched from its device. Line 0 and column 0, where nothing was
+        skipped, are added."""
+        L, M = D.shape
+        lines, bits = D.tolist(), parents.tolist()     # here the host waits
+        return cls([[1.0] + [float("nan")] * M] + [[1.0, *line] for line in lines],
+                   [[False] * (M + 1)] + [[False, *line] for line in bits])
+
     @property
     def cosine(self) -> list[float]:
         """The cosine with h[L] of the set found for each budget 0..M."""
@@ -102,11 +111,17 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
 # ---------------------------------------------------------- the same, a line of the table at a time
 
 def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
-    """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
-    (§3.6).
+    """The set for a budget of M, and for every smaller one.
 
-    h (L+1, width), on any device; run_layer(i, x) for x (J, width), J <= M; 0 <= M <= L. What is
-    decided stays on the device until the end: no cell, and no layer, waits for the host."""
+    h (L+1, width), on any device; run_layer(i, x) for x (J, width), J <= M; 0 <= M <= L."""
+    return Choice.read(*table(h, run_layer, M))
+
+
+def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor]:
+    """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
+    (§3.6). Lines 1..L and columns 1..M of D and of the parents: (L, M), (L, M).
+
+    What is decided stays on the device: no cell, and no layer, waits for the host."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     g = h[:1]                                          # g[i, 0..min(i, M)], here i = 0: (1, width)
@@ -130,9 +145,7 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
         pad = (0, M - last)
         lines.append(torch.nn.functional.pad(cos, pad, value=float("nan")))
         bits.append(torch.nn.functional.pad(bit, pad))
-    D, parents = torch.stack(lines).tolist(), torch.stack(bits).tolist()     # here the host waits
-    return Choice([[1.0] + [float("nan")] * M] + [[1.0, *line] for line in D],
-                  [[False] * (M + 1)] + [[False, *line] for line in parents])
+    return torch.stack(lines), torch.stack(bits)
 
 
 # -------------------------------------------------------------------------- python dp_layer_skip.py

@@ -297,6 +297,8 @@ class Llama:
         keys and values."""
         w, c, (keys, values) = self.layers[i], self.cfg, cache.layers[i]
         T, R, n = len(x), c.H // c.G, rows.bias.shape[-1]
+        if T < len(rows.slots):                        # the DP's lines grow up to M candidates
+            rows = rows.first(T)
 
         a = (rms_norm(x, w.attn_norm, self.eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
         qk, v = rotate(a[:, :c.H + c.G], rows), a[:, c.H + c.G:]            # the heads: H + G | G

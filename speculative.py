@@ -107,29 +107,39 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
     return (p.double() / q.double()).clamp(max=1)
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
+def residual(p: Tensor, q: Tensor) -> Tensor:                       # (..., V), (..., V) -> (..., V)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
     Where p and q agree to the last bit nothing is owed, and nothing can have been refused; should
     rounding say otherwise, p itself."""
     owed = (p - q).clamp(min=0)
-    mass = owed.sum()
+    mass = owed.sum(-1, keepdim=True)
     return torch.where(mass > 0, owed / mass, p)
 
 
-def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int],
-          chance: "Chance") -> tuple[int, int, list[float]]:
-    """p (k+1, V), q k times (V,), k drafted tokens -> (how many are kept, the token the full model
-    adds, the acceptance probabilities). The added token is the correction of the first refusal or,
-    if all passed, a bonus."""
-    if drafted:
-        at = torch.tensor(drafted, device=p.device)[:, None]
-        a = acceptance(p[:-1].gather(1, at), torch.stack(list(q)).gather(1, at))[:, 0].tolist()
-    else:
-        a = []
-    for r, a_r in enumerate(a):
-        if not chance.accept(a_r):
-            return r, chance.draw(residual(p[r], q[r])), a
-    return len(a), chance.draw(p[-1]), a
+@dataclass(frozen=True)
+class Verdict:
+    """What the full model said to k drafted tokens."""
+    p: list[float]              # probability of each under the full model
+    q: list[float]              # and under the draft
+    a: list[float]              # acceptance probability of each
+    accepted: int               # how many were kept, from the first on
+    token: int                  # what the full model adds: the correction of the first refusal or,
+                                # if all passed, a bonus
+
+
+def judge(p: Tensor, q: Sequence[Tensor], drafted: Tensor, chance: "Chance") -> Verdict:
+    """p (k+1, V), q k times (V,), drafted (k,) ids on p's device. A refusal at r is made good from
+    the residual there, and if all are kept a bonus comes from p's last row: k+1 distributions, of
+    which one will be drawn from."""
+    if not len(drafted):
+        return Verdict([], [], [], 0, chance.one_of(p)(0))
+    stacked, at = torch.stack(list(q)), drafted[:, None]
+    p_at, q_at = p[:-1].gather(1, at)[:, 0], stacked.gather(1, at)[:, 0]
+    draw = chance.one_of(torch.cat((residual(p[:-1], stacked), p[-1:])))
+    # One wait for a GPU: with these numbers come the tokens that `one_of` may have drawn ahead.
+    p_at, q_at, a = torch.stack((p_at.double(), q_at.double(), acceptance(p_at, q_at))).tolist()
+    r = next((r for r, a_r in enumerate(a) if not chance.accept(a_r)), len(a))
+    return Verdict(p_at, q_at, a, r, draw(r))
 
 
 # ------------------------------------------------------------------------------ chance
@@ -151,15 +161,30 @@ class Chance:
 
     def draw(self, p: Tensor) -> int:
         """A token drawn from p (V,)."""
-        return inverse_cdf(p, self.uniform())
+        return int(inverse_cdf(p, self.uniform()))
+
+    def one_of(self, p: Tensor) -> Callable[[int], int]:
+        """A token drawn from one row of p (n, V), which row is said later. A GPU draws from every
+        row at once, before anyone waits for it."""
+        u = self.uniform()
+        if not p.is_cuda:
+            return lambda r: int(inverse_cdf(p[r], u))
+        tokens = inverse_cdf(p, u).to("cpu", non_blocking=True)
+
+        def draw(r: int) -> int:
+            torch.cuda.current_stream(p.device).synchronize()        # at once, if we have waited
+            return int(tokens[r])
+        return draw
 
 
-def inverse_cdf(p: Tensor, u: float) -> int:
-    """The first token, in ascending id, at which the running sum of p (V,), in float64, exceeds u
-    times its total."""
-    ids = p.nonzero()[:, 0]          # a token of probability zero has no slot to be drawn from
-    cdf = p[ids].double().cumsum(0)
-    return int(ids[torch.searchsorted(cdf, u * cdf[-1], right=True)])
+def inverse_cdf(p: Tensor, u: float) -> Tensor:                             # (..., V) -> (...) ids
+    """The first token, in ascending id, at which the running sum of p, in float64, exceeds u times
+    its total."""
+    # A token of probability zero has no slot to be drawn from, also where a parallel sum rounds.
+    cdf = p.double().cumsum(-1).masked_fill(p == 0, 0)
+    total = cdf.amax(-1, keepdim=True)
+    # u < 1, but u * total may round up to total.
+    return (cdf > (u * total).minimum(total.nextafter(total.new_zeros(())))).int().argmax(-1)
 
 
 class Recording(Chance):
@@ -182,6 +207,15 @@ class Recording(Chance):
         token = super().draw(p)
         self.log.append(("draw", p, self.u, token))
         return token
+
+    def one_of(self, p: Tensor) -> Callable[[int], int]:
+        ahead, u = super().one_of(p), self.u
+
+        def draw(r: int) -> int:
+            token = ahead(r)
+            self.log.append(("draw", p[r], u, token))
+            return token
+        return draw
 
 
 class Enumerating(Chance):
@@ -207,6 +241,9 @@ class Enumerating(Chance):
     def draw(self, p: Tensor) -> int:
         return self._answer([(token, w) for token, w in enumerate((p / p.sum()).tolist()) if w > 0])
 
+    def one_of(self, p: Tensor) -> Callable[[int], int]:
+        return lambda r: self.draw(p[r])
+
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
     """Run `run` down every branch that chance can take: (its result, the probability of that
@@ -230,11 +267,15 @@ class Round:
     skip: tuple[bool, ...]      # layers that the draft left out
     drafted: list[int]          # d1..dk
     confidence: list[float]     # the draft's top-1 probability at each, at temperature 1
-    a: list[float]              # acceptance probability of each
-    accepted: int               # how many were kept: d1..d_accepted
+    verdict: Verdict            # what the full model said to them
     emitted: list[int]          # the kept ones and the full model's own, cut after a stop token
     choice: Any                 # what the chooser returned, if it was asked after this round
     seconds: tuple[float, float, float]     # draft, verify, optimise
+
+    @property
+    def accepted(self) -> int:
+        """How many drafted tokens were kept: d1..d_accepted."""
+        return self.verdict.accepted
 
     def parts(self) -> dict[str, list[int]]:
         """The tokens by what became of them: "kept", "refused", the full model's "own"."""
@@ -269,8 +310,10 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
             x, _ = model.forward(_ids(model, [token]), rows, cache, skip)
             logits = model.head(x)[0]                  # (V,)
             q.append(probabilities(logits, s))
+            # On its way before `draw` waits for a GPU, and there when that wait is over.
+            sure = logits.softmax(-1).amax().to("cpu", non_blocking=True)
             drafted.append(chance.draw(q[-1]))
-            confidence.append(logits.softmax(-1).amax().item())
+            confidence.append(sure.item())
             # Our decision, as the paper is silent: confidence is the draft's top-1 probability at
             # temperature 1, before top-k and top-p; and a doubtful token stays and is judged like
             # any other, only what would follow it is not drafted. To throw a token away after
@@ -284,15 +327,16 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
         #    refused draft needs no undoing.
         k, todo = len(drafted), text[cached:] + drafted
         optimise = choose is not None and s.K > 0 and s.M > 0 and verified % s.interval == 0
+        ids = _ids(model, todo)
         for c in range(0, len(todo), CHUNK):
-            part = todo[c:c + CHUNK]
+            part = ids[c:c + CHUNK]
             rows = cache.sequence(cached + c, len(part))
-            x, h = model.forward(_ids(model, part), rows, cache,
+            x, h = model.forward(part, rows, cache,
                                  states=slice(-k - 1, None) if optimise else None)
         # p (k+1, V): row r predicts what follows the r-th draft, row 0 what follows the last token.
         p = probabilities(model.head(x[-k - 1:]), s)
-        accepted, token, a = judge(p, q, drafted, chance)
-        emitted = drafted[:accepted] + [token]
+        verdict = judge(p, q, ids[len(ids) - k:], chance)
+        emitted = drafted[:verdict.accepted] + [verdict.token]
         stops = [r for r, d in enumerate(emitted) if d in s.stop_ids]
         if stops:                                      # the text ends there, drafted or not
             emitted = emitted[:stops[0] + 1]
@@ -306,22 +350,24 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
         #    Fig. 1), the others every `interval` verifications.
         used, choice = skip, None
         if optimise and not done:
-            rows = cache.versions(t + accepted, s.M)
+            rows = cache.versions(t + verdict.accepted, s.M)
 
             def run_layer(i: int, x: Tensor, rows: Any = rows) -> Tensor:
-                return model.layer(i, x, rows.first(len(x)), cache)
-            choice = choose(h[:, accepted], run_layer, s.M)
+                return model.layer(i, x, rows, cache)
+            choice = choose(h[:, verdict.accepted], run_layer, s.M)
             skip = choice.skip()
         verified += 1
         ended = _clock(model)
-        yield Round(t + 1, used, drafted, confidence, a, accepted, emitted, choice,
+        yield Round(t + 1, used, drafted, confidence, verdict, emitted, choice,
                     (drafting - began, verifying - drafting, ended - verifying))
         if done:
             return
 
 
 def _ids(model: Any, tokens: Sequence[int]) -> Tensor:
-    return torch.tensor(tokens, device=model.device)
+    if model.device.type != "cuda":
+        return torch.tensor(tokens, device=model.device)
+    return torch.tensor(tokens, pin_memory=True).to(model.device, non_blocking=True)
 
 
 def _clock(model: Any) -> float:
