@@ -25,7 +25,7 @@ import statistics  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Iterable, Iterator, Sequence  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TextIO  # noqa: E402
@@ -33,10 +33,10 @@ from typing import TextIO  # noqa: E402
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
 
-from dp_layer_skip import choose_skip  # noqa: E402
+from dp_layer_skip import Choice, choose_skip, table  # noqa: E402
 from llama import (  # noqa: E402
-    NAMED, Config, Llama, ModelError, Progress, Tokenizer, stop_ids)
-from speculative import Chance, Round, Settings, generate  # noqa: E402
+    NAMED, Cache, Config, Llama, ModelError, Progress, Replay, Tokenizer, stop_ids)
+from speculative import CHUNK, Chance, Round, Settings, generate  # noqa: E402
 
 VERSION = "0.1.0"
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -177,9 +177,10 @@ class Job:
         try:
             self.tokenizer = Tokenizer(folder)
         except ModelError:
-            if not a.prompt_ids:                       # ids need none; one makes them readable
+            if not (a.prompt_ids or a.bench_passes):   # ids need none; one makes them readable
                 raise
             self.tokenizer = None
+        self.graphs = self.device.type == "cuda" and not a.eager
         self.stops, cfg = stop_ids(folder), self.cfg
         if self.tokenizer and max(self.tokenizer.special.values()) >= cfg.V:
             raise ModelError(f"{folder}: the tokenizer has more tokens than the model's {cfg.V}")
@@ -206,7 +207,16 @@ class Job:
                   "trained on --chat", file=sys.stderr)
 
     def load(self) -> None:
-        self.model = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
+        self.plain = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
+        self.model, self.choose = self.plain, choose_skip
+        if self.graphs:
+            self.model = self.replay(self.settings.K)
+            self.choose = lambda h, run_layer, M: Choice.read(*self.model.choose(h))
+
+    def replay(self, K: int) -> Replay:
+        """The model by CUDA graphs, for rounds of up to K drafts."""
+        compile = (lambda f: f) if self.a.no_compile else fuse(self.device)
+        return Replay(self.plain, K, self.settings.M, table, compile)
 
     def prompt(self) -> list[int]:
         """The user's prompt as ids, checked against the model."""
@@ -252,7 +262,7 @@ class Job:
         return ids
 
     def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:
-        return generate(self.model, ids, s, Chance(seed), choose_skip)
+        return generate(self.model, ids, s, Chance(seed), self.choose)
 
     def pair(self, ids: list[int], seed: int) -> tuple[list[Round], list[Round]]:
         """The same prompt plainly and with CLaSp, one after the other."""
@@ -266,8 +276,25 @@ class Job:
         """The settings as --json prints them."""
         a, model = self.a, self.model
         return dict(model=str(a.model), device=str(model.device), strategy=a.strategy, seed=a.seed,
+                    graphs=self.graphs,
                     dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
                     **asdict(self.settings))
+
+
+def fuse(device: torch.device) -> Callable[[Callable], Callable]:
+    """torch.compile for Replay, tried out; where it cannot work, nothing, and a line that says
+    so."""
+    def compile(f: Callable) -> Callable:
+        # Tuned, a product with one row becomes a kernel of its own that the parts around it join.
+        return torch.compile(f, fullgraph=True, dynamic=False,
+                             options=dict(coordinate_descent_tuning=True))
+    try:
+        compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as e:  # whatever a compiler may say: without it all works, only slower
+        print(f"clasp_mini.py: note: no fused kernels, torch.compile fails here: "
+              f"{type(e).__name__} {str(e).strip().partition(chr(10))[0]}", file=sys.stderr)
+        return lambda f: f
+    return compile
 
 
 def ids_of(rounds: Sequence[Round]) -> list[int]:
@@ -438,6 +465,93 @@ def _bench_line(pairs: list[tuple[dict, dict]]) -> dict:
                 ideal_speedup=over(sum(w for w, _ in ideal), sum(w / i for w, i in ideal)))
 
 
+@torch.inference_mode()
+def bench_passes(job: Job) -> int:
+    """What each kind of pass costs after some 1000 random tokens, against the bytes it must read:
+    the weights of its layers, the head, the cached keys and values. Passes are queued one behind
+    another and waited for once."""
+    cfg, s, plain, model = job.cfg, job.settings, job.plain, job.model
+    t = max(1, min(1000, cfg.context - s.N))
+    prompt = torch.randint(cfg.V, (t,), generator=torch.Generator().manual_seed(job.a.seed))
+    ids = prompt.to(job.device)
+    layer = sum(w.nbytes for w in plain.layers[0]) + 2 * t * cfg.G * cfg.hd * plain.embed.itemsize
+    passes: dict[str, tuple[int, Callable[[], object]]] = {}                # (bytes, what to time)
+
+    def filled(model: Llama | Replay) -> Cache | Replay:
+        cache = model.cache(t + CHUNK + s.M)
+        for c in range(0, t, CHUNK):
+            part = ids[c:c + CHUNK]
+            model.forward(part, cache.sequence(c, len(part)), cache)
+        return cache
+
+    def add(name: str, layers: int, model: Llama | Replay, cache: Cache | Replay, T: int,
+            **how: object) -> None:
+        passes[name] = layers * layer + plain.lm_head.nbytes, lambda: model.head(
+            model.forward(ids[:T], cache.sequence(t, T), cache, **how)[0])
+
+    cache = filled(model)
+    add("plain step", cfg.L, model, cache, 1)
+    for m in sorted({cfg.L // 4, cfg.L // 2, 3 * cfg.L // 4, s.M} - {0}):
+        skip = [(i + 1) * m // cfg.L > i * m // cfg.L for i in range(cfg.L)]         # evenly spread
+        add(f"draft step, {m} of {cfg.L} skipped", cfg.L - m, model, cache, 1, skip=skip)
+    for T in sorted({1, 4, 8, 16, s.K + 1}):
+        other = job.replay(T - 1) if job.graphs else model
+        add(f"verify, {T} rows", cfg.L, other, filled(other) if job.graphs else cache, T,
+            states=slice(None))
+    if s.M:
+        h = model.forward(ids[:1], cache.sequence(t, 1), cache, states=slice(None))[1][:, 0].clone()
+
+        def optimise() -> object:
+            rows = cache.versions(t, s.M)
+            return job.choose(h, lambda i, x: model.layer(i, x, rows, cache), s.M)
+        passes[f"layer optimisation, M = {s.M}"] = (cfg.L - 1) * layer, optimise
+    a = torch.ones(2 ** (30 if job.device.type == "cuda" else 28), device=job.device,
+                   dtype=torch.int8)
+    b = torch.empty_like(a)
+    passes["copy of memory"] = 2 * a.nbytes, lambda: b.copy_(a)
+
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(1 + job.a.repeats):                                     # the first is a warm-up
+        for name, (_, f) in passes.items():
+            times[name].append(_seconds(f, job.device))
+    took = {name: statistics.median(v[1:]) for name, v in times.items()}
+    rate = {name: n / took[name] for name, (n, _) in passes.items()}
+    table = {name: dict(seconds=took[name], bytes=n, bytes_per_second=rate[name],
+                        of_copy=rate[name] / rate["copy of memory"],
+                        plain_steps=took[name] / took["plain step"])
+             for name, (n, _) in passes.items()}
+    run = figures(list(job.run(prompt.tolist(), s, job.a.seed)))
+    host = None
+    if job.graphs and run["drafted"]:                  # without graphs a verify is of any length
+        host = 1 - (run["drafted"] * took[f"draft step, {s.M} of {cfg.L} skipped"]
+                    + run["verifies"] * took[f"verify, {s.K + 1} rows"] + run["optimisations"]
+                    * took[f"layer optimisation, M = {s.M}"]) / run["decode_seconds"]
+    if job.a.json:
+        print(json.dumps(dict(settings=job.report(), context=t, passes=table, host_share=host)))
+        return 0
+    print(f"{'after ' + str(t) + ' tokens':<32} {'ms':>9} {'GB to read':>11} {'GB/s':>8} "
+          f"{'of copy':>8} {'plain steps':>12}")
+    for name, v in table.items():
+        print(f"{name:<32} {1e3 * v['seconds']:9.3f} {v['bytes'] / 1e9:11.4f} "
+              f"{v['bytes_per_second'] / 1e9:8.1f} {v['of_copy']:8.0%} {v['plain_steps']:12.2f}")
+    if host is not None:
+        print(f"the host's share of a run: {host:.1%}, which is what {run['emitted']} tokens took "
+              "beyond their passes")
+    return 0
+
+
+def _seconds(f: Callable[[], object], device: torch.device) -> float:
+    """Of one call, from as many as fill a fiftieth of a second, 1 to 100."""
+    def clock(n: int) -> float:
+        began = time.perf_counter()
+        for _ in range(n):
+            f()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / n
+    return clock(max(1, min(100, int(0.02 / clock(1)))))
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -482,6 +596,8 @@ def parser() -> argparse.ArgumentParser:
                       help="token ids to continue, nothing added; needs no tokenizer")
     what.add_argument("--bench", metavar="FILE",
                       help="plain and CLaSp on every question of a Spec-Bench file")
+    what.add_argument("--bench-passes", action="store_true",
+                      help="what each kind of pass costs, against the bytes it must read")
     p.add_argument("--chat", action="store_true", help="the chat format of the Instruct models")
     p.add_argument("--system", metavar="TEXT", help="system turn, with --chat")
     p.add_argument("--model", metavar="DIR", default=str(DEMO),
@@ -492,6 +608,10 @@ def parser() -> argparse.ArgumentParser:
                    help="default: float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--threads", type=int, metavar="N",
                    help="CPU threads (default: 1 for a model as small as the demo)")
+    p.add_argument("--eager", action="store_true",
+                   help="on a GPU: launch every kernel by itself, without CUDA graphs")
+    p.add_argument("--no-compile", action="store_true",
+                   help="on a GPU: CUDA graphs of plain kernels, without torch.compile")
     g = p.add_argument_group("what is written (the distribution)")
     g.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
                    help="default: %(default)s")
@@ -517,7 +637,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--compare", action="store_true",
                    help="plain and CLaSp interleaved: speed-up, ideal, whether the texts are equal")
     g.add_argument("--repeats", type=int, default=5, metavar="N",
-                   help="pairs of runs that --compare takes medians of (default: %(default)s)")
+                   help="pairs of runs that --compare, and passes that --bench-passes, takes "
+                   "medians of (default: %(default)s)")
     g.add_argument("--verbose", action="store_true",
                    help="a line per round: skip map; tokens kept, refused, the full model's own")
     g.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -530,8 +651,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (the reader of our output has gone)."""
     p = parser()
     a = p.parse_args(argv)
-    if a.prompt is None and a.prompt_ids is None and a.bench is None:
-        p.error("one of --prompt, --prompt-ids and --bench is needed")
+    if a.prompt is None and a.prompt_ids is None and a.bench is None and not a.bench_passes:
+        p.error("one of --prompt, --prompt-ids, --bench and --bench-passes is needed")
     if a.system is not None and not a.chat:
         p.error("--system goes with --chat")
     if a.chat and a.prompt_ids is not None:
@@ -542,15 +663,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--seed takes 0 to 2**62 - 1")
     if (a.compare or a.bench is not None) and (a.strategy == "ar" or a.verbose):
         p.error("--compare and --bench run plain decoding too, without --strategy ar or --verbose")
-    if a.compare and a.bench is not None:
+    if a.compare and (a.bench is not None or a.bench_passes):
         p.error("--compare goes with a prompt; --bench compares by itself")
     try:
         job = Job(a)
-        work = job.prompt() if a.bench is None else read_questions(a.bench)
+        if a.bench_passes:
+            work = job.fits([0])
+        else:
+            work = job.prompt() if a.bench is None else read_questions(a.bench)
         job.load()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here the text is kept
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if a.bench is not None:
+        if a.bench_passes:
+            status = bench_passes(job)
+        elif a.bench is not None:
             status = bench(job, work)
         else:
             status = compare(job, work) if a.compare else generate_text(job, work)

@@ -27,6 +27,7 @@ To roll back a refused draft is therefore arithmetic on an integer: whatever lie
 overwritten before anyone may read it.
 """
 import base64
+import copy
 import json
 import math
 import os
@@ -189,31 +190,34 @@ class Cache:
         self.slot = torch.arange(S, device=device)
         self.zero, self.hidden = torch.tensor([0.0, -math.inf], device=device, dtype=dtype)
 
-    def sequence(self, t: int, T: int) -> Rows:
+    def sequence(self, t: int | Tensor, T: int) -> Rows:
         """T tokens that follow one another, the first at position t: decode and draft (T = 1),
-        prefill, verify."""
-        n = t + T
-        assert n <= self.S, f"rows {t}..{n - 1} in a cache of {self.S} slots"
-        slots = self.slot[t:n]
+        prefill, verify. A t that only the device knows, a tensor (), has all S slots looked at."""
+        slots = self.slot[:T] + t
         # Row r sits at position t + r, so it may read slots 0 .. t + r. Without the t the mask is
         # right in prefill and wrong ever after, and nothing crashes: the text just gets worse.
-        return self._rows(self.cos[t:n], self.sin[t:n], slots, self.slot[:n] <= slots[:, None])
+        return self._rows(slots, slots, self._seen(t, T) <= slots[:, None])
 
-    def versions(self, t: int, J: int) -> Rows:
+    def versions(self, t: int | Tensor, J: int) -> Rows:
         """J versions of the one token at position t (§3.6): equal positions, scratch slots behind
         it, each reading the past (slots before t) and its own slot. Slot t, the full model's own
         entry for that token, is nobody's to read, and being nobody's to write either it survives:
         the text's cache is unharmed."""
-        n = t + 1 + J
-        assert n <= self.S, f"{J} scratch slots behind {t} in a cache of {self.S} slots"
-        slots, every = self.slot[t + 1:n], self.slot[:n]
+        every, slots = self._seen(t, 1 + J), self.slot[1:J + 1] + t
         may_read = (every < t) | (every == slots[:, None])
-        return self._rows(self.cos[t:t + 1].expand(J, -1, -1), self.sin[t:t + 1].expand(J, -1, -1),
-                          slots, may_read)
+        return self._rows(self.slot[:1].expand(J) + t, slots, may_read)
 
-    def _rows(self, cos: Tensor, sin: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
+    def _seen(self, t: int | Tensor, T: int) -> Tensor:
+        """The slots that T rows from t on look at: (n,)."""
+        if isinstance(t, Tensor):
+            return self.slot
+        assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
+        return self.slot[:t + T]
+
+    def _rows(self, position: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
         bias = torch.where(may_read, self.zero, self.hidden)                                # (T, n)
-        return Rows(cos, sin, slots, bias.repeat_interleave(self.R, 0))         # (T, n) -> (T*R, n)
+        return Rows(self.cos[position], self.sin[position], slots,
+                    bias.repeat_interleave(self.R, 0))                          # (T, n) -> (T*R, n)
 
 
 def rope_frequencies(cfg: Config) -> Tensor:
@@ -258,6 +262,31 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
     return (x * rows.cos + x.roll(x.shape[-1] // 2, -1) * rows.sin).type(x.dtype)
 
 
+def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config,
+                  eps: Tensor) -> Tensor:                                         # (T, D) -> (T, D)
+    """One decoder layer: attention, then the feed-forward part, each added to the residual stream
+    x. keys, values (G, S, hd) are the layer's part of the cache."""
+    T, R, n = len(x), c.H // c.G, rows.bias.shape[-1]
+
+    a = (rms_norm(x, w.attn_norm, eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
+    qk, v = rotate(a[:, :c.H + c.G], rows), a[:, c.H + c.G:]                # the heads: H + G | G
+    q, k = qk[:, :c.H], qk[:, c.H:]
+    keys.index_copy_(1, rows.slots, k.transpose(0, 1))
+    values.index_copy_(1, rows.slots, v.transpose(0, 1))
+    # The R query heads that share a kv head become rows of one product with it, so grouped queries
+    # need neither copies of K and V nor a kernel that knows about them:
+    # q (T, H, hd) -> (G, T*R, hd), score (G, T*R, n).
+    q = q.reshape(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)
+    score = torch.baddbmm(rows.bias, q, keys[:, :n].transpose(1, 2), alpha=c.hd ** -0.5)
+    weight = score.softmax(-1, dtype=eps.dtype).type(x.dtype)
+    a = torch.bmm(weight, values[:, :n])                                    # (G, T*R, hd)
+    a = a.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)      # -> (T, H*hd)
+    x = torch.addmm(x, a, w.out)                                            # x + a @ W
+
+    gate, up = (rms_norm(x, w.mlp_norm, eps) @ w.gate_up).chunk(2, -1)
+    return torch.addmm(x, F.silu(gate) * up, w.down)
+
+
 class Llama:
     """The model: weights and the functions that use them. Nothing changes after loading, so one
     model serves any number of caches."""
@@ -268,6 +297,7 @@ class Llama:
         self.device, self.dtype = embed.device, embed.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)      # of norms, softmax, logits
         self.eps = torch.tensor(cfg.eps, device=self.device, dtype=self.wide)
+        self.block = decoder_layer                     # or the same function, compiled
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and the scratch slots behind them."""
@@ -295,28 +325,9 @@ class Llama:
     def layer(self, i: int, x: Tensor, rows: Rows, cache: Cache) -> Tensor:       # (T, D) -> (T, D)
         """f_i: the whole decoder layer i, residuals included: h[i+1] = f_i(h[i]). Writes the rows'
         keys and values."""
-        w, c, (keys, values) = self.layers[i], self.cfg, cache.layers[i]
-        T, R, n = len(x), c.H // c.G, rows.bias.shape[-1]
-        if T < len(rows.slots):                        # the DP's lines grow up to M candidates
-            rows = rows.first(T)
-
-        a = (rms_norm(x, w.attn_norm, self.eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
-        qk, v = rotate(a[:, :c.H + c.G], rows), a[:, c.H + c.G:]            # the heads: H + G | G
-        q, k = qk[:, :c.H], qk[:, c.H:]
-        keys.index_copy_(1, rows.slots, k.transpose(0, 1))
-        values.index_copy_(1, rows.slots, v.transpose(0, 1))
-        # The R query heads that share a kv head become rows of one product with it, so grouped
-        # queries need neither copies of K and V nor a kernel that knows about them:
-        # q (T, H, hd) -> (G, T*R, hd), score (G, T*R, n).
-        q = q.reshape(T, c.G, R, c.hd).transpose(0, 1).reshape(c.G, T * R, c.hd)
-        score = torch.baddbmm(rows.bias, q, keys[:, :n].transpose(1, 2), alpha=c.hd ** -0.5)
-        weight = score.softmax(-1, dtype=self.wide).type(x.dtype)
-        a = torch.bmm(weight, values[:, :n])                                # (G, T*R, hd)
-        a = a.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)  # -> (T, H*hd)
-        x = torch.addmm(x, a, w.out)                                        # x + a @ W
-
-        gate, up = (rms_norm(x, w.mlp_norm, self.eps) @ w.gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate) * up, w.down)
+        if len(x) < len(rows.slots):                   # the DP's lines grow up to M candidates
+            rows = rows.first(len(x))
+        return self.block(self.layers[i], x, rows, *cache.layers[i], self.cfg, self.eps)
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
         """h[L] -> logits, computed in the model's dtype, then widened to float32 or more."""
@@ -541,3 +552,108 @@ def _ranks_of_hugging_face(path: Path) -> tuple[dict[bytes, int], dict[str, int]
     if kind != "BPE" or split != [SPLIT]:
         raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind} or split pattern)")
     return ranks, special
+
+
+# ------------------------------------------------------------- replay: a CUDA graph per layer
+
+class Replay:
+    """The same model on a GPU, its passes replayed from CUDA graphs: one graph *per layer*.
+
+    A CUDA graph is a recorded run of kernels, at fixed addresses, that one launch repeats; launched
+    one by one, they keep the host busy for longer than the GPU. A graph of a whole pass would fix
+    which layers run. So each layer is recorded alone, updating the buffer x in place; a draft step
+    replays those it keeps, and a new skip set records nothing anew:
+
+        draft       t, id  -> begin | 0 | 1 |   | 3 |   |   | 6 | ... | L-1 | end -> logits
+        verify      t, ids -> [ all layers, P = K + 1 rows, and the head ] -> h, logits
+        optimise    t, h   -> [ dp_layer_skip.table, M rows per layer ] -> D, parents
+
+    What differs between steps (t, ids, h) is put into small buffers first; rows are made from t on
+    the device. Longer passes, a prompt's, run as they are. What a pass returns is overwritten by
+    the next, so it serves one run at a time. `compile` may fuse kernels. The plain model is the
+    oracle of all this."""
+
+    def __init__(self, model: Llama, K: int, M: int, table: Callable, compile: Callable) -> None:
+        self.cfg, self.device, self.dtype = model.cfg, model.device, model.dtype
+        self.model, self.P, self.M, self.table = model, K + 1, M, table
+        self.fused, self.store, self.pool = copy.copy(model), None, None
+        self.fused.block = compile(decoder_layer)
+        self.in_place = compile(lambda x, w, *rest: x.copy_(decoder_layer(w, x, *rest)))
+        self.ids = torch.zeros(self.P, dtype=torch.long, device=self.device)
+        self.t = torch.zeros_like(self.ids[0])
+        self.x, self.h = (model.embed.new_zeros(n, self.cfg.D) for n in (1, self.cfg.L + 1))
+
+    def record(self, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Run f; its result, and what repeats it in place."""
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            f(), f()                    # first calls compile and set up libraries: not recorded
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = f()
+        self.pool = graph.pool()
+        return out, graph.replay
+
+    def cache(self, S: int) -> "Replay":
+        """Graphs belong to the memory they were recorded on, so this is its own cache: what an
+        earlier run left there is overwritten like a refused draft."""
+        if self.store and S + self.P <= self.store.S:
+            return self
+        self.store = None                              # frees what there was
+        store = self.store = self.model.cache(-(-(S + self.P) // 256) * 256)
+        m, record = self.fused, self.record
+
+        def verify() -> tuple[Tensor, ...]:
+            x, h = m.forward(self.ids, store.sequence(self.t, self.P), store, states=slice(None))
+            return x, h, m.head(x)
+
+        def optimise() -> tuple[Tensor, Tensor]:
+            rows, M = store.versions(self.t, self.M), self.M
+            return self.table(self.h, lambda i, x: m.layer(            # padded to M: compiled once
+                i, F.pad(x, (0, 0, 0, M - len(x))), rows, store)[:len(x)], M)
+
+        (rows, _), self.begin = record(lambda: (
+            store.sequence(self.t, 1), self.x.copy_(F.embedding(self.ids[:1], m.embed))))
+        self.layers = [record(lambda w=w, kv=kv: self.in_place(
+            self.x, w, rows, *kv, m.cfg, m.eps))[1] for w, kv in zip(m.layers, store.layers)]
+        self.logits, self.end = record(lambda: m.head(self.x))
+        (self.xs, self.hs, self.all_logits), self.verify = record(verify)
+        self.answer, self.optimise = record(optimise) if self.M else (None, None)
+        return self
+
+    def sequence(self, t: int, T: int) -> Rows | None:
+        self.t.fill_(t)
+        return self.store.sequence(t, T) if T > self.P else None
+
+    def versions(self, t: int, J: int) -> None:
+        self.t.fill_(t)
+
+    def forward(self, ids: Tensor, rows: Rows | None, cache: Any, skip: Sequence[bool] = (),
+                states: slice | None = None) -> tuple[Tensor, Tensor | None]:
+        T = len(ids)
+        if rows:
+            return self.model.forward(ids, rows, self.store, skip, states)
+        self.ids[:T].copy_(ids)
+        if T > 1 or states:      # always P rows: old ids fill up, in slots that will be overwritten
+            assert not (skip and any(skip)), "a draft has one row"
+            self.verify()
+            return self.xs[:T], self.hs[:, :T][:, states] if states else None
+        self.begin()
+        for i in range(self.cfg.L):
+            if not (skip and skip[i]):
+                self.layers[i]()
+        self.end()
+        return self.x, None
+
+    def head(self, x: Tensor) -> Tensor:
+        """The logits recorded with the pass whose first rows these are."""
+        if x.data_ptr() == self.xs.data_ptr():
+            return self.all_logits[:len(x)]
+        return self.logits if x.data_ptr() == self.x.data_ptr() else self.model.head(x)
+
+    def choose(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        self.h.copy_(h)
+        self.optimise()
+        return self.answer

@@ -392,7 +392,8 @@ def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8
 def full_model(model, text):
     """Logits after `text`, by one fresh pass of the full model: what decoders are held against."""
     cache = model.cache(len(text))
-    x, _ = model.forward(torch.tensor(text), cache.sequence(0, len(text)), cache)
+    x, _ = model.forward(torch.tensor(text, device=model.device),
+                         cache.sequence(0, len(text)), cache)
     return model.head(x[-1])
 
 
@@ -829,9 +830,8 @@ def sizes(c):
     return H, c.get("num_key_value_heads") or H, c.get("head_dim") or c["hidden_size"] // H
 
 
-def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shards=1):
-    """Write a Hugging Face folder with random weights; -> (config, name -> weight in float64)."""
-    c, gen = {**BASE, **(overrides or {})}, torch.Generator().manual_seed(seed)
+def weight_shapes(c):
+    """Hugging Face's names -> shapes, for a config.json."""
     (H, G, hd), D, F, V = sizes(c), c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     layer = {"input_layernorm": (D,), "post_attention_layernorm": (D,),
              "self_attn.q_proj": (H * hd, D), "self_attn.k_proj": (G * hd, D),
@@ -841,11 +841,17 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
         f"model.layers.{i}.{n}": s for i in range(c["num_hidden_layers"]) for n, s in layer.items()}
     if c.get("tie_word_embeddings"):
         del shapes["lm_head"]
-    w = {}
-    for name, shape in shapes.items():
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shards=1):
+    """Write a Hugging Face folder with random weights; -> (config, name -> weight in float64)."""
+    c, gen, w = {**BASE, **(overrides or {})}, torch.Generator().manual_seed(seed), {}
+    for name, shape in weight_shapes(c).items():
         r = torch.randn(shape, generator=gen)
-        r = 1 + r / 10 if len(shape) == 1 else r / 10 if shape[0] == V else r * shape[1] ** -0.5
-        w[f"{name}.weight"] = r.to(dtype)
+        tall = shape[0] == c["vocab_size"]
+        w[name] = (1 + r / 10 if len(shape) == 1 else r / 10 if tall else r * shape[1] ** -0.5
+                   ).to(dtype)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
     # Dealt out like cards, so that every layer lies in several shards.
@@ -857,6 +863,44 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
     for file in set(place.values()):
         save({name: t for name, t in w.items() if place[name] == file}, folder / file)
     return c, {name: t.double() for name, t in w.items()}
+
+
+EIGHT_B = dict(BASE, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+               num_hidden_layers=32, vocab_size=128256, intermediate_size=14336,
+               rope_theta=500000.0, max_position_embeddings=8192,
+               torch_dtype="bfloat16")                 # and no stop token
+
+
+def quiet_layers(L):
+    """Of the layers of a synthetic checkpoint those that may be made quiet: 9 in 16, scattered."""
+    return set(random.Random(0).sample(range(1, L - 1), 9 * L // 16))
+
+
+def synthetic_checkpoint(folder, c=EIGHT_B, factor=0.1, seed=0, shards=4, report=lambda line: None):
+    """Write random bf16 weights in the layout of the 8B, a shard at a time, for tests and
+    benchmarks where no real ones can be had. Every matrix keeps the size of its input, and what
+    leaves a layer is scaled so that depth does not blow it up; what the quiet layers add to the
+    residual stream is `factor` times that: 0 makes them idle, and so sets how much a draft without
+    them is accepted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(c))
+    L, gen, shapes = c["num_hidden_layers"], torch.Generator().manual_seed(seed), weight_shapes(c)
+    names, quiet, place = list(shapes), quiet_layers(c["num_hidden_layers"]), {}
+    for k in range(shards):
+        file, tensors = f"model-{k + 1:05}-of-{shards:05}.safetensors", {}
+        for name in names[k * len(names) // shards:(k + 1) * len(names) // shards]:
+            shape, place[name] = shapes[name], file
+            if len(shape) == 1:
+                tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+                continue
+            scale = 1.0 if "embed" in name else 4 * shape[1] ** -0.5 if "lm_head" in name else (
+                shape[1] ** -0.5)
+            if "o_proj" in name or "down_proj" in name:
+                scale *= (2 * L) ** -0.5 * (factor if int(name.split(".")[2]) in quiet else 1)
+            tensors[name] = (torch.randn(shape, generator=gen) * scale).to(torch.bfloat16)
+        save(tensors, folder / file)
+        report(f"{file}: {sum(t.nbytes for t in tensors.values()) / 1e9:.3g} GB")
+    (folder / INDEX).write_text(json.dumps(dict(metadata={}, weight_map=place)))
 
 
 def reference_frequencies(c):
@@ -1127,6 +1171,265 @@ def test_rotary_tables_are_exact_at_the_end_of_a_long_context(tmp_path):
     want = [cmath.exp(32767j * f) for f in reference_frequencies(c)]
     assert cache.cos[-1, 0].tolist() == pytest.approx([z.real for z in want * 2], abs=1e-7)
     assert cache.sin[-1, 0, 8:].tolist() == pytest.approx([z.imag for z in want], abs=1e-7)
+
+
+# ---------------------------------------------------------------- replayed passes
+
+def leaves(out):
+    return [x for part in out for x in leaves(part)] if isinstance(out, tuple) else [out]
+
+
+def rerun(self, f):
+    """Replay.record without a GPU: what is repeated is f itself, its result put where the first
+    one lies."""
+    out = f()
+
+    def replay():
+        for old, new in zip(leaves(out), leaves(f())):
+            old.copy_(new)
+    return out, replay
+
+
+def replayed(model, K, M, compile=lambda f: f, module=llama):
+    fast = module.Replay(model, K, M, dp_layer_skip.table, compile)
+    if model.device.type != "cuda":
+        fast.record = types.MethodType(rerun, fast)
+    return fast
+
+
+def assert_replays_equal_plain_passes(module=llama):
+    """Every kind of pass at several positions, against the plain model with an ordinary cache."""
+    model, K, M = tiny_llama(V=11, L=5, D=16, H=4, G=2, seed=6), 3, 3
+    fast, gen = replayed(model, K, M, module=module), torch.Generator().manual_seed(0)
+    slow_cache, fast_cache, t = model.cache(200), fast.cache(60), 0
+
+    def both(T, **how):
+        """h[L], states and logits of T rows from t on by either way; equal to rounding."""
+        ids = torch.randint(11, (T,), generator=gen)
+        out = []
+        for m, cache in ((model, slow_cache), (fast, fast_cache)):
+            x, h = m.forward(ids, cache.sequence(t, T), cache, **how)
+            out.append([v.clone() for v in (x, h, m.head(x[-1:]), m.head(x)) if v is not None])
+        for a, b in zip(*out):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        return out
+
+    with torch.inference_mode():
+        both(9)                                            # a prompt longer than a verify
+        t = 9
+        for skip in itertools.product((False, True), repeat=5):
+            both(1, skip=skip)                             # a draft step with every set there is
+        for T in (4, 1, 3, 2, 4):
+            (*_, h, _, _), (*_, g, _, _) = both(T, states=slice(-T, None))
+            at = t + T - 1
+            rows = slow_cache.versions(at, M)
+            want = dp_layer_skip.choose_skip(
+                h[:, -1], lambda i, x: model.layer(i, x, rows, slow_cache), M)
+            fast_cache.versions(at, M)
+            got = dp_layer_skip.Choice.read(*fast.choose(g[:, -1]))
+            assert_same_choice(want, got, 1e-12)
+            t += T
+        both(1)
+
+
+def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_program():
+    """Refuses a buffer that is not updated, a graph of the wrong layer, a row too many or too
+    few."""
+    assert_replays_equal_plain_passes()
+
+
+WRONG_REPLAYS = {
+    "the position stays where it was recorded": [
+        ("self.t.fill_(t) return self.store.sequence", "return self.store.sequence")],
+    "the candidates keep the last pass's position": [
+        ("def versions(self, t: int, J: int) -> None: self.t.fill_(t)",
+         "def versions(self, t, J):\n        pass")],
+    "every layer's graph is layer 0's": [("in zip(m.layers, store.layers)]",
+                                          "in zip(m.layers[:1] * 9, store.layers)]")],
+    "layers share a cache": [("in zip(m.layers, store.layers)]",
+                              "in zip(m.layers, store.layers[:1] * 9)]")],
+    "a layer writes beside the buffer": [("x.copy_(decoder_layer(w, x, *rest))",
+                                          "decoder_layer(w, x, *rest)")],
+    "skipped layers run": [("if not (skip and skip[i]): self.layers[i]()", "self.layers[i]()")],
+    "the layers that run are those to be skipped": [
+        ("if not (skip and skip[i]): self.layers[i]()",
+         "if skip and skip[i]:\n                self.layers[i]()")],
+    "the head is replayed too early": [("self.end() return self.x, None",
+                                        "return self.x, None")],
+    "the ids are those of the recording": [("self.ids[:T].copy_(ids)", "pass")],
+    "the states of the verify are the last rows of the padding": [
+        ("self.hs[:, :T][:, states]", "self.hs[:, states]")],
+    "the program sees the states it was recorded with": [("self.h.copy_(h)", "pass")],
+    "logits of the row before": [("return self.all_logits[:len(x)]",
+                                  "return self.all_logits[:len(x)].roll(1, 0)")],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REPLAYS)
+def test_some_pass_refuses_this_wrong_replay(wrong):
+    """Refuses a comparison that these would pass."""
+    module = altered(llama, *WRONG_REPLAYS[wrong])
+    with pytest.raises(AssertionError):
+        assert_replays_equal_plain_passes(module)
+
+
+def replaying(model, K, M, **how):
+    """`generate` by replayed passes; takes a plain model's place in `decode` and `distance`."""
+    fast = replayed(model, K, M, **how)
+
+    def loop(_, prompt, s, chance, choose):
+        return generate(fast, prompt, s, chance,
+                        lambda h, run_layer, M: dp_layer_skip.Choice.read(*fast.choose(h)))
+    return loop
+
+
+@pytest.mark.parametrize("K, M, interval, threshold", [(2, 1, 1, 0.0), (3, 2, 2, 0.5),
+                                                       (1, 3, 1, 1.0), (3, 0, 1, 0.0)])
+def test_the_loop_is_as_lossless_by_replayed_passes(K, M, interval, threshold):
+    """Refuses a padded verify or a buffer used twice that moves any text's probability by
+    1e-12."""
+    s = Settings(temperature=0.9, top_p=0.95, K=K, M=M, interval=interval, N=4, stop_ids=(2,),
+                 exit_threshold=threshold)
+    model = tiny_llama(V=4, seed=K + M)
+    assert distance(model, s, replaying(model, K, M)) < 1e-12
+
+
+def test_a_replay_serves_run_after_run_of_any_length():
+    """Refuses a cache that keeps something of an earlier text, or graphs of a cache that is
+    gone."""
+    model = tiny_llama(V=30, L=5, D=16, H=4, G=2, seed=4)
+    loop, gen = replaying(model, 4, 2), torch.Generator().manual_seed(0)
+    for n, N in enumerate((10, 30, 300, 20)):
+        prompt = torch.randint(30, (1 + 3 * n,), generator=gen).tolist()
+        for s in (Settings(temperature=0.7, K=4, M=2, N=N, interval=2), Settings(N=N, K=0)):
+            want = decode(model, prompt, s, chance=n)
+            got = decode(model, prompt, s, chance=n, loop=loop)
+            assert tokens(got) == tokens(want) and [r.skip for r in got] == [r.skip for r in want]
+
+
+def test_a_layer_is_compiled_once_per_row_count_whatever_the_layer_and_the_position():
+    """Refuses a compiled function that depends on a layer's number, a position or a skip set; and
+    one that is not the same function."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model = tiny_llama(V=30, L=5, D=16, H=4, G=2, seed=4)
+    loop = replaying(model, 3, 2, compile=lambda f: torch.compile(
+        f, backend=backend, fullgraph=True, dynamic=False))
+    s = Settings(temperature=0.7, K=3, M=2, N=25, interval=1)
+    assert tokens(decode(model, [1, 2], s, loop=loop)) == tokens(decode(model, [1, 2], s))
+    assert len(compiled) == 3, "1 row in place, K + 1 rows, M rows"
+
+
+@pytest.mark.parametrize("factor, accepted", [(0.0, (1, 1)), (0.2, (0.5, 0.999)), (1.0, (0, 0.4))])
+def test_a_synthetic_checkpoint_is_accepted_as_far_as_its_quiet_layers_are_quiet(
+        tmp_path, factor, accepted):
+    """Refuses a knob that does nothing, and activations that blow up or die out with depth; idle
+    layers must be exactly those the program finds."""
+    c = dict(EIGHT_B, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
+             intermediate_size=96, num_hidden_layers=16)
+    synthetic_checkpoint(tmp_path / "s", c, factor)
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) == 4
+    model, quiet = llama.Llama.load(tmp_path / "s"), quiet_layers(16)
+    s = Settings(K=4, M=len(quiet), N=100)
+    rounds = decode(model, [1, 2, 3], s)
+    drafted = sum(len(r.drafted) for r in rounds)
+    low, high = accepted
+    assert low <= sum(r.accepted for r in rounds) / drafted <= high
+    if factor == 0:
+        assert {i for i, out in enumerate(rounds[-1].skip) if out} == quiet
+    cache = model.cache(8)
+    _, h = model.forward(torch.arange(8), cache.sequence(0, 8), cache, states=slice(None))
+    assert ((h.std(-1) > 0.5) & (h.std(-1) < 3)).all()
+
+
+def parting(model, prompt, s, loop=generate):
+    """Where greedy CLaSp parts from greedy plain decoding: None, or (after how many tokens, how far
+    apart the logits of the two tokens are in one pass over the text, the larger of the two)."""
+    plain = tokens(decode(model, prompt, Settings(N=s.N, K=0)))
+    clasp = tokens(decode(model, prompt, s, loop=loop))
+    n = next((n for n, (x, y) in enumerate(zip(plain, clasp)) if x != y), None)
+    if n is None:
+        return None
+    x, y = full_model(model, [*prompt, *plain[:n]])[[plain[n], clasp[n]]].tolist()
+    return n, abs(x - y), max(abs(x), abs(y))
+
+
+def assert_partings_are_ties(model, loop, s, prompts=20, length=10):
+    """bfloat16 keeps 8 bits, so logits that differ by 1 part in 64 may change places between a pass
+    of one row and a pass of several. Prints how often they did."""
+    gen, partings = torch.Generator().manual_seed(0), []
+    for _ in range(prompts):
+        prompt = torch.randint(model.cfg.V, (length,), generator=gen).tolist()
+        partings += [p] if (p := parting(model, prompt, s, loop)) else []
+    print(f"{len(partings)} of {prompts} greedy texts part; (after, gap, logit): {partings}")
+    assert all(gap <= size / 64 for _, gap, size in partings), partings
+
+
+def test_in_bfloat16_greedy_texts_part_only_at_near_ties(tmp_path):
+    """Refuses an error that hides behind rounding: where the texts part, the two tokens were as
+    good as equal; a head that is off is found out."""
+    c = dict(EIGHT_B, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
+             intermediate_size=96, num_hidden_layers=8)
+    synthetic_checkpoint(tmp_path / "s", c, factor=0.2)
+    model = llama.Llama.load(tmp_path / "s", dtype=torch.bfloat16)
+    s = Settings(K=4, M=4, N=60)
+    assert_partings_are_ties(model, replaying(model, 4, 4), s, prompts=6)
+    off = llama.Llama.load(tmp_path / "s", dtype=torch.bfloat16)
+    off.lm_head.mul_(1 + torch.randn(200, 1, generator=torch.Generator().manual_seed(0)) / 5)
+    with pytest.raises(AssertionError):
+        assert_partings_are_ties(model, replaying(off, 4, 4), s, prompts=6)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(),
+                          reason="no CUDA GPU here: graphs cannot be recorded")
+
+
+@cuda
+@pytest.mark.parametrize("fuse", [False, True])
+def test_recorded_graphs_equal_the_eager_passes_on_a_gpu(fuse):
+    """Refuses a kernel that was recorded with another address, and a fusion that is not exact to
+    float32's rounding; the tokens and the skip sets are the same."""
+    host = tiny_llama(V=30, L=6, D=64, H=4, G=2, hd=16, ffn=128, seed=4, dtype=torch.float32)
+    model = llama.Llama(host.cfg, host.embed.cuda(),
+                        [llama.Layer(*(w.cuda() for w in layer)) for layer in host.layers],
+                        host.norm.cuda(), host.lm_head.cuda())
+    loop = replaying(model, 4, 3, compile=clasp_mini.fuse(model.device) if fuse else lambda f: f)
+    for n in range(6):
+        s = Settings(K=4, M=3, N=60, interval=2, temperature=n % 2 * 0.8)
+        want, got = decode(model, [1, n], s, chance=n), decode(model, [1, n], s, n, loop)
+        assert tokens(got) == tokens(want) and [r.skip for r in got] == [r.skip for r in want]
+
+
+@cuda
+@pytest.mark.skipif(not os.environ.get("CLASP_8B"),
+                    reason="CLASP_8B names no folder of an 8B, such as synthetic_checkpoint writes")
+def test_the_8b_by_graphs_is_the_eager_8b():
+    """Refuses graphs whose logits leave the eager ones by more than bfloat16's rounding, other skip
+    sets, and greedy texts that part where there is no tie (-s shows how often they do)."""
+    model = llama.Llama.load(os.environ["CLASP_8B"], "cuda")
+    s, prompt = Settings(K=7, M=16, N=200), torch.arange(1000, device="cuda") * 97 % model.cfg.V
+    fast = replayed(model, s.K, s.M, clasp_mini.fuse(model.device))
+    with torch.inference_mode():
+        got = []
+        for m in (model, fast):
+            cache = m.cache(1100)
+            m.forward(prompt, cache.sequence(0, 1000), cache)
+            _, h = m.forward(prompt[:8], cache.sequence(1000, 8), cache, states=slice(None))
+            h = h.clone()
+            rows = cache.versions(1007, s.M)
+            choice = (dp_layer_skip.Choice.read(*m.choose(h[:, -1])) if m is fast else
+                      choose_skip(h[:, -1], lambda i, x: m.layer(i, x, rows, cache), s.M))
+            x, _ = m.forward(prompt[:1], cache.sequence(1008, 1), cache, choice.skip())
+            got.append((m.head(x).clone(), choice.skip(), torch.tensor(choice.cosine)))
+    (eager, skip, cosine), (graphs, fast_skip, fast_cosine) = got
+    assert (eager - graphs).abs().max() <= eager.abs().max() / 32 and skip == fast_skip
+    torch.testing.assert_close(cosine, fast_cosine, rtol=0, atol=5e-3)
+    loop = replaying(model, s.K, s.M, compile=clasp_mini.fuse(model.device))
+    assert_partings_are_ties(model, loop, s, length=100)
 
 
 # ---------------------------------------------------------------- config.json and loading
@@ -1567,6 +1870,69 @@ def test_bench_reads_every_file_that_is_json_by_lines(run, tmp_path):
     assert status == 2 and out == "" and "Spec-Bench" in err and err.count("\n") == 1
 
 
+PASSES = ("--bench-passes", "--max-new-tokens", 8, "--repeats", 1)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The command as it is with a GPU, its graphs repeated by calling what they recorded."""
+    class Job(clasp_mini.Job):
+        graphs = property(lambda self: not self.a.eager, lambda self, value: None)
+    monkeypatch.setattr(clasp_mini, "Job", Job)
+    monkeypatch.setattr(clasp_mini, "fuse", lambda device: lambda f: f)
+    monkeypatch.setattr(llama.Replay, "record", rerun)
+
+
+def test_the_command_says_the_same_with_recorded_passes_as_without(as_on_a_gpu, result):
+    """Refuses a chooser, a draft length or a budget that does not reach the recorded passes."""
+    for how in (("--temperature", 1, "--seed", 4), ("--skip-layers", 0), ("--strategy", "ar")):
+        arguments = ("--prompt", "class Stack:", *SHORT, *how)
+        graphs, eager = result(*arguments), result(*arguments, "--eager")
+        assert graphs["settings"]["graphs"] and not eager["settings"]["graphs"]
+        assert graphs["ids"] == eager["ids"]
+        for name in ("drafted", "accepted", "verifies", "skip_set"):
+            assert graphs["stats"][name] == eager["stats"][name], name
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_bench_passes_counts_the_bytes_each_pass_must_read(tmp_path, run, result, request,
+                                                           recorded):
+    """Refuses bytes that are not those of the weights and the cache, a pass left out, and ratios
+    that are not those of the times."""
+    if recorded:
+        request.getfixturevalue("as_on_a_gpu")
+    random_checkpoint(tmp_path, dict(num_hidden_layers=8, max_position_embeddings=100))
+    r = result("--model", tmp_path, *PASSES, "--draft-length", 2, "--skip-layers", 3)
+    c, t, p = llama.Config.load(tmp_path), r["context"], r["passes"]
+    layer = 4 * (c.D * 2 * c.hd * (c.H + c.G) + 3 * c.D * c.ffn + 2 * c.D + 2 * t * c.G * c.hd)
+    want = {"plain step": 8 * layer, "layer optimisation, M = 3": 7 * layer}
+    want |= {f"draft step, {m} of 8 skipped": (8 - m) * layer for m in (2, 3, 4, 6)}
+    want |= {f"verify, {T} rows": 8 * layer for T in (1, 3, 4, 8, 16)}
+    head = 4 * c.V * c.D
+    for name, size in want.items():
+        v = p.pop(name)
+        assert v["bytes"] == size + (head if "layer" not in name else 0), name
+        assert v["bytes_per_second"] == pytest.approx(v["bytes"] / v["seconds"])
+    assert list(p) == ["copy of memory"] and p["copy of memory"]["of_copy"] == 1 and t == 92
+    assert (r["host_share"] is not None) == recorded and r["settings"]["graphs"] == recorded
+    status, out, err = run("--model", tmp_path, *PASSES)
+    assert (status, err) == (0, "") and "verify, 7 rows" in out
+    assert ("the host's share" in out) == recorded
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so_and_plain_kernels_run(monkeypatch, capsys):
+    """Refuses a traceback, or silence, where a compiler is missing."""
+    def fails(f, **_):
+        def call(*_):
+            raise RuntimeError("no compiler here\nand much more")
+        return call
+    monkeypatch.setattr(torch, "compile", fails)
+    f = clasp_mini.fuse(torch.device("cpu"))
+    assert f(abs) is abs
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no compiler here" in err and "much more" not in err
+
+
 def test_verbose_shows_a_line_per_round_with_a_bar_of_all_layers(run, result):
     """Refuses a bar of another skip set and rounds that are not shown."""
     _, out, err = run("--prompt", "import os\n", *SHORT, "--verbose")
@@ -1724,3 +2090,8 @@ def test_the_library_example_of_the_readme_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(example[1], {})
     assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+if __name__ == "__main__":              # python test_clasp.py DIR [FACTOR]: the synthetic 8B, 16 GB
+    synthetic_checkpoint(Path(sys.argv[1]), factor=float(sys.argv[2] if sys.argv[2:] else 0.1),
+                         report=print)
