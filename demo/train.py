@@ -3,6 +3,7 @@ Needs only the packages of this repository; `demo/README.md` is the model card.
 
     python demo/train.py tokenizer        # tokenizer.model, from the standard library's source
     torchrun --nproc-per-node 2 demo/train.py model --compile      # a process per core; resumable
+    torchrun --nproc-per-node 2 demo/train.py distil --compile     # from there; resumable
     python demo/train.py export           # model.safetensors and the two config files
     python demo/train.py measure          # the held-out loss of what is shipped
 
@@ -10,7 +11,7 @@ The one idea here that CLaSp depends on: a network that has never missed a layer
 one is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught
 it. So, as LayerSkip does (arXiv 2404.16710), every micro-batch is run with some layers left out,
 and layers differ in how often they are: that difference is what the dynamic program finds at run
-time.
+time. Then `distil` teaches the network with layers left out to say what the whole one says.
 """
 import argparse
 import base64
@@ -40,6 +41,7 @@ RANKS, SPECIALS = 3840, 256        # V = 4096
 L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
 THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
 BOS, EOS = RANKS, RANKS + 1
+OFTEN, DISTIL_OFTEN = 17, 21       # layers that may go, of the 28 between the first and last two
 
 
 # ---------------------------------------------------------------------------- text
@@ -178,37 +180,51 @@ class Model(nn.Module):
         causal = torch.full((CONTEXT, CONTEXT), float("-inf"), dtype=torch.bfloat16).triu(1)
         self.register_buffer("bias", causal[:, None], persistent=False)   # (T, 1, T)
 
-    def loss(self, ids: Tensor, skip: list[bool]) -> Tensor:               # (B, T+1) -> ()
-        """Mean negative log-likelihood of ids[:, 1:] in nats per token, the layers with skip[i]
-        left out."""
-        T = ids.shape[1] - 1
-        x, cos, sin = self.embed_tokens(ids[:, :-1]), self.cos[:T], self.sin[:T]
+    def forward(self, ids: Tensor, skip: list[bool]) -> Tensor:            # (B, T) -> (B * T, V)
+        """Logits, the layers with skip[i] left out."""
+        T = ids.shape[1]
+        x, cos, sin = self.embed_tokens(ids), self.cos[:T], self.sin[:T]
         bias = self.bias[:T, :, :T]
         for layer, s in zip(self.layers, skip):
             if not s:
                 x = layer(x, cos, sin, bias)
-        logits = F.linear(self.norm(x), self.embed_tokens.weight)          # tied
-        return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        return F.linear(self.norm(x), self.embed_tokens.weight).float().flatten(0, 1)      # tied
+
+    def loss(self, ids: Tensor, skip: list[bool]) -> Tensor:               # (B, T+1) -> ()
+        """Mean negative log-likelihood of ids[:, 1:] in nats per token."""
+        return F.cross_entropy(self(ids[:, :-1], skip), ids[:, 1:].flatten())
+
+    def pair_loss(self, ids: Tensor, skip: list[bool]) -> Tensor:          # (B, T+1) -> ()
+        """The whole network learns from the text, the one with layers left out from the whole
+        one: the loss above plus KL(whole || left out), in nats per token."""
+        whole = self(ids[:, :-1], [False] * L)
+        part = self(ids[:, :-1], skip).log_softmax(-1)
+        target = whole.detach().log_softmax(-1)
+        return (F.cross_entropy(whole, ids[:, 1:].flatten())
+                + F.kl_div(part, target, reduction="batchmean", log_target=True))
 
 
 # ---------------------------------------------------------------------------- layer dropout
 
-def drop_rates() -> list[float]:
+def drop_rates(often: int) -> list[float]:
     """How often each layer is left out at scale 1. The first and last two never; of the others,
-    scattered, three in five often and two in five seldom. With one rate for all, every set of
-    layers is as good as every other."""
-    rng = random.Random(7)
-    often = set(rng.sample(range(2, L - 2), 17))
-    return [0.0 if i < 2 or i >= L - 2 else 0.75 if i in often else 0.1 for i in range(L)]
+    scattered, `often` often and the rest seldom. With one rate for all, every set of layers is as
+    good as every other. (A larger `often` adds layers to those of a smaller one.)"""
+    chosen = set(random.Random(7).sample(range(2, L - 2), often))
+    return [0.0 if i < 2 or i >= L - 2 else 0.75 if i in chosen else 0.1 for i in range(L)]
 
 
-def masks(n: int, rng: random.Random) -> list[list[bool]]:
+def masks(n: int, rng: random.Random, distil: bool) -> list[list[bool]]:
     """n skip masks for one step: a third at full depth (else the full model is worse than its own
     subsets), the rest with the rates times a scale in 0 .. 1.3, stratified so that every step sees
-    the whole range."""
-    rates, full, out = drop_rates(), (n + 1) // 3, []
+    the whole range. When distilling, where each mask is paired with the full depth anyway, all with
+    more layers that may go and a scale in 0.6 .. 1.3."""
+    rates, full, out = drop_rates(DISTIL_OFTEN if distil else OFTEN), (n + 1) // 3, []
     for k in range(n):
-        scale = 0.0 if k < full else 1.3 * (k - full + rng.random()) / (n - full)
+        if distil:
+            scale = 0.6 + 0.7 * (k + rng.random()) / n
+        else:
+            scale = 0.0 if k < full else 1.3 * (k - full + rng.random()) / (n - full)
         out.append([rng.random() < r * scale for r in rates])
     return out
 
@@ -235,15 +251,17 @@ def train(a: argparse.Namespace) -> None:
     others = [p for p in model.parameters() if id(p) not in known]
     opts = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    state = DEMO / "train_state.pt"                                      # ours alone, never shipped
+    distil, base = a.what == "distil", DEMO / "train_state.pt"           # ours alone, never shipped
+    state = DEMO / "distil_state.pt" if distil else base
     step, log, spent = 0, [], 0.0
-    if state.exists():
-        s = torch.load(state, weights_only=True)
+    if state.exists() or distil:
+        s = torch.load(state if state.exists() else base, weights_only=True)
         model.load_state_dict(s["model"])
         for o, saved in zip(opts, s["opts"]):
             o.load_state_dict(saved)
-        step, log, spent = s["step"], s["log"], s["spent"]
-        print(f"resumed at step {step}", flush=True)
+        if state.exists():
+            step, log, spent = s["step"], s["log"], s["spent"]
+        print(f"begun at step {step} of {state.name}", flush=True)
     if a.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -259,13 +277,14 @@ def train(a: argparse.Namespace) -> None:
             for g in o.param_groups:
                 g["lr"] = a.lr * scale
         total = 0.0
-        for n, mask in enumerate(masks(a.masks, rng)):
+        for n, mask in enumerate(masks(a.masks, rng, distil)):
             at = [min(int(starts[rng.randrange(len(starts))]), len(data) - T) for _ in range(B)]
             if n % world != rank:
                 continue
             rows = [torch.cat((torch.tensor([BOS]), data[start:start + T])) for start in at]
             with torch.autocast(device.type, torch.bfloat16):
-                loss = model.loss(torch.stack(rows).to(device), mask)
+                loss_of = model.pair_loss if distil else model.loss
+                loss = loss_of(torch.stack(rows).to(device), mask)
             (loss / a.masks).backward()
             total += loss.item() / a.masks
         if world > 1:
@@ -284,7 +303,7 @@ def train(a: argparse.Namespace) -> None:
         window.append(total)
         if rank == 0 and (step % a.every == 0 or step == a.steps):
             seconds = spent + time.time() - began
-            full, half = evaluate(model, held, device)
+            full, half = evaluate(model, held, device, DISTIL_OFTEN if distil else OFTEN)
             seen, loss = step * a.masks * a.rows * a.length, sum(window) / len(window)
             log.append([step, seen, loss, full, half, seconds])
             print(f"step {step} tokens {seen / 1e6:.2f}M train {loss:.3f} held-out full {full:.3f} "
@@ -296,13 +315,13 @@ def train(a: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Model, held: Tensor, device: torch.device, rows: int = 24,
+def evaluate(model: Model, held: Tensor, device: torch.device, often: int, rows: int = 24,
              T: int = 512) -> tuple[float, float]:
-    """Held-out nats per token on evenly spaced windows: at full depth, and without the 17
+    """Held-out nats per token on evenly spaced windows: at full depth, and without the
     often-dropped layers."""
     at = torch.linspace(0, len(held) - T - 1, rows).long().tolist()
     ids = torch.stack([torch.cat((torch.tensor([BOS]), held[i:i + T])) for i in at]).to(device)
-    half = [r > 0.5 for r in drop_rates()]
+    half = [r > 0.5 for r in drop_rates(often)]
     with torch.autocast(device.type, torch.bfloat16):
         return tuple(sum(model.loss(b, m).item() for b in ids.split(4)) / (rows // 4)
                      for m in ([False] * L, half))
@@ -318,9 +337,9 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None
 
 
 def export() -> None:
-    """train_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation
+    """distil_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation
     config."""
-    s = torch.load(DEMO / "train_state.pt", weights_only=True)
+    s = torch.load(DEMO / "distil_state.pt", weights_only=True)
     out = {}
     for name, t in s["model"].items():
         for part, home in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
@@ -348,7 +367,7 @@ def measure() -> None:
     context, each begun afresh."""
     model, text = Llama.load(DEMO), corpus()[1]
     held, size = tokens(text)[0], sum(len(t.encode()) for t in text)
-    often, T = [r > 0.5 for r in drop_rates()], CONTEXT - 1
+    often, T = [r > 0.5 for r in drop_rates(DISTIL_OFTEN)], CONTEXT - 1
     for name, skip in (("all layers", None), (f"{sum(often)} often-dropped left out", often)):
         total, count = 0.0, 0
         for part in held.split(T):
@@ -366,23 +385,26 @@ def main() -> None:
     sub.add_parser("tokenizer")
     sub.add_parser("export")
     sub.add_parser("measure")
-    m = sub.add_parser("model")
-    m.add_argument("--steps", type=int, default=2500)
-    m.add_argument("--lr", type=float, default=3e-3)
-    m.add_argument("--decay", type=float, default=0.35,
-                   help="last part of the steps, over which the rate falls to zero")
-    m.add_argument("--long-from", type=float, default=0.8,
-                   help="part of the steps after which rows span the whole context")
-    m.add_argument("--length", type=int, default=256)
-    m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
-    m.add_argument("--masks", type=int, default=8, help="skip masks per step")
-    m.add_argument("--every", type=int, default=50, help="steps between two reports")
-    m.add_argument("--seed", type=int, default=1)
-    m.add_argument("--threads", type=int, default=1)
-    m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    m.add_argument("--compile", action="store_true")
+    for what, steps, lr, decay, masks in (("model", 2500, 3e-3, 0.35, 8),
+                                          ("distil", 2000, 2e-3, 0.6, 4)):
+        m = sub.add_parser(what)
+        m.add_argument("--steps", type=int, default=steps)
+        m.add_argument("--lr", type=float, default=lr)
+        m.add_argument("--decay", type=float, default=decay,
+                       help="last part of the steps, over which the rate falls to zero")
+        m.add_argument("--long-from", type=float, default=0.8,
+                       help="part of the steps after which rows span the whole context")
+        m.add_argument("--length", type=int, default=256)
+        m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
+        m.add_argument("--masks", type=int, default=masks, help="skip masks per step")
+        m.add_argument("--every", type=int, default=50, help="steps between two reports")
+        m.add_argument("--seed", type=int, default=1)
+        m.add_argument("--threads", type=int, default=1)
+        m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        m.add_argument("--compile", action="store_true")
     a = p.parse_args()
-    dict(tokenizer=make_tokenizer, model=lambda: train(a), export=export, measure=measure)[a.what]()
+    dict(tokenizer=make_tokenizer, model=lambda: train(a), distil=lambda: train(a), export=export,
+         measure=measure)[a.what]()
 
 
 if __name__ == "__main__":
