@@ -21,6 +21,8 @@ import argparse  # noqa: E402
 import codecs  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import platform  # noqa: E402
+import stat  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -33,9 +35,12 @@ from typing import TextIO  # noqa: E402
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
 
+from safetensors import SafetensorError  # noqa: E402
+
 from dp_layer_skip import choose_skip  # noqa: E402
 from llama import (  # noqa: E402
     NAMED, Config, Llama, ModelError, Progress, Tokenizer, stop_ids)
+from oracle.trace import dump_forward, fingerprint, record  # noqa: E402
 from speculative import Chance, Round, Settings, generate  # noqa: E402
 
 VERSION = "0.1.0"
@@ -201,6 +206,7 @@ class Job:
         complaint = self.settings.check(cfg.L)
         if complaint:
             raise UsageError(complaint)
+        self.skip = self.layers(a.skip) if a.skip is not None else []
         if a.chat and self.tokenizer.special[NAMED[9]] not in self.stops:
             print("clasp_mini.py: note: <|eot_id|> does not stop this model, so it was hardly "
                   "trained on --chat", file=sys.stderr)
@@ -239,8 +245,44 @@ class Job:
             return self.tokenizer.chat(system + messages)
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
 
+    def layers(self, text: str) -> list[int]:
+        """--skip as layer numbers."""
+        try:
+            out = [int(i) for i in text.replace(",", " ").split()]
+        except ValueError:
+            raise UsageError(f"--skip {text!r}: layer numbers wanted, separated by "
+                             "commas") from None
+        bad = [i for n, i in enumerate(out) if not 0 <= i < self.cfg.L or i in out[:n]]
+        if bad:
+            raise UsageError(f"--skip: layer {bad[0]} is named twice or is not one of the model's, "
+                             f"0 to {self.cfg.L - 1}")
+        return out
+
+    def writable(self, path: str) -> TextIO:
+        """The file of --trace or --dump-forward, opened before seconds go into loading."""
+        try:
+            # A file of the model itself must survive a slip of the hand.
+            if os.path.exists(path) and Path(path).resolve().parent == Path(self.a.model).resolve():
+                raise UsageError(f"{path}: exists in the model's folder; name another file")
+            file = open(path, "a" if self.a.dump_forward else "w", encoding="utf-8", newline="\n")
+        except OSError as e:
+            raise UsageError(f"{path}: cannot be written: {e.strerror}") from None
+        where = os.fstat(file.fileno())
+        if stat.S_ISCHR(where.st_mode):                # a terminal, /dev/null
+            return file
+        for stream in (1, 2):
+            if os.path.samestat(where, os.fstat(stream)):
+                raise UsageError(f"{path}: the text or the summary goes there; name another file")
+        return file
+
+    def about(self) -> dict:
+        """What a trace or a dump says of model and programs."""
+        return dict(model=fingerprint(self.a.model), versions={
+            "clasp-mini": VERSION, "torch": torch.__version__,
+            "python": platform.python_version()})
+
     def fits(self, ids: list[int]) -> list[int]:
-        cfg, N = self.cfg, self.settings.N
+        cfg, N = self.cfg, 0 if self.a.dump_forward else self.settings.N
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         bad = [i for i in ids if not 0 <= i < cfg.V]
@@ -274,17 +316,20 @@ def ids_of(rounds: Sequence[Round]) -> list[int]:
     return [i for r in rounds for i in r.emitted]
 
 
-def generate_text(job: Job, ids: list[int]) -> int:
-    """The main job: text to stdout as it is made, a summary to stderr. Returns the exit status."""
+def generate_text(job: Job, ids: list[int], trace: TextIO | None = None) -> int:
+    """The main job: text to stdout as it is made, a summary to stderr, a trace to its file. Returns
+    the exit status."""
     a, s, tok = job.a, job.settings, job.tokenizer
     text, err, rounds, shown = Text(tok, s.stop_ids), Terminal(sys.stderr), [], []
     if sys.stdout.isatty() and sys.stderr.isatty() and not (a.json or a.verbose or a.chat) and tok:
         prompt = tok.decode(ids[1:] if ids[0] == tok.bos else ids)
         print(err.paint("dim", prompt), end="", file=sys.stderr, flush=True)
 
-    status = 0
+    status, run = 0, job.run(ids, s, a.seed)
+    if trace:
+        run = record(job.model, ids, s, a.seed, choose_skip, trace, job.about())
     try:
-        for r in job.run(ids, s, a.seed):
+        for r in run:
             rounds.append(r)
             shown.append(text.add(r.emitted))
             if a.verbose:
@@ -305,6 +350,18 @@ def generate_text(job: Job, ids: list[int]) -> int:
             print(file=sys.stderr)                     # `| cat`: the text need not end its line
         print(err.paint("dim", summary(figures(rounds), s)), file=sys.stderr)
     return status
+
+
+def dump(job: Job, ids: list[int]) -> int:
+    """One pass over the prompt into a file, an account of it to stderr. Returns the exit status."""
+    path = job.a.dump_forward
+    try:
+        out = dump_forward(job.model, ids, job.skip, path, job.about())
+    except SafetensorError as e:
+        raise UsageError(f"{path}: cannot be written: {e}") from None
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in out.items())
+    print(f"{path}: {shapes}, {sum(x.nbytes for x in out.values()) / 1e6:.1f} MB", file=sys.stderr)
+    return 0
 
 
 def compare(job: Job, ids: list[int]) -> int:
@@ -513,6 +570,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--interval", type=int, metavar="N",
                    help="verifications between two layer optimisations "
                    f"(default: demo {demo['interval']}, else {other['interval']})")
+    g = p.add_argument_group("as an oracle (README, \"Use it as an oracle\")")
+    g.add_argument("--trace", metavar="FILE",
+                   help="write every distribution's figures, draw, verdict and table of the run")
+    g.add_argument("--dump-forward", metavar="FILE", help="no text, but the logits, states, keys "
+                   "and values of one pass over the prompt, as safetensors")
+    g.add_argument("--skip", metavar="3,7,...", help="layers that --dump-forward leaves out")
     g = p.add_argument_group("what is shown")
     g.add_argument("--compare", action="store_true",
                    help="plain and CLaSp interleaved: speed-up, ideal, whether the texts are equal")
@@ -544,16 +607,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--compare and --bench run plain decoding too, without --strategy ar or --verbose")
     if a.compare and a.bench is not None:
         p.error("--compare goes with a prompt; --bench compares by itself")
+    if (a.trace or a.dump_forward) and (a.compare or a.bench is not None):
+        p.error("--trace and --dump-forward go with a prompt, without --compare or --bench")
+    if a.dump_forward and (a.trace or a.json or a.verbose):
+        p.error("--dump-forward writes no text: without --trace, --json or --verbose")
+    if a.skip is not None and not a.dump_forward:
+        p.error("--skip goes with --dump-forward; drafts choose their layers (--skip-layers)")
     try:
         job = Job(a)
         work = job.prompt() if a.bench is None else read_questions(a.bench)
+        file = job.writable(a.trace or a.dump_forward) if a.trace or a.dump_forward else None
         job.load()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here the text is kept
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if a.bench is not None:
             status = bench(job, work)
+        elif a.dump_forward:
+            status = dump(job, work)
         else:
-            status = compare(job, work) if a.compare else generate_text(job, work)
+            status = compare(job, work) if a.compare else generate_text(job, work, file)
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status
     except UsageError as e:
