@@ -260,26 +260,20 @@ class Job:
 
     def writable(self, path: str) -> TextIO:
         """The file of --trace or --dump-forward, opened before seconds go into loading."""
+        # A file of the model itself must survive a slip of the hand.
+        if os.path.exists(path) and Path(path).resolve().parent == Path(self.a.model).resolve():
+            raise UsageError(f"{path}: exists in the model's folder; name another file")
+        if self.a.dump_forward and os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"{path}: not a regular file, which a dump has to be")
         try:
-            # A file of the model itself must survive a slip of the hand.
-            if os.path.exists(path) and Path(path).resolve().parent == Path(self.a.model).resolve():
-                raise UsageError(f"{path}: exists in the model's folder; name another file")
             file = open(path, "a" if self.a.dump_forward else "w", encoding="utf-8", newline="\n")
         except OSError as e:
             raise UsageError(f"{path}: cannot be written: {e.strerror}") from None
-        where = os.fstat(file.fileno())
-        if stat.S_ISCHR(where.st_mode):                # a terminal, /dev/null
-            return file
-        for stream in (1, 2):
-            if os.path.samestat(where, os.fstat(stream)):
-                raise UsageError(f"{path}: the text or the summary goes there; name another file")
+        ours = os.fstat(file.fileno())
+        if not stat.S_ISCHR(ours.st_mode) and any(os.path.samestat(ours, os.fstat(n))
+                                                  for n in (1, 2)):     # a terminal may mix them
+            raise UsageError(f"{path}: text or summary are written there; name another file")
         return file
-
-    def about(self) -> dict:
-        """What a trace or a dump says of model and programs."""
-        return dict(model=fingerprint(self.a.model), versions={
-            "clasp-mini": VERSION, "torch": torch.__version__,
-            "python": platform.python_version()})
 
     def fits(self, ids: list[int]) -> list[int]:
         cfg, N = self.cfg, 0 if self.a.dump_forward else self.settings.N
@@ -312,6 +306,12 @@ class Job:
                     **asdict(self.settings))
 
 
+def about(folder: str | Path) -> dict:
+    """What a trace or a dump says of the model in `folder` and of the programs that ran it."""
+    return dict(model=fingerprint(folder), versions={
+        "clasp-mini": VERSION, "torch": torch.__version__, "python": platform.python_version()})
+
+
 def ids_of(rounds: Sequence[Round]) -> list[int]:
     return [i for r in rounds for i in r.emitted]
 
@@ -327,7 +327,7 @@ def generate_text(job: Job, ids: list[int], trace: TextIO | None = None) -> int:
 
     status, run = 0, job.run(ids, s, a.seed)
     if trace:
-        run = record(job.model, ids, s, a.seed, choose_skip, trace, job.about())
+        run = record(job.model, ids, s, a.seed, choose_skip, trace, about(a.model))
     try:
         for r in run:
             rounds.append(r)
@@ -356,7 +356,7 @@ def dump(job: Job, ids: list[int]) -> int:
     """One pass over the prompt into a file, an account of it to stderr. Returns the exit status."""
     path = job.a.dump_forward
     try:
-        out = dump_forward(job.model, ids, job.skip, path, job.about())
+        out = dump_forward(job.model, ids, job.skip, path, about(job.a.model))
     except SafetensorError as e:
         raise UsageError(f"{path}: cannot be written: {e}") from None
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in out.items())

@@ -125,11 +125,16 @@ def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path:
     meta = dict(schema="clasp-forward", version=str(VERSION), program=PROGRAM, tensors=DUMP,
                 dtype=str(model.dtype).removeprefix("torch."), skip=sorted(skip),
                 config=asdict(c), **about)
-    # The library's own `save_file` does the same, but asks for NumPy. Its metadata are texts.
+    # The library's own `save_file` does the same, but asks for NumPy. Metadata are texts. It puts a
+    # new file in the place of the old, which would end a symbolic link and narrow the permissions.
+    path = Path(path).resolve()
+    path.touch()
+    mode = path.stat().st_mode
     specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
                               data_ptr=t.data_ptr(), data_len=t.nbytes) for name, t in out.items()}
     serialize_file(specs, str(path), {"format": "pt"} | {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()})
+    path.chmod(mode)
     return out
 
 
