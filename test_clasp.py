@@ -17,12 +17,14 @@ import cmath
 import collections
 import gc
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1993,6 +1995,38 @@ def test_every_corruption_is_found_where_it_is(n, check, lively):
     assert re.match(rf"line {where}, round \d+.*: .* is .*, here .*\nrule {rule or ''}", out), out
 
 
+# A tie is no departure, float32 states have float32 cosines, waiting shows in the times alone. The
+# last three write no trace: not every drafted token has its draw in the log, and a crash.
+UNSEEN = {"ties are skipped", "the cosine is as wide as the states",
+          "the host waits for every layer", "argmax draft scored with a softmax q",
+          "doubtful tokens are thrown away", "a full model's row is run along"}
+
+
+@pytest.mark.parametrize("wrong", sorted({*WRONG_SAMPLERS, *BROKEN_DP, *BROKEN_LLAMA} - UNSEEN))
+def test_the_trace_of_a_wrong_program_departs(wrong, check, random_model, monkeypatch):
+    """Refuses a checker that any of the wrong programs above would satisfy: forty prompts for each."""
+    sampler, dp, ll = speculative, dp_layer_skip, llama
+    if wrong in WRONG_SAMPLERS:
+        sampler = altered(speculative, *WRONG_SAMPLERS[wrong])
+    elif wrong in BROKEN_DP:
+        dp = altered(dp_layer_skip, *BROKEN_DP[wrong])
+    else:
+        ll = altered(llama, *BROKEN_LLAMA[wrong])
+    monkeypatch.setattr(trace, "generate", sampler.generate)
+    monkeypatch.setattr(trace, "Recording", sampler.Recording)
+    model, about = ll.Llama.load(random_model), clasp_mini.about(random_model)
+    s = Settings(temperature=0.5, top_k=20, top_p=0.9, N=20, stop_ids=tuple(range(40, 46)), K=4,
+                 M=2, exit_threshold=0.05, interval=2)
+    for seed in range(40):
+        out = io.StringIO()
+        list(trace.record(model, [seed, 41, 7], s, seed, dp.choose_skip, out, about))
+        status, said, err = check(out.getvalue().encode())
+        assert err == "" and status in (0, 1)
+        if status == 1:
+            return
+    raise AssertionError(f"nothing departs: {wrong}")
+
+
 def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check, tmp_path, random_model):
     """Refuses the demand that a greedy program draw at all, and a wrong token that u = 0 lets
     through."""
@@ -2312,3 +2346,21 @@ def test_the_contract_names_every_field_and_rule():
     assert all(f"| {name} | {x:g} |" in text for name, x in check_trace.TOLERANCE.items())
     for line in re.findall(r"^\{.*\}$", text, re.M):
         assert json.loads(line.replace(",...", ""))["event"] in {"header", *events}
+
+
+def test_the_commands_of_the_oracle_run_as_the_readme_has_them(monkeypatch, tmp_path, capsys):
+    """Refuses a command or a flag of that section that does not exist, and figures of a dump that
+    have drifted."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"## Use it as an oracle\n.*?\n## ", readme, re.S)[0]
+    assert set(re.findall(r"--[a-z-]+", section)) <= set(re.findall(
+        r"--[a-z-]+", clasp_mini.parser().format_help() + "--tolerance --dtype"))
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```sh\n(.*?)```", section, re.S)[1]
+    for line in block.splitlines():
+        _, program, *arguments = shlex.split(line)
+        assert (ROOT / program).exists()
+        main = dict(clasp_mini=clasp_mini.main, check_trace=check_trace.main)[Path(program).stem]
+        assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "run.jsonl: no departure in " in out and err.splitlines()[-1] in section
