@@ -250,8 +250,9 @@ class Job:
         try:
             out = [int(i) for i in text.replace(",", " ").split()]
         except ValueError:
-            raise UsageError(f"--skip {text!r}: layer numbers wanted, separated by "
-                             "commas") from None
+            out = []
+        if not out:
+            raise UsageError(f"--skip {text!r}: layer numbers wanted, separated by commas")
         bad = [i for n, i in enumerate(out) if not 0 <= i < self.cfg.L or i in out[:n]]
         if bad:
             raise UsageError(f"--skip: layer {bad[0]} is named twice or is not one of the model's, "
@@ -276,7 +277,7 @@ class Job:
         return file
 
     def fits(self, ids: list[int]) -> list[int]:
-        cfg, N = self.cfg, 0 if self.a.dump_forward else self.settings.N
+        cfg, N = self.cfg, 0 if self.a.dump_forward is not None else self.settings.N
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         bad = [i for i in ids if not 0 <= i < cfg.V]
@@ -607,22 +608,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--compare and --bench run plain decoding too, without --strategy ar or --verbose")
     if a.compare and a.bench is not None:
         p.error("--compare goes with a prompt; --bench compares by itself")
-    if (a.trace or a.dump_forward) and (a.compare or a.bench is not None):
+    oracle = a.trace if a.dump_forward is None else a.dump_forward
+    if oracle is not None and (a.compare or a.bench is not None):
         p.error("--trace and --dump-forward go with a prompt, without --compare or --bench")
-    if a.dump_forward and (a.trace or a.json or a.verbose):
+    if a.dump_forward is not None and (a.trace is not None or a.json or a.verbose):
         p.error("--dump-forward writes no text: without --trace, --json or --verbose")
-    if a.skip is not None and not a.dump_forward:
+    if a.skip is not None and a.dump_forward is None:
         p.error("--skip goes with --dump-forward; drafts choose their layers (--skip-layers)")
     try:
         job = Job(a)
         work = job.prompt() if a.bench is None else read_questions(a.bench)
-        file = job.writable(a.trace or a.dump_forward) if a.trace or a.dump_forward else None
+        file = None if oracle is None else job.writable(oracle)
         job.load()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here the text is kept
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if a.bench is not None:
             status = bench(job, work)
-        elif a.dump_forward:
+        elif a.dump_forward is not None:
             status = dump(job, work)
         else:
             status = compare(job, work) if a.compare else generate_text(job, work, file)

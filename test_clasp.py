@@ -32,6 +32,7 @@ import sys
 import time
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -1691,6 +1692,8 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", "x", "--dump-forward", os.devnull], 2, "not a regular file"),
     (["--prompt", "x", "--skip", "3"], 2, "--skip goes with --dump-forward"),
     (["--prompt", "x", "--dump-forward", "d", "--skip", "3,x"], 2, "layer numbers wanted"),
+    (["--prompt", "x", "--dump-forward", "d", "--skip", ""], 2, "layer numbers wanted"),
+    (["--prompt", "x", "--trace", ""], 2, "cannot be written"),
     (["--prompt", "x", "--dump-forward", "d", "--skip", "3,32"], 2, "layer 32"),
     (["--prompt", "x", "--dump-forward", "d", "--skip", "3,4,3"], 2, "layer 3 is named twice")]
 
@@ -1818,13 +1821,15 @@ def test_a_trace_of_the_demo_checks_clean_in_its_precision_and_in_a_wider_one(
     ("--temperature", 1, "--top-k", 5), ("--temperature", 0.7, "--top-p", 0.6), (),
     ("--temperature", 1, "--draft-length", 0), ("--temperature", 1, "--skip-layers", 0),
     ("--temperature", 1, "--skip-layers", 5, "--interval", 1), ("--dtype", "float64"),
-    ("--dtype", "bfloat16", "--temperature", 0.9, "--top-k", 7), ("--strategy", "ar")], ids=str)
+    ("--dtype", "bfloat16", "--temperature", 0.9, "--top-k", 7), ("--strategy", "ar"),
+    ("--dtype", "bfloat16", "--temperature", 0.6), ("--prompt-ids", "3,41,7," * 200)],
+    ids=lambda flags: " ".join(map(str, flags))[:40])
 def test_traces_check_clean_at_every_setting(flags, check, tmp_path, random_model):
-    """Refuses a rule that is too strict for some sampler, K, M or dtype."""
+    """Refuses a rule that is too strict for some sampler, K, M, dtype or long prompt."""
     base = ("--prompt-ids", "3,41,7", "--max-new-tokens", 30, "--draft-length", 4)
     for seed in (1, 2):
         lines = traced(random_model, tmp_path / "t", *base, *flags, "--seed", seed)
-        assert check(lines)[::2] == (0, "")
+        assert check(lines)[::2] == check(lines, "--dtype", "float64")[::2] == (0, "")
 
 
 def test_the_trace_that_is_corrupted_below_is_clean_and_lively(check, lively):
@@ -1932,6 +1937,7 @@ CORRUPTIONS = [                        # rule, what is done to the lines
     ("verdict", change("verify", where=JUDGED, accepted=lambda v: not v)),
     ("verdict", change("verify", where=dict(accepted=True), u=None)),
     ("verdict", change("verify", where=UNJUDGED, accepted=True, u=0.0)),
+    ("verdict", change("verify", where=UNJUDGED, u=0.5)),
     ("verdict", change("verify", where=JUDGED, u=lambda u: 0.95, accepted=True)),
     ("draw", change("draft", token=next_token)),
     ("draw", change("draft", 2, u=lambda u: (u + 0.5) % 1)),
@@ -2004,7 +2010,7 @@ UNSEEN = {"ties are skipped", "the cosine is as wide as the states",
 
 @pytest.mark.parametrize("wrong", sorted({*WRONG_SAMPLERS, *BROKEN_DP, *BROKEN_LLAMA} - UNSEEN))
 def test_the_trace_of_a_wrong_program_departs(wrong, check, random_model, monkeypatch):
-    """Refuses a checker that any of the wrong programs above would satisfy: forty prompts for each."""
+    """Refuses a checker that any of the wrong programs above would satisfy, on forty prompts."""
     sampler, dp, ll = speculative, dp_layer_skip, llama
     if wrong in WRONG_SAMPLERS:
         sampler = altered(speculative, *WRONG_SAMPLERS[wrong])
@@ -2086,6 +2092,24 @@ def test_a_tie_decided_the_other_way_is_no_departure(flags, check, tied_model, t
     assert parts(ours, "tokens") != parts(theirs, "tokens")
     assert parts(ours, "parents")[0] != parts(theirs, "parents")[0]
     assert check(theirs, model=tied_model)[::2] == (0, "")
+
+
+def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
+    """Refuses one distribution where rounding decides between several, several where it does not,
+    and a token asked about that is lost among its equals."""
+    def kept(p, s, about=(), X=1e-6):
+        logits = torch.tensor(p, dtype=torch.float64).log()
+        return {tuple((q > 0).nonzero()[:, 0].tolist())
+                for q in check_trace.allowed(logits, s, X, about)}
+
+    hot = Settings(temperature=1.0)
+    for top_p in (0.8 - 1e-7, 0.8 + 1e-7):
+        assert kept([0.5, 0.3, 0.2], replace(hot, top_p=top_p)) == {(0, 1), (0, 1, 2)}
+    assert kept([0.5, 0.3, 0.2], replace(hot, top_p=0.79)) == {(0, 1)}
+    assert kept([0.4, 0.2, 0.2, 0.2], replace(hot, top_k=2)) == {(0, 1), (0, 2), (0, 3)}
+    assert kept([0.4, 0.25, 0.2, 0.15], replace(hot, top_k=2)) == {(0, 1)}
+    assert kept([0.3, 0.3 + 1e-7, 0.2, 0.2], Settings()) == {(0,), (1,)}
+    assert (7,) in kept([0.1] * 10, Settings(), about=[7]) >= {(0,)}
 
 
 def test_a_confidence_within_the_tolerance_of_the_threshold_may_go_either_way(check, lively):

@@ -36,7 +36,7 @@ from torch import Tensor  # noqa: E402
 from dp_layer_skip import cosine  # noqa: E402
 from llama import Llama, ModelError  # noqa: E402
 from oracle import trace  # noqa: E402
-from oracle.trace import Invalid, short  # noqa: E402
+from oracle.trace import Incomplete, Invalid, Lines, short  # noqa: E402
 from speculative import (  # noqa: E402
     CHUNK, Settings, inverse_cdf, probabilities, residual)
 
@@ -72,42 +72,6 @@ RULES = dict(
 
 class Departure(Exception):
     """The trace and this implementation differ: `args` are the lines that say where and how."""
-
-
-class Incomplete(Exception):
-    """The file ends, in whole lines, before the trace does."""
-
-
-class Lines:
-    """The trace as a cursor: `now` is the line looked at, checked against the schema alone."""
-
-    def __init__(self, file: Any) -> None:
-        self.lines, self.number, self.now, self.schema = trace.read(file), 0, {}, {}
-
-    def advance(self) -> None:
-        self.now, self.number = next(self.lines, None), self.number + 1
-        if self.now is None:
-            raise Incomplete
-        if self.schema:
-            event = self.now.pop("event")
-            if event not in self.schema:
-                raise Invalid(f"line {self.number}: no such event: {short(event)}")
-            trace.match(self.now, self.schema[event], f"line {self.number}, {event}")
-            self.now["event"] = event
-
-    def header(self) -> dict:
-        try:
-            self.advance()
-        except Incomplete:
-            raise Invalid("empty; a trace begins with a header") from None
-        h = self.now
-        if h.pop("event") != "header" or h.get("schema") != "clasp-trace":
-            raise Invalid("line 1: not the header of a clasp-trace")
-        if h.get("version") != trace.VERSION:
-            raise Invalid(f"line 1: version {short(h.get('version'))} of the format; this program "
-                          f"reads version {trace.VERSION}")
-        trace.match(h, trace.HEADER, "line 1, header")
-        return h
 
 
 def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list[Tensor]:
@@ -153,7 +117,8 @@ class Replay:
         self.lines, self.model, self.s, self.X = lines, model, s, X
         # Below temperature 1 a difference of two logits is that much larger.
         self.slack = X / min(1, s.temperature or 1)
-        self.text, self.cached, self.end = list(prompt), 0, len(prompt) + s.N
+        self.prompt, self.text, self.cached = prompt, list(prompt), 0
+        self.end = len(prompt) + s.N
         self.cache = model.cache(self.end + s.M)
         self.skip, self.round, self.step, self.done = [], 0, None, False
         self.largest = dict(p=0.0, q=0.0, D=0.0)       # differences seen
@@ -235,20 +200,18 @@ class Replay:
         most = min(s.K, self.end - len(self.text) - 1) if self.round else 0
         while True:
             self.step = len(drafts)
-            over, doubt = len(drafts) == most, 1.0
-            if drafts:
-                over = over or drafts[-1]["token"] in s.stop_ids
-                doubt = drafts[-1]["confidence"] - s.exit_threshold if s.exit_threshold else 1.0
-            more = self.lines.now["event"] == "draft"
+            last = drafts[-1]["token"] if drafts else self.text[-1]
+            over = len(drafts) == most or drafts and last in s.stop_ids
+            sure = drafts[-1]["confidence"] - s.exit_threshold if drafts and s.exit_threshold else 1
             # Within the tolerance of the threshold the trace may have gone on or not.
-            if more and (over or doubt < -self.X):
-                self.depart("exit", "event", "draft", "the end of the draft")
-            if not more and not over and doubt >= self.X:
-                self.depart("exit", "event", self.lines.now["event"], "draft")
-            if not more:
+            event = self.lines.now["event"]
+            if event == "draft" and (over or sure < -self.X):
+                self.depart("exit", "event", event, "the end of the draft")
+            if event != "draft" and not over and sure >= self.X:
+                self.depart("exit", "event", event, "draft")
+            if event != "draft":
                 return drafts, logits
             line = self.take("draft", step=self.step)
-            last = drafts[-1]["token"] if drafts else self.text[-1]
             x, _ = self.forward([last], len(self.text) - 1 + self.step, self.skip)
             logits.append(self.model.head(x)[0])
             top = logits[-1].softmax(-1).amax().item()
@@ -276,10 +239,7 @@ class Replay:
                                                   [d["token"]]))
             self.equal("ratio", "q", q, d["q"])
             self.close("ratio", "a", a, min(1.0, p / q) if q else math.inf, EXACT)
-            if refused:
-                self.equal("verdict", "u", u, None)
-            elif u is None:
-                self.depart("verdict", "u", u, "a number")
+            self.equal("verdict", "u given", u is not None, not refused)
             self.equal("verdict", "accepted", line["accepted"], None if refused else u < a)
             refused = refused or not line["accepted"]
             accepted += not refused
@@ -368,7 +328,7 @@ class Replay:
         line = self.lines.now
         self.equal("end", "event", line["event"], "end")
         self.equal("end", "reason", line["reason"], self.reason)
-        self.equal("end", "emitted", line["emitted"], len(self.text) - self.end + self.s.N)
+        self.equal("end", "emitted", line["emitted"], len(self.text) - len(self.prompt))
         try:
             self.lines.advance()
         except Incomplete:
@@ -421,6 +381,23 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Replay:
 
 
 @torch.inference_mode()
+def judge(a: argparse.Namespace) -> tuple[int, str]:
+    """-> exit status and report."""
+    with open(a.file, "rb") as file:
+        lines = Lines(file)
+        try:
+            replay = prepare(lines, a)
+            replay.run()
+        except Departure as e:
+            return 1, "\n".join(e.args)
+        except Incomplete:
+            return 3, (f"incomplete: no departure in {lines.number - 1} lines, and they break off "
+                       f"in round {replay.round}")
+    seen = ", ".join(f"{name} {x:.1e}" for name, x in replay.largest.items())
+    return 0, (f"no departure in {replay.round + 1} rounds, {len(replay.text) - len(replay.prompt)}"
+               f" tokens; largest difference in {seen}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="check_trace.py", allow_abbrev=False, description="Check a "
                                 "trace of CLaSp against this implementation (oracle/TRACE.md).")
@@ -435,28 +412,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.tolerance is not None and not 0 < a.tolerance < 1:
         p.error("--tolerance takes a number above 0 and below 1")
     try:
-        with open(a.file, "rb") as file:
-            lines = Lines(file)
-            replay = prepare(lines, a)
-            replay.run()
+        status, said = judge(a)
+        print(f"{a.file}: {said}", flush=True)
+        return status
     except (Invalid, ModelError, clasp_mini.UsageError) as e:
-        print(f"check_trace.py: {short(a.file)[1:-1]}: {e}", file=sys.stderr)
-        return 2
+        print(f"check_trace.py: {a.file}: {e}", file=sys.stderr)
     except OSError as e:
-        print(f"check_trace.py: {e.filename or a.file}: {e.strerror}", file=sys.stderr)
-        return 2
-    except Departure as e:
-        print(*(f"{a.file}: {text}" if n == 0 else text for n, text in enumerate(e.args)), sep="\n")
-        return 1
-    except Incomplete:
-        print(f"{a.file}: incomplete: no departure in {lines.number - 1} lines, "
-              f"and they break off in round {replay.round}")
-        return 3
-    seen = ", ".join(f"{name} {x:.1e}" for name, x in replay.largest.items())
-    print(f"{a.file}: no departure in {replay.round + 1} rounds, "
-          f"{len(replay.text) - replay.end + replay.s.N} tokens; largest difference in {seen}")
-    return 0
+        where = "the output" if e.filename is None else e.filename
+        print(f"check_trace.py: {where}: {e.strerror}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")           # where the encoding has no such character
     sys.exit(main())

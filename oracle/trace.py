@@ -28,6 +28,10 @@ class Invalid(Exception):
     """Why a file is not a trace that can be checked, in one line for its user."""
 
 
+class Incomplete(Exception):
+    """The file ends, in whole lines, before the trace does."""
+
+
 # ------------------------------------------------------------------------------------ writing
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
@@ -210,8 +214,8 @@ def short(value: Any) -> str:
 
 def match(line: dict, fields: dict, where: str) -> None:
     """Raise Invalid unless `line` has exactly these fields and each holds what it may."""
-    for wrong, names in (("unknown", line.keys() - fields.keys()),
-                         ("missing", fields.keys() - line.keys())):
+    names = line.keys() - {"event"}                    # which is how the fields were found
+    for wrong, names in (("unknown", names - fields.keys()), ("missing", fields.keys() - names)):
         if names:
             raise Invalid(f"{where}: {wrong} field {short(min(names))}")
     for name, field in fields.items():
@@ -263,3 +267,36 @@ def read(file: BinaryIO) -> Iterator[dict]:
         if type(line) is not dict or type(line.get("event")) is not str:
             raise Invalid(f"line {n}: a JSON object with a text \"event\" wanted")
         yield line
+
+
+class Lines:
+    """A trace as a cursor: `now` is the line looked at, line `number` of the file, checked against
+    the grammar alone: HEADER, then `schema` once the sizes are known."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.lines, self.number, self.now, self.schema = read(file), 0, {}, {}
+
+    def advance(self) -> None:
+        """To the next line. Raises Incomplete if there is none, or Invalid."""
+        self.now, self.number = next(self.lines, None), self.number + 1
+        if self.now is None:
+            raise Incomplete
+        if self.schema:
+            event = self.now["event"]
+            if event not in self.schema:
+                raise Invalid(f"line {self.number}: no such event: {short(event)}")
+            match(self.now, self.schema[event], f"line {self.number}, {event}")
+
+    def header(self) -> dict:
+        try:
+            self.advance()
+        except Incomplete:
+            raise Invalid("empty; a trace begins with a header") from None
+        h = self.now
+        if h["event"] != "header" or h.get("schema") != "clasp-trace":
+            raise Invalid("line 1: not the header of a clasp-trace")
+        if h.get("version") != VERSION:
+            raise Invalid(f"line 1: version {short(h.get('version'))} of the format; this program "
+                          f"reads version {VERSION}")
+        match(h, HEADER, "line 1, header")
+        return h
