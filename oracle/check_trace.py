@@ -97,16 +97,19 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
     return out
 
 
+def owed(p: Tensor, q: Tensor | None) -> Tensor:                    # (V,), (V,) -> (V,) float64
+    """What a token is drawn from: p, or given q what a refusal still owes. Not normalised, since
+    where little is owed rounding is a large part of it, and must be allowed to be."""
+    return p.double() if q is None else (p.double() - q.double()).clamp(min=0)
+
+
 def names(p: Tensor, q: Tensor | None, token: int, u: float, slack: float) -> bool:
-    """Does u draw `token` from p (V,), or given q (V,) from the residual, if every running sum may
-    be off by `slack`? The residual is not normalised here: where little is owed, rounding is a
-    large part of it, and must be allowed to be."""
-    owed = p.double() if q is None else p.double() - q.double()
-    if p[token] == 0 or owed[token] < -slack:
+    """Does u draw `token`, if every running sum may be off by `slack`?"""
+    if p[token] == 0 or q is not None and p[token] < q[token] - slack:
         return False
-    owed = owed.clamp(min=0)
-    cdf = owed.cumsum(0)
-    return bool(cdf[token] - owed[token] - slack <= u * cdf[-1] < cdf[token] + slack)
+    weights = owed(p, q)
+    cdf = weights.cumsum(0)
+    return bool(cdf[token] - weights[token] - slack <= u * cdf[-1] < cdf[token] + slack)
 
 
 class Replay:
@@ -151,13 +154,16 @@ class Replay:
     def drawn(self, line: dict, options: list[tuple[Tensor, Tensor | None]]) -> list:
         """Those (p, q) of the allowed ones from which u draws the token; there must be one."""
         token, u = line["token"], line["u"]
-        fit = [(p, q) for p, q in options
-               if names(p, q, token, u, self.slack if q is None else 2 * self.slack)]
+        fit = [(p, q) for p, q in options if names(p, q, token, u, self.within(q))]
         if not fit:
             p, q = options[0]
             ours = int(inverse_cdf(p if q is None else residual(p, q), u))
-            self.depart("draw", "token", token, ours, self.slack)
+            self.depart("draw", "token", token, ours, self.within(q))
         return fit
+
+    def within(self, q: Tensor | None) -> float:
+        """The tolerance of what is owed: p and q may both be off."""
+        return self.slack if q is None else 2 * self.slack
 
     def take(self, event: str, **want: Any) -> dict:
         """The line looked at, which must be of this kind and hold what is wanted in these
@@ -258,17 +264,14 @@ class Replay:
             allowed(logits[r], self.s, self.X, about),
             allowed(draft_logits[r], self.s, self.X, about) if r < k else [None]))
         fit, token, probability = self.drawn(line, options), line["token"], line["probability"]
-        # As in `names`: an error of the sum weighs the more, the less is owed.
-        def off(p: Tensor, q: Tensor | None) -> float:
-            if q is None:
-                return abs(probability - p[token].item())
-            owed = (p.double() - q.double()).clamp(min=0)
-            return abs(probability * owed.sum() - owed[token]).item() / 2
-
-        p, q = min(fit, key=lambda pair: off(*pair))
-        if not off(p, q) <= self.slack:
+        off = {}
+        for p, q in fit:
+            weights = owed(p, q)
+            off[abs(probability * weights.sum() - weights[token]).item()] = p, q
+        p, q = off[min(off)]
+        if min(off) > self.within(q):
             ours = (p if q is None else residual(p, q))[token].item()
-            self.depart("own", "probability", probability, ours, self.slack)
+            self.depart("own", "probability", probability, ours, self.within(q))
         self.lines.advance()
         return token
 

@@ -7,6 +7,7 @@ are *right* is the business of check_trace.py.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ class Incomplete(Exception):
 def fingerprint(folder: str | Path) -> dict[str, str]:
     """name -> SHA-256 (hex) of every file that determines the model's numbers."""
     folder = Path(folder)
-    names = {"config.json", *(str(p.relative_to(folder)) for p in _tensor_files(folder).values())}
+    names = {"config.json", *(os.path.relpath(p, folder) for p in _tensor_files(folder).values())}
     if "model.safetensors" not in names:
         names.add("model.safetensors.index.json")
     out = {}
@@ -126,18 +127,17 @@ def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path:
         x, h = model.forward(part, cache.sequence(t, len(part)), cache, left_out, slice(None))
         out["logits"][t:t + CHUNK], out["hidden"][:, t:t + CHUNK] = model.head(x).cpu(), h.cpu()
     out["keys"], out["values"] = (x.transpose(1, 2).cpu().contiguous() for x in (cache.k, cache.v))
-    meta = dict(schema="clasp-forward", version=str(VERSION), program=PROGRAM, tensors=DUMP,
-                dtype=str(model.dtype).removeprefix("torch."), skip=sorted(skip),
-                config=asdict(c), **about)
-    # The library's own `save_file` does the same, but asks for NumPy. Metadata are texts. It puts a
-    # new file in the place of the old, which would end a symbolic link and narrow the permissions.
+    meta = dict(version=VERSION, program=PROGRAM, tensors=DUMP, skip=sorted(skip), config=asdict(c),
+                dtype=str(model.dtype).removeprefix("torch."), **about)
+    # The library's own `save_file` does the same, but asks for NumPy. It puts a new file in the
+    # place of the old, which would end a symbolic link and narrow the permissions; and it writes
+    # several metadata in any order, so ours are one.
     path = Path(path).resolve()
     path.touch()
     mode = path.stat().st_mode
     specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
                               data_ptr=t.data_ptr(), data_len=t.nbytes) for name, t in out.items()}
-    serialize_file(specs, str(path), {"format": "pt"} | {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()})
+    serialize_file(specs, str(path), {"clasp-forward": json.dumps(meta)})
     path.chmod(mode)
     return out
 
