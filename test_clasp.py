@@ -2,9 +2,9 @@
 programs it refuses.
 
 In the order of the files: the dynamic program, the sampler and its loop, LLaMA with its loader and
-tokenizer, the command, the oracle. Tests prefer an identity to an experiment, and tables of deliberately wrong
-programs (`BROKEN_DP`, `WRONG_SAMPLERS`, ...) show that the tests can fail: each is the source text
-with an edit, and some test must object.
+tokenizer, the command, the oracle. Tests prefer an identity to an experiment, and tables of
+deliberately wrong programs (`BROKEN_DP`, `WRONG_SAMPLERS`, ...) show that the tests can fail: each
+is the source text with an edit, and some test must object.
 
     CLASP_LLAMA3=DIR      a folder with Meta's tokenizer.model, released config.json files and
                           published token vectors; two tests need it and skip without, since those
@@ -2092,6 +2092,35 @@ def test_a_tie_decided_the_other_way_is_no_departure(flags, check, tied_model, t
     assert parts(ours, "tokens") != parts(theirs, "tokens")
     assert parts(ours, "parents")[0] != parts(theirs, "parents")[0]
     assert check(theirs, model=tied_model)[::2] == (0, "")
+
+
+@pytest.mark.parametrize("M", [0, 1])
+def test_a_refusal_that_only_rounding_explains_is_no_departure(M, check, random_model, tmp_path,
+                                                               monkeypatch):
+    """Refuses a residual compared as if it were exact: here next to nothing is owed, and which
+    token it falls to differs with the precision."""
+    class Unlucky(Recording):
+        def accept(self, a):
+            self.log.append(("accept", a, 1 - 1e-12, 1 - 1e-12 < a))
+            return self.log[-1][-1]
+
+    monkeypatch.setattr(trace, "Recording", Unlucky)
+    lines = traced(random_model, tmp_path / "t", *LIVELY, "--skip-layers", M)
+    assert find(lines, "own", kind="residual") is not None
+    for dtype in ("float32", "float64"):
+        assert check(lines, "--dtype", dtype)[::2] == (0, "")
+
+
+def test_below_temperature_1_probabilities_may_differ_more(check, tmp_path):
+    """Refuses one tolerance for all temperatures: at 0.05 a logit's rounding counts twentyfold."""
+    for seed in range(8):
+        lines = traced(DEMO, tmp_path / "t", "--prompt", "class A:", "--temperature", 0.05,
+                       "--max-new-tokens", 40, "--seed", seed)
+        status, out, _ = check(lines, "--dtype", "float64", model=DEMO)
+        assert status == 0
+        if float(re.search("difference in p ([^,]+)", out)[1]) > check_trace.TOLERANCE["float32"]:
+            return
+    raise AssertionError("eight runs without a difference that needs the wider tolerance")
 
 
 def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():

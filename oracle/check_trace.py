@@ -105,11 +105,11 @@ def owed(p: Tensor, q: Tensor | None) -> Tensor:                    # (V,), (V,)
 
 def names(p: Tensor, q: Tensor | None, token: int, u: float, slack: float) -> bool:
     """Does u draw `token`, if every running sum may be off by `slack`?"""
-    if p[token] == 0 or q is not None and p[token] < q[token] - slack:
-        return False
     weights = owed(p, q)
     cdf = weights.cumsum(0)
-    return bool(cdf[token] - weights[token] - slack <= u * cdf[-1] < cdf[token] + slack)
+    # Of no width is the interval of an excluded token, and u = 0 may touch it.
+    return bool(p[token] > 0 and
+                cdf[token] - weights[token] - slack <= u * cdf[-1] < cdf[token] + slack)
 
 
 class Replay:

@@ -6,6 +6,7 @@ Each trace shows a situation that an implementation can get wrong; TRACE.md list
 depends on the weights (a stop token inside a draft, say) it is looked for, always in the same
 order, so that new weights need no new settings.
 """
+import argparse
 import io
 import itertools
 import sys
@@ -85,4 +86,6 @@ def main(folder: Path = VECTORS) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    p = argparse.ArgumentParser(description="Write the vectors of the demo model.")
+    p.add_argument("folder", nargs="?", type=Path, default=VECTORS, metavar="FOLDER")
+    main(p.parse_args().folder)

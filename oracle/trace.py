@@ -1,8 +1,8 @@
 """The two files that another implementation can be held against: a trace of a run, and a dump of
 one forward pass. TRACE.md is their contract; here they are written, and a trace is read back.
 
-`SCHEMA` is the grammar of a trace: what may stand in each field of each line. Whether the values
-are *right* is the business of check_trace.py.
+`HEADER` and `schema` are the grammar of a trace: what may stand in each field of each line. Whether
+the values are *right* is the business of check_trace.py.
 """
 import hashlib
 import json
