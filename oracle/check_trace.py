@@ -267,7 +267,8 @@ class Replay:
         off = {}
         for p, q in fit:
             weights = owed(p, q)
-            off[abs(probability * weights.sum() - weights[token]).item()] = p, q
+            mass = 1.0 if q is None else weights.sum().item()
+            off[abs(probability * mass - weights[token].item())] = p, q
         p, q = off[min(off)]
         if min(off) > self.within(q):
             ours = (p if q is None else residual(p, q))[token].item()

@@ -61,7 +61,7 @@ def main(folder: Path = VECTORS) -> None:
     torch.set_num_threads(1)
     model, tok = Llama.load(clasp_mini.DEMO, dtype=torch.float64), Tokenizer(clasp_mini.DEMO)
     ids, about = [tok.bos, *tok.encode(PROMPT)], clasp_mini.about(clasp_mini.DEMO)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def first(s: Settings, wanted: Callable[[list[Round]], object]) -> tuple[int, object]:
         """The first seed whose run has what is wanted, and that."""
