@@ -4,9 +4,9 @@
     python clasp_mini.py --prompt "def fibonacci(n):"              # the model that ships with it
     python clasp_mini.py --prompt "def fibonacci(n):" --compare    # against plain decoding
 
-This file holds no algorithm. It is the only one that knows the others, and joins them in one
-direction: config and weights (llama.py) -> rounds (speculative.py, which is handed the chooser of
-dp_layer_skip.py) -> text and figures.
+This file holds no algorithm. It joins the others in one direction: config and weights (llama.py) ->
+rounds (speculative.py, which is handed the chooser of dp_layer_skip.py) -> text, figures, and for
+other implementations a trace (oracle/).
 """
 import signal
 
@@ -21,6 +21,8 @@ import argparse  # noqa: E402
 import codecs  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import platform  # noqa: E402
+import stat  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -33,9 +35,12 @@ from typing import TextIO  # noqa: E402
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
 
+from safetensors import SafetensorError  # noqa: E402
+
 from dp_layer_skip import Choice, choose_skip, table  # noqa: E402
 from llama import (  # noqa: E402
     NAMED, Cache, Config, Llama, ModelError, Progress, Replay, Tokenizer, stop_ids)
+from oracle.trace import dump_forward, fingerprint, record  # noqa: E402
 from speculative import CHUNK, Chance, Round, Settings, generate  # noqa: E402
 
 VERSION = "0.1.0"
@@ -202,6 +207,7 @@ class Job:
         complaint = self.settings.check(cfg.L)
         if complaint:
             raise UsageError(complaint)
+        self.skip = self.layers(a.skip) if a.skip is not None else []
         if a.chat and self.tokenizer.special[NAMED[9]] not in self.stops:
             print("clasp_mini.py: note: <|eot_id|> does not stop this model, so it was hardly "
                   "trained on --chat", file=sys.stderr)
@@ -249,8 +255,39 @@ class Job:
             return self.tokenizer.chat(system + messages)
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
 
+    def layers(self, text: str) -> list[int]:
+        """--skip as layer numbers."""
+        try:
+            out = [int(i) for i in text.replace(",", " ").split()]
+        except ValueError:
+            out = []
+        if not out:
+            raise UsageError(f"--skip {text!r}: layer numbers wanted, separated by commas")
+        bad = [i for n, i in enumerate(out) if not 0 <= i < self.cfg.L or i in out[:n]]
+        if bad:
+            raise UsageError(f"--skip: layer {bad[0]} is named twice or is not one of the model's, "
+                             f"0 to {self.cfg.L - 1}")
+        return out
+
+    def writable(self, path: str) -> TextIO:
+        """The file of --trace or --dump-forward, opened before seconds go into loading."""
+        # A file of the model itself must survive a slip of the hand.
+        if os.path.exists(path) and Path(path).parent.resolve() == Path(self.a.model).resolve():
+            raise UsageError(f"{path}: exists in the model's folder; name another file")
+        if self.a.dump_forward and os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"{path}: not a regular file, which a dump has to be")
+        try:
+            file = open(path, "a" if self.a.dump_forward else "w", encoding="utf-8", newline="\n")
+        except OSError as e:
+            raise UsageError(f"{path}: cannot be written: {e.strerror}") from None
+        ours = os.fstat(file.fileno())
+        if not stat.S_ISCHR(ours.st_mode) and any(os.path.samestat(ours, os.fstat(n))
+                                                  for n in (1, 2)):     # a terminal may mix them
+            raise UsageError(f"{path}: text or summary are written there; name another file")
+        return file
+
     def fits(self, ids: list[int]) -> list[int]:
-        cfg, N = self.cfg, self.settings.N
+        cfg, N = self.cfg, 0 if self.a.dump_forward is not None else self.settings.N
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         bad = [i for i in ids if not 0 <= i < cfg.V]
@@ -297,21 +334,30 @@ def fuse(device: torch.device) -> Callable[[Callable], Callable]:
     return compile
 
 
+def about(folder: str | Path) -> dict:
+    """What a trace or a dump says of the model in `folder` and of the programs that ran it."""
+    return dict(model=fingerprint(folder), versions={
+        "clasp-mini": VERSION, "torch": torch.__version__, "python": platform.python_version()})
+
+
 def ids_of(rounds: Sequence[Round]) -> list[int]:
     return [i for r in rounds for i in r.emitted]
 
 
-def generate_text(job: Job, ids: list[int]) -> int:
-    """The main job: text to stdout as it is made, a summary to stderr. Returns the exit status."""
+def generate_text(job: Job, ids: list[int], trace: TextIO | None = None) -> int:
+    """The main job: text to stdout as it is made, a summary to stderr, a trace to its file. Returns
+    the exit status."""
     a, s, tok = job.a, job.settings, job.tokenizer
     text, err, rounds, shown = Text(tok, s.stop_ids), Terminal(sys.stderr), [], []
     if sys.stdout.isatty() and sys.stderr.isatty() and not (a.json or a.verbose or a.chat) and tok:
         prompt = tok.decode(ids[1:] if ids[0] == tok.bos else ids)
         print(err.paint("dim", prompt), end="", file=sys.stderr, flush=True)
 
-    status = 0
+    status, run = 0, job.run(ids, s, a.seed)
+    if trace:
+        run = record(job.model, ids, s, a.seed, job.choose, trace, about(a.model))
     try:
-        for r in job.run(ids, s, a.seed):
+        for r in run:
             rounds.append(r)
             shown.append(text.add(r.emitted))
             if a.verbose:
@@ -332,6 +378,18 @@ def generate_text(job: Job, ids: list[int]) -> int:
             print(file=sys.stderr)                     # `| cat`: the text need not end its line
         print(err.paint("dim", summary(figures(rounds), s)), file=sys.stderr)
     return status
+
+
+def dump(job: Job, ids: list[int]) -> int:
+    """One pass over the prompt into a file, an account of it to stderr. Returns the exit status."""
+    path = job.a.dump_forward
+    try:
+        out = dump_forward(job.plain, ids, job.skip, path, about(job.a.model))
+    except SafetensorError as e:
+        raise UsageError(f"{path}: cannot be written: {e}") from None
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in out.items())
+    print(f"{path}: {shapes}, {sum(x.nbytes for x in out.values()) / 1e6:.1f} MB", file=sys.stderr)
+    return 0
 
 
 def compare(job: Job, ids: list[int]) -> int:
@@ -633,6 +691,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--interval", type=int, metavar="N",
                    help="verifications between two layer optimisations "
                    f"(default: demo {demo['interval']}, else {other['interval']})")
+    g = p.add_argument_group("as an oracle (README, \"Use it as an oracle\")")
+    g.add_argument("--trace", metavar="FILE",
+                   help="write each draw, verdict and table of the run, with its probabilities")
+    g.add_argument("--dump-forward", metavar="FILE", help="no text, but the logits, states, keys "
+                   "and values of one pass over the prompt, as safetensors")
+    g.add_argument("--skip", metavar="3,7,...", help="layers that --dump-forward leaves out")
     g = p.add_argument_group("what is shown")
     g.add_argument("--compare", action="store_true",
                    help="plain and CLaSp interleaved: speed-up, ideal, whether the texts are equal")
@@ -665,12 +729,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--compare and --bench run plain decoding too, without --strategy ar or --verbose")
     if a.compare and (a.bench is not None or a.bench_passes):
         p.error("--compare goes with a prompt; --bench compares by itself")
+    oracle = a.trace if a.dump_forward is None else a.dump_forward
+    if oracle is not None and (a.compare or a.bench is not None or a.bench_passes):
+        p.error("--trace and --dump-forward go with a prompt, without --compare, --bench or "
+                "--bench-passes")
+    if a.dump_forward is not None and (a.trace is not None or a.json or a.verbose):
+        p.error("--dump-forward writes no text: without --trace, --json or --verbose")
+    if a.skip is not None and a.dump_forward is None:
+        p.error("--skip goes with --dump-forward; drafts choose their layers (--skip-layers)")
     try:
         job = Job(a)
         if a.bench_passes:
             work = job.fits([0])
         else:
             work = job.prompt() if a.bench is None else read_questions(a.bench)
+        file = None if oracle is None else job.writable(oracle)
         job.load()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here the text is kept
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -678,8 +751,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = bench_passes(job)
         elif a.bench is not None:
             status = bench(job, work)
+        elif a.dump_forward is not None:
+            status = dump(job, work)
         else:
-            status = compare(job, work) if a.compare else generate_text(job, work)
+            status = compare(job, work) if a.compare else generate_text(job, work, file)
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status
     except UsageError as e:

@@ -344,7 +344,7 @@ class Llama:
         total)` is called with bytes. Raises ModelError."""
         cfg, device = Config.load(folder), torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        files = _tensor_files(Path(folder))
+        files = tensor_files(Path(folder))
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
@@ -379,7 +379,7 @@ class Llama:
         return cls(cfg, embed, layers, norm, head)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """tensor name -> the file that holds it."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():

@@ -2,9 +2,9 @@
 programs it refuses.
 
 In the order of the files: the dynamic program, the sampler and its loop, LLaMA with its loader and
-tokenizer, the command. Tests prefer an identity to an experiment, and tables of deliberately wrong
-programs (`BROKEN_DP`, `WRONG_SAMPLERS`, ...) show that the tests can fail: each is the source text
-with an edit, and some test must object.
+tokenizer, the command, the oracle. Tests prefer an identity to an experiment, and tables of
+deliberately wrong programs (`BROKEN_DP`, `WRONG_SAMPLERS`, ...) show that the tests can fail: each
+is the source text with an edit, and some test must object.
 
     CLASP_LLAMA3=DIR      a folder with Meta's tokenizer.model, released config.json files and
                           published token vectors; two tests need it and skip without, since those
@@ -17,12 +17,14 @@ import cmath
 import collections
 import gc
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,7 @@ import sys
 import time
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,7 @@ import llama  # noqa: E402
 import speculative  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from demo.train import save  # noqa: E402
+from oracle import check_trace, make_vectors, trace  # noqa: E402
 from speculative import (Chance, Recording, Settings, acceptance, every_outcome,  # noqa: E402
                          generate, inverse_cdf, judge, probabilities, residual)
 
@@ -2043,7 +2047,21 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", "x", "--compare", "--max-new-tokens", 1], 2, "nothing to compare"),
     (["--prompt", "x", "--compare", "--strategy", "ar"], 2, "plain decoding"),
     (["--bench", "/nowhere.jsonl"], 2, "nowhere"),
-    (["--bench", DEMO / "config.json"], 2, "Spec-Bench")]
+    (["--bench", DEMO / "config.json"], 2, "Spec-Bench"),
+    (["--prompt", "x", "--trace", "/nowhere/t"], 2, "/nowhere/t: cannot be written"),
+    (["--prompt", "x", "--trace", DEMO / "model.safetensors"], 2, "model's folder"),
+    (["--prompt", "x", "--trace", "t", "--compare"], 2, "without --compare"),
+    (["--bench", "b", "--dump-forward", "d"], 2, "without --compare"),
+    (["--prompt", "x", "--dump-forward", "d", "--trace", "t"], 2, "without --trace"),
+    (["--prompt", "x", "--dump-forward", "d", "--json"], 2, "without --trace, --json"),
+    (["--prompt", "x", "--dump-forward", "/nowhere/d"], 2, "/nowhere/d: cannot be written"),
+    (["--prompt", "x", "--dump-forward", os.devnull], 2, "not a regular file"),
+    (["--prompt", "x", "--skip", "3"], 2, "--skip goes with --dump-forward"),
+    (["--prompt", "x", "--dump-forward", "d", "--skip", "3,x"], 2, "layer numbers wanted"),
+    (["--prompt", "x", "--dump-forward", "d", "--skip", ""], 2, "layer numbers wanted"),
+    (["--prompt", "x", "--trace", ""], 2, "cannot be written"),
+    (["--prompt", "x", "--dump-forward", "d", "--skip", "3,32"], 2, "layer 32"),
+    (["--prompt", "x", "--dump-forward", "d", "--skip", "3,4,3"], 2, "layer 3 is named twice")]
 
 
 @pytest.mark.parametrize("arguments, status, said", WRONG_INPUTS)
@@ -2090,6 +2108,682 @@ def test_the_library_example_of_the_readme_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(example[1], {})
     assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+# ============================================================================== oracle/
+# Traces are written by the command and judged by the checker's own `main`. Most are of a random
+# model of five layers, whose seeds are looked for until all that can happen in a round happens.
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oracle")
+    random_checkpoint(folder, dict(num_hidden_layers=5))
+    return folder
+
+
+@pytest.fixture
+def check(capsys, random_model, tmp_path):
+    """check(lines or bytes, *arguments) -> (exit status, stdout, stderr) of the checker."""
+    def call(lines, *arguments, model=random_model):
+        path = tmp_path / "checked.jsonl"
+        if not isinstance(lines, bytes):
+            lines = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        path.write_bytes(lines)
+        capsys.readouterr()
+        status = check_trace.main([str(path), "--model", str(model), *map(str, arguments)])
+        out = capsys.readouterr()
+        return status, out.out.replace(f"{path}: ", ""), out.err
+    return call
+
+
+def traced(folder, path, *arguments):
+    """The lines of a trace, without those of times."""
+    assert clasp_mini.main(["--model", str(folder), "--trace", str(path),
+                            *map(str, arguments)]) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line["event"] != "times"]
+
+
+def find(lines, event, n=0, **want):
+    """The index of the n-th such line; a wanted value may be a function that says yes."""
+    fit = [i for i, line in enumerate(lines) if line["event"] == event and all(
+        w(line[k]) if callable(w) else line[k] == w for k, w in want.items())]
+    return fit[n] if fit[n:] else None
+
+
+FOURTH = dict(step=3, confidence=lambda c: c > 0.06, round=lambda n: n < 4)    # K ends the draft
+SITUATIONS = [("own", dict(kind="residual")), ("own", dict(kind="bonus")),
+              ("optimise", dict(round=3)), ("verify", dict(accepted=None)),
+              ("draft", FOURTH), ("verify", dict(accepted=True, a=lambda a: a < 0.9))]
+LIVELY = ("--max-new-tokens", 24, "--skip-layers", 2, "--draft-length", 4, "--interval", 3,
+          "--draft-exit-threshold", 0.05, "--temperature", 0.5, "--prompt-ids", "3,41,7")
+
+
+@pytest.fixture(scope="module")
+def lively(random_model, tmp_path_factory):
+    """The lines of a sampled trace in which everything happens."""
+    path = tmp_path_factory.mktemp("lively") / "t"
+    for seed in range(50):
+        lines = traced(random_model, path, *LIVELY, "--seed", seed)
+        if all(find(lines, event, **want) is not None for event, want in SITUATIONS):
+            return lines
+    raise AssertionError("50 seeds without a lively run")
+
+
+# ---------------------------------------------------------------- what is right passes
+
+@pytest.mark.parametrize("sampled", [[], ["--temperature", 1, "--top-k", 40, "--top-p", 0.9]],
+                         ids=["greedy", "sampled"])
+def test_a_trace_of_the_demo_checks_clean_in_its_precision_and_in_a_wider_one(
+        sampled, check, tmp_path, random_model):
+    """Refuses a checker that raises false alarms, and a tolerance below what rounding does."""
+    lines = traced(DEMO, tmp_path / "t", "--prompt", "class A:", "--max-new-tokens", 24, *sampled)
+    for dtype in ("float32", "float64"):
+        status, out, err = check(lines, "--dtype", dtype, model=DEMO)
+        assert (status, err) == (0, "") and re.match("no departure in [0-9]+ rounds, 24 tok", out)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--temperature", 1, "--top-k", 5), ("--temperature", 0.7, "--top-p", 0.6), (),
+    ("--temperature", 1, "--draft-length", 0), ("--temperature", 1, "--skip-layers", 0),
+    ("--temperature", 1, "--skip-layers", 5, "--interval", 1), ("--dtype", "float64"),
+    ("--dtype", "bfloat16", "--temperature", 0.9, "--top-k", 7), ("--strategy", "ar"),
+    ("--dtype", "bfloat16", "--temperature", 0.6), ("--prompt-ids", "3,41,7," * 200)],
+    ids=lambda flags: " ".join(map(str, flags))[:40])
+def test_traces_check_clean_at_every_setting(flags, check, tmp_path, random_model):
+    """Refuses a rule that is too strict for some sampler, K, M, dtype or long prompt."""
+    base = ("--prompt-ids", "3,41,7", "--max-new-tokens", 30, "--draft-length", 4)
+    lines = traced(random_model, tmp_path / "t", *base, *flags, "--seed", 1)
+    assert check(lines)[::2] == check(lines, "--dtype", "float64")[::2] == (0, "")
+
+
+def test_the_trace_that_is_corrupted_below_is_clean_and_lively(check, lively):
+    """Refuses a table of corruptions whose every line fails for another reason."""
+    assert check(lively)[::2] == (0, "")
+    assert check(lively, "--dtype", "float64")[::2] == (0, "")
+
+
+def test_one_seed_gives_the_same_bytes_but_for_the_times(random_model, tmp_path):
+    """Refuses a date, an address or an unordered set in a trace."""
+    texts = []
+    for name in ("a", "b"):
+        traced(random_model, tmp_path / name, *LIVELY)
+        lines = (tmp_path / name).read_bytes().splitlines()
+        texts.append([line for line in lines if b'"event":"times"' not in line])
+        assert len(lines) > len(texts[-1])
+    assert texts[0] == texts[1]
+
+
+def test_tracing_changes_no_token(result, random_model, tmp_path):
+    """Refuses a recording that draws, or asks chance, once more."""
+    said = result("--model", random_model, *LIVELY)
+    lines = traced(random_model, tmp_path / "t", *LIVELY)
+    assert [i for x in lines if x["event"] == "emit" for i in x["tokens"]] == said["ids"]
+    assert lines[0]["prompt_ids"] == said["prompt_ids"]
+
+
+def test_a_trace_keeps_no_distributions(random_model, tmp_path):
+    """Refuses a log that grows with the run: the vectors of p and q must go with their round."""
+    model, sizes = llama.Llama.load(random_model), []
+    with open(tmp_path / "t", "w") as out:
+        for n, _ in enumerate(trace.record(model, [3], Settings(N=200, K=4, M=2, temperature=1.0),
+                                           0, choose_skip, out, {})):
+            if n in (5, 40):
+                sizes.append(sum(type(o) is Tensor for o in gc.get_objects()))
+    assert sizes[1] - sizes[0] < 40
+
+
+# ---------------------------------------------------------------- what is wrong is found
+
+def change(event, n=0, where=None, line=None, **fields):
+    """A corruption: `fields` of the n-th such line set; a function is given the old value."""
+    def edit(lines):
+        i = find(lines, event, n, **(where or {}))
+        for name, new in fields.items():
+            lines[i][name] = new(lines[i][name]) if callable(new) else new
+        return line or i + 1
+    return edit
+
+
+def setting(name, new, line):
+    """... of the header's settings; the line where it shows is another."""
+    def edit(lines):
+        old = lines[0]["settings"][name]
+        lines[0]["settings"][name] = new(lines) if callable(new) else new
+        assert lines[0]["settings"][name] != old
+        return line(lines) if callable(line) else line
+    return edit
+
+
+def remove(event, n=0, **where):
+    def edit(lines):
+        i = find(lines, event, n, **where)
+        del lines[i]
+        return i + 1
+    return edit
+
+
+def insert(event, after, **where):
+    """... a copy of the first line `event` after the first line `after` that is so."""
+    def edit(lines):
+        i = find(lines, after, **where)
+        new = dict(lines[find(lines, event)])
+        if "round" in new and "round" in lines[i]:
+            new["round"] = lines[i]["round"]
+        lines.insert(i + 1, new)
+        return i + 2
+    return edit
+
+
+def in_table(edit):
+    """... of the second table."""
+    def harm(lines):
+        i = find(lines, "optimise", 1)
+        edit(lines[i])
+        return i + 1
+    return harm
+
+
+def flip_parent(line):
+    row = line["parents"][3]
+    line["parents"][3] = row[0] + "10"[int(row[1])] + row[2:]
+
+
+def another(layers):
+    return sorted([*layers[1:], next(i for i in range(5) if i not in layers)])
+
+
+def next_token(token):
+    return (token + 1) % 50
+
+
+JUDGED = dict(accepted=lambda v: v is not None, a=lambda a: a < 0.9)
+UNJUDGED, RESIDUAL, BONUS = dict(accepted=None), dict(kind="residual"), dict(kind="bonus")
+CORRUPTIONS = [                        # rule, what is done to the lines
+    ("verdict", change("verify", where=JUDGED, accepted=lambda v: not v)),
+    ("verdict", change("verify", where=dict(accepted=True), u=None)),
+    ("verdict", change("verify", where=UNJUDGED, accepted=True, u=0.0)),
+    ("verdict", change("verify", where=UNJUDGED, u=0.5)),
+    ("verdict", change("verify", where=JUDGED, u=lambda u: 0.95, accepted=True)),
+    ("draw", change("draft", token=next_token)),
+    ("draw", change("draft", 2, u=lambda u: (u + 0.5) % 1)),
+    ("draw", change("own", where=RESIDUAL, token=next_token)),
+    ("draw", change("own", where=BONUS, token=next_token)),
+    ("draw", change("own", where=dict(kind="plain"), u=lambda u: (u + 0.5) % 1)),
+    ("p", change("verify", 3, p=lambda p: abs(p - 1e-3))),
+    ("q", change("draft", 3, q=lambda q: abs(q - 1e-3))),
+    ("confidence", change("draft", 1, confidence=lambda c: c + 1e-3)),
+    ("ratio", change("verify", where=JUDGED, a=lambda a: a * 0.999)),
+    ("ratio", change("verify", where=dict(a=1.0), q=lambda q: q * 0.999)),
+    ("own", change("own", where=RESIDUAL, probability=lambda p: p + 1e-3)),
+    ("own", change("own", where=BONUS, probability=lambda p: p + 1e-3)),
+    ("kind", change("own", where=RESIDUAL, kind="bonus")),
+    ("kind", change("own", where=BONUS, kind="plain")),
+    ("skip", change("round", 2, skip=another)), ("skip", change("round", skip=[1])),
+    ("start", change("round", 3, start=lambda n: n + 1)),
+    ("order", change("draft", 2, step=lambda n: n + 1)),
+    ("order", change("round", 2, round=lambda n: n + 1)),
+    ("order", change("verify", 1, token=next_token)),
+    ("order", remove("verify")), ("order", remove("own", 2)), ("order", remove("emit")),
+    ("order", insert("own", "own")),
+    ("exit", remove("draft", step=3)), ("exit", insert("draft", "draft", step=3)),
+    ("emit", change("emit", 1, tokens=lambda t: [*t, 1])),
+    ("emit", change("emit", where=dict(tokens=lambda t: len(t) > 1), tokens=lambda t: t[:-1])),
+    ("emit", change("emit", 2, tokens=lambda t: [next_token(t[0]), *t[1:]])),
+    ("interval", remove("optimise")), ("interval", remove("optimise", 1)),
+    ("interval", insert("optimise", "emit", round=1)),
+    ("probe", change("optimise", 1, position=lambda t: t + 1)),
+    ("probe", change("optimise", position=lambda t: t - 1)),
+    ("table", in_table(lambda x: x["D"].insert(3, x["D"].pop(4)))),
+    ("table", in_table(lambda x: x["D"][5].__setitem__(1, x["D"][5][1] + 1e-3))),
+    ("table", in_table(lambda x: x["D"][2].__setitem__(0, 0.999))),
+    ("table", in_table(lambda x: x["D"][3].pop())), ("table", change("optimise", M=3)),
+    ("parent", in_table(flip_parent)),
+    ("parent", in_table(lambda x: x["parents"].__setitem__(4, "1" + x["parents"][4][1:]))),
+    ("path", change("optimise", 1, skip=another)),
+    ("path", change("optimise", cosine=lambda c: [*c[:-1], c[-1] + 1e-6])),
+    ("end", change("end", reason="stop")), ("end", change("end", emitted=23)),
+    ("end", insert("round", "end")), ("end", insert("end", "end")),
+    ("end", insert("end", "emit", round=2)),
+    (None, setting("temperature", 0.6, 3)), (None, setting("top_k", 3, 3)),
+    (None, setting("top_p", 0.5, 3)), ("draw", change("header", line=3, prompt_ids=[3, 40, 7])),
+    ("exit", setting("K", 3, lambda lines: find(lines, "draft", step=3) + 1)),
+    ("exit", setting("K", 5, lambda lines: find(lines, "draft", **FOURTH) + 2)),
+    ("exit", setting("exit_threshold", 0.9, lambda lines: find(lines, "draft", step=1) + 1)),
+    ("interval", setting("interval", 2, lambda lines: find(lines, "emit", round=2) + 2)),
+    ("interval", setting("stop_ids", lambda lines: lines[3]["tokens"], 5)),
+    ("table", setting("M", 1, 5)),
+    ("header", change("header", config=lambda c: c | dict(eps=1e-6))),
+]
+
+
+@pytest.mark.parametrize("n", range(len(CORRUPTIONS)), ids=lambda n: f"{CORRUPTIONS[n][0]}-{n}")
+def test_every_corruption_is_found_where_it_is(n, check, lively):
+    """Refuses a checker that overlooks one wrong value, blames another line, or another rule."""
+    (rule, corrupt), lines = CORRUPTIONS[n], json.loads(json.dumps(lively))
+    where = corrupt(lines)
+    status, out, err = check(lines)
+    assert (status, err, out.count("\n")) == (1, "", 2)
+    assert re.match(rf"line {where}, round \d+.*: .* is .*, here .*\nrule {rule or ''}", out), out
+
+
+# A tie is no departure, float32 states have float32 cosines, waiting shows in the times alone. The
+# last three write no trace: not every drafted token has its draw in the log, and a crash.
+UNSEEN = {"ties are skipped", "the cosine is as wide as the states",
+          "the host waits for every layer", "argmax draft scored with a softmax q",
+          "doubtful tokens are thrown away", "a full model's row is run along"}
+
+
+@pytest.mark.parametrize("wrong", sorted({*WRONG_SAMPLERS, *BROKEN_DP, *BROKEN_LLAMA} - UNSEEN))
+def test_the_trace_of_a_wrong_program_departs(wrong, check, random_model, monkeypatch):
+    """Refuses a checker that any of the wrong programs above would satisfy, on forty prompts."""
+    sampler, dp, ll = speculative, dp_layer_skip, llama
+    if wrong in WRONG_SAMPLERS:
+        sampler = altered(speculative, *WRONG_SAMPLERS[wrong])
+    elif wrong in BROKEN_DP:
+        dp = altered(dp_layer_skip, *BROKEN_DP[wrong])
+    else:
+        ll = altered(llama, *BROKEN_LLAMA[wrong])
+    monkeypatch.setattr(trace, "generate", sampler.generate)
+    monkeypatch.setattr(trace, "Recording", sampler.Recording)
+    model, about = ll.Llama.load(random_model), clasp_mini.about(random_model)
+    s = Settings(temperature=0.5, top_k=20, top_p=0.9, N=20, stop_ids=tuple(range(40, 46)), K=4,
+                 M=2, exit_threshold=0.05, interval=2)
+    for seed in range(40):
+        out = io.StringIO()
+        list(trace.record(model, [seed, 41, 7], s, seed, dp.choose_skip, out, about))
+        status, said, err = check(out.getvalue().encode())
+        assert err == "" and status in (0, 1)
+        if status == 1:
+            return
+    raise AssertionError(f"nothing departs: {wrong}")
+
+
+def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check, tmp_path, random_model):
+    """Refuses the demand that a greedy program draw at all, and a wrong token that u = 0 lets
+    through."""
+    lines = traced(random_model, tmp_path / "t", "--prompt-ids", "3,41,7", "--max-new-tokens", 9,
+                   "--draft-exit-threshold", 0)
+    for line in lines:
+        if line.get("u") is not None:
+            line["u"] = 0
+    assert check(lines)[0] == 0
+    for event in ("own", "draft"):
+        for token in (0, 49):                          # before and behind the right one
+            i = find(lines, event)
+            wrong = [*lines[:i], lines[i] | dict(token=token), *lines[i + 1:]]
+            assert lines[i]["token"] != token and "rule draw" in check(wrong)[1]
+
+
+# ---------------------------------------------------------------- ties and edges
+
+TIES_UP = [("logits.argmax(-1, keepdim=True)",                     # the larger id first
+            "logits.shape[-1] - 1 - logits.flip(-1).argmax(-1, keepdim=True)"),
+           ("logits, order = logits.sort(dim=-1, descending=True, stable=True)",
+            "logits, order = logits.flip(-1).sort(dim=-1, descending=True, stable=True)\n"
+            "    order = order.shape[-1] - 1 - order")]
+
+
+@pytest.fixture
+def tied_model(tmp_path):
+    """A model that finds tokens 2n and 2n + 1 equally likely; its layers 2 and 3 do nothing."""
+    folder = tmp_path / "tied"
+    w = random_checkpoint(folder, dict(num_hidden_layers=5))[1]
+    w["lm_head.weight"][1::2] = w["lm_head.weight"][::2]
+    for i in (2, 3):
+        w[f"model.layers.{i}.self_attn.o_proj.weight"].zero_()
+        w[f"model.layers.{i}.mlp.down_proj.weight"].zero_()
+    save({name: x.float() for name, x in w.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [(), ("--temperature", 1, "--top-k", 3),
+                                   ("--temperature", 1, "--top-p", 0.11)], ids=str)
+def test_a_tie_decided_the_other_way_is_no_departure(flags, check, tied_model, tmp_path,
+                                                     monkeypatch):
+    """Refuses a checker that asks for our order among logits, or cosines, that rounding decides."""
+    base = ("--prompt-ids", "3,41,7", "--max-new-tokens", 20, "--draft-length", 3, "--interval", 2,
+            "--skip-layers", 2, "--draft-exit-threshold", 0, *flags)
+    ours = traced(tied_model, tmp_path / "t", *base)
+    other, skips = altered(speculative, *TIES_UP), altered(
+        dp_layer_skip, ("wins = cos[:J] > cos_ran", "wins = cos[:J] >= cos_ran"))
+    monkeypatch.setattr(trace, "generate", other.generate)
+    monkeypatch.setattr(trace, "Recording", other.Recording)
+    monkeypatch.setattr(clasp_mini, "choose_skip", skips.choose_skip)
+    theirs = traced(tied_model, tmp_path / "t", *base)
+
+    def parts(lines, name):
+        return [x[name] for x in lines if name in x]
+
+    assert parts(ours, "tokens") != parts(theirs, "tokens")
+    assert parts(ours, "parents")[0] != parts(theirs, "parents")[0]
+    assert check(theirs, model=tied_model)[::2] == (0, "")
+
+
+@pytest.mark.parametrize("M", [0, 1])
+def test_a_refusal_that_only_rounding_explains_is_no_departure(M, check, random_model, tmp_path,
+                                                               monkeypatch):
+    """Refuses a residual compared as if it were exact: here next to nothing is owed, and which
+    token it falls to differs with the precision."""
+    class Unlucky(Recording):
+        def accept(self, a):
+            self.log.append(("accept", a, 1 - 1e-12, 1 - 1e-12 < a))
+            return self.log[-1][-1]
+
+    monkeypatch.setattr(trace, "Recording", Unlucky)
+    lines = traced(random_model, tmp_path / "t", *LIVELY, "--skip-layers", M)
+    assert find(lines, "own", kind="residual") is not None
+    for dtype in ("float32", "float64"):
+        assert check(lines, "--dtype", dtype)[::2] == (0, "")
+
+
+def test_below_temperature_1_probabilities_may_differ_more(check, tmp_path):
+    """Refuses one tolerance for all temperatures: at 0.05 a logit's rounding counts twentyfold."""
+    for seed in range(8):
+        lines = traced(DEMO, tmp_path / "t", "--prompt", "class A:", "--temperature", 0.05,
+                       "--max-new-tokens", 40, "--seed", seed)
+        status, out, _ = check(lines, "--dtype", "float64", model=DEMO)
+        assert status == 0
+        if float(re.search("difference in p ([^,]+)", out)[1]) > check_trace.TOLERANCE["float32"]:
+            return
+    raise AssertionError("eight runs without a difference that needs the wider tolerance")
+
+
+def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
+    """Refuses one distribution where rounding decides between several, several where it does not,
+    and a token asked about that is lost among its equals."""
+    def kept(p, s, about=(), X=1e-6):
+        logits = torch.tensor(p, dtype=torch.float64).log()
+        return {tuple((q > 0).nonzero()[:, 0].tolist())
+                for q in check_trace.allowed(logits, s, X, about)}
+
+    hot = Settings(temperature=1.0)
+    for top_p in (0.8 - 1e-7, 0.8 + 1e-7):
+        assert kept([0.5, 0.3, 0.2], replace(hot, top_p=top_p)) == {(0, 1), (0, 1, 2)}
+    assert kept([0.5, 0.3, 0.2], replace(hot, top_p=0.79)) == {(0, 1)}
+    assert kept([0.4, 0.2, 0.2, 0.2], replace(hot, top_k=2)) == {(0, 1), (0, 2), (0, 3)}
+    assert kept([0.4, 0.25, 0.2, 0.15], replace(hot, top_k=2)) == {(0, 1)}
+    assert kept([0.3, 0.3 + 1e-7, 0.2, 0.2], Settings()) == {(0,), (1,)}
+    assert (7,) in kept([0.1] * 10, Settings(), about=[7]) >= {(0,)}
+
+
+def test_a_confidence_within_the_tolerance_of_the_threshold_may_go_either_way(check, lively):
+    """Refuses a threshold taken more exactly than confidences are known, and one not taken."""
+    low = min(x["confidence"] for x, then in zip(lively, lively[1:])
+              if x["event"] == then["event"] == "draft")
+    for beyond, status in ((1e-6, 0), (1e-3, 1)):
+        changed = lively[0]["settings"] | dict(exit_threshold=low + beyond)
+        got, out, _ = check([lively[0] | dict(settings=changed), *lively[1:]])
+        assert got == status and (got == 0 or "rule exit" in out)
+
+
+def test_the_verdict_is_strict(check, lively):
+    """Refuses u <= a: at u = a the token is refused."""
+    lines = json.loads(json.dumps(lively))
+    i = find(lines, "verify", **JUDGED, u=lambda u: u is not None)
+    lines[i].update(u=lines[i]["a"], accepted=True)
+    assert "rule verdict" in check(lines)[1]
+
+
+# ---------------------------------------------------------------- files from strangers
+
+def jsonl(*lines):
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def header(lines, **changes):
+    return jsonl({**lines[0], **changes}, *lines[1:])
+
+
+def settings(lines, **changes):
+    return header(lines, settings=lines[0]["settings"] | changes)
+
+
+def patched(lines, at, **changes):
+    i = find(lines, at)
+    return jsonl(*lines[:i], lines[i] | changes, *lines[i + 1:])
+
+
+HOSTILE = [                            # what is in the file, what is said
+    (lambda x: b"", "empty"), (lambda x: b"\n", "line 1: not JSON"),
+    (lambda x: b"{}\n", "\"event\" wanted"), (lambda x: b"[1]\n", "\"event\" wanted"),
+    (lambda x: b"hello\n", "not JSON"), (lambda x: b"\xff\xfe\n", "line 1: not UTF-8"),
+    (lambda x: b"[" * 10 ** 6 + b"\n", "nested too deeply"),
+    (lambda x: b'{"event":' * 10 ** 5 + b"\n", "nested too deeply"),
+    (lambda x: b"x" * 2 ** 21, "line 1: longer than 1048576 bytes"),
+    (lambda x: jsonl(*x)[:-5], "line {n}: cut short"),
+    (lambda x: jsonl(*x[:4]) + b'{"event":"ro', "line 5: cut short"),
+    (lambda x: jsonl(*x[:4]) + b'{"event":"ro\n', "line 5: not JSON"),
+    (lambda x: jsonl(*x[1:]), "line 1: not the header"),
+    (lambda x: header(x, schema="other"), "line 1: not the header"),
+    (lambda x: header(x, version=2), "version 2 of the format"),
+    (lambda x: header(x, version=True), "version"), (lambda x: header(x, version=None), "version"),
+    (lambda x: header(x, extra=1), "unknown field 'extra'"),
+    (lambda x: header(x, model={"config.json": "00"}), "a trace of another model"),
+    (lambda x: header(x, model=7), "model is 7"), (lambda x: header(x, config=[]), "an object"),
+    (lambda x: header(x, prompt_ids=[]), "prompt_ids"),
+    (lambda x: header(x, prompt_ids=[50]), "prompt_ids"),
+    (lambda x: header(x, prompt_ids=[True]), "a whole number"),
+    (lambda x: header(x, prompt_ids=[3] * 3000), "the model's context of 2048"),
+    (lambda x: settings(x, N=10 ** 12), "the model's context of 2048"),
+    (lambda x: settings(x, N=10 ** 40), "N is 1000"), (lambda x: settings(x, N=0), "N is 0"),
+    (lambda x: settings(x, K=10 ** 9), "draft-length"), (lambda x: settings(x, K=1.0), "K is 1.0"),
+    (lambda x: settings(x, M=6), "the model has 5 layers"), (lambda x: settings(x, M=-1), "M is -"),
+    (lambda x: settings(x, top_p=0), "top-p"), (lambda x: settings(x, other=0), "field 'other'"),
+    (lambda x: settings(x, temperature=1e-30), "checks nothing"),
+    (lambda x: settings(x, temperature=math.nan), "NaN is not JSON"),
+    (lambda x: settings(x, temperature=math.inf), "Infinity is not JSON"),
+    (lambda x: jsonl(*x).replace(b'"temperature": 0.5', b'"temperature": 1e999'), "too large"),
+    (lambda x: jsonl(*x).replace(b'"N": 24', b'"N": ' + b"9" * 10 ** 6), "too large"),
+    (lambda x: jsonl(*x).replace(b'"N": 24', b'"N": 24, "N": 25'), "'N' stands there twice"),
+    (lambda x: patched(x, "round", event="circle"), "line 2: no such event: 'circle'"),
+    (lambda x: patched(x, "round", event="header"), "line 2: no such event: 'header'"),
+    (lambda x: patched(x, "own", u=1.0), "u is 1.0"), (lambda x: patched(x, "own", u="0"), "u is"),
+    (lambda x: patched(x, "own", u=-0.1), "u is -0.1"),
+    (lambda x: patched(x, "own", token=50), "token is 50"),
+    (lambda x: patched(x, "own", token=-1), "token is -1"),
+    (lambda x: patched(x, "own", token=True), "token is True"),
+    (lambda x: patched(x, "own", kind=[]), "kind is []"),
+    (lambda x: patched(x, "own", **{"\n\ud800": 1}), "unknown field '\\n\\ud800'"),
+    (lambda x: jsonl(x[0], x[1], {"event": "own"}), "line 3, own: missing field 'kind'"),
+    (lambda x: patched(x, "emit", tokens=4), "tokens is 4"),
+    (lambda x: patched(x, "verify", accepted=1), "accepted is 1"),
+    (lambda x: patched(x, "optimise", D=[[[]]]), "D is"),
+    (lambda x: patched(x, "optimise", parents=["02"]), "parents is"),
+    (lambda x: patched(x, "optimise", skip=[5]), "skip is [5]"),
+]
+
+
+@pytest.mark.parametrize("n", range(len(HOSTILE)))
+def test_a_file_that_is_no_trace_gets_one_clear_line(n, check, lively):
+    """Refuses a traceback, a guess, a hang, and a message without the line's number."""
+    make, said = HOSTILE[n]
+    began = time.perf_counter()
+    status, out, err = check(make(lively))
+    assert (status, out, err.count("\n")) == (2, "", 1) and time.perf_counter() - began < 5
+    assert said.replace("{n}", str(len(lively))) in err and err.isascii()
+
+
+def test_a_folder_a_missing_file_and_a_wrong_model_are_named(capsys, random_model, check, lively):
+    """Refuses a traceback for what is not a file, and a comparison with another model's numbers."""
+    for arguments in ([str(DEMO)], ["/nowhere"], [str(DEMO / "config.json")]):
+        assert check_trace.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith("check_trace.py: ")
+    status, _, err = check(lively, model=DEMO)
+    assert status == 2 and "another model" in err and "config.json" in err
+
+
+def test_a_trace_that_breaks_off_is_checked_as_far_as_it_goes(check, lively):
+    """Refuses success for a run without its end, and silence about an error before the break."""
+    for n in (1, 3, 4, 9, len(lively) - 1):
+        status, out, err = check(lively[:n])
+        assert status == 3 and f"incomplete: no departure in {n} lines" in out and err == ""
+    assert check([*lively[:2], lively[2] | dict(token=0, u=0.99), *lively[3:5]])[0] == 1
+
+
+def test_ctrl_c_leaves_whole_lines(check, tmp_path):
+    """Refuses a half-written line, and an `end` that was not reached."""
+    path = tmp_path / "broken"
+    p = process(*LONG, "--trace", path)
+    p.stdout.read(1)
+    time.sleep(0.1)
+    p.send_signal(signal.SIGINT)
+    assert b"Traceback" not in p.communicate(timeout=60)[1] and p.returncode == 130
+    lines = path.read_bytes().splitlines(True)
+    assert len(lines) > 2 and all(json.loads(x)["event"] != "end" for x in lines)
+    assert lines[-1].endswith(b"\n") and b'"event":"times"' in lines[-1]
+    assert check(b"".join(lines[:9]), model=DEMO)[0] == 3
+
+
+def test_text_and_trace_are_not_mixed():
+    """Refuses a trace on the pipe that the text goes to: neither could be read."""
+    p = process("--prompt", "x", "--trace", "/dev/stdout")
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 2 and out == b"" and b"written there" in err and err.count(b"\n") == 1
+
+
+# ---------------------------------------------------------------- forward dumps and vectors
+
+def dumped(folder, path, *arguments):
+    """(the tensors, the metadata) of a dump of the command."""
+    assert clasp_mini.main(["--model", str(folder), "--dump-forward", str(path),
+                            *map(str, arguments)]) == 0
+    with llama.safe_open(path, framework="pt") as f:
+        return ({name: f.get_tensor(name) for name in f.keys()},
+                json.loads(f.metadata()["clasp-forward"]))
+
+
+@pytest.mark.parametrize("skip", [(), (0, 3)], ids=str)
+def test_a_dump_is_what_a_slow_llama_computes(skip, tmp_path, monkeypatch):
+    """Refuses states after the final norm, keys before the rotary embedding, a wrong chunk, and a
+    skipped layer that leaves something in the cache."""
+    c, w = random_checkpoint(tmp_path / "model", dict(num_hidden_layers=5))
+    monkeypatch.setattr(trace, "CHUNK", 5)
+    got, meta = dumped(tmp_path / "model", tmp_path / "d", "--dtype", "float64", "--prompt-ids",
+                       ",".join(map(str, IDS.tolist())),
+                       *(["--skip", ",".join(map(str, skip))] if skip else []))
+    logits, h = reference(c, w, IDS, skip)
+    (_, G, hd), eps = sizes(c), c["rms_norm_eps"]
+    turn = torch.exp(1j * torch.outer(torch.arange(len(IDS)), torch.tensor(
+        reference_frequencies(c), dtype=torch.float64)))[:, None]                  # (T, 1, hd/2)
+    for i in range(5):
+        p = f"model.layers.{i}."
+        a = reference_norm(h[i], w[p + "input_layernorm.weight"], eps)
+        k, v = ((a @ w[f"{p}self_attn.{x}_proj.weight"].T).view(-1, G, hd) for x in "kv")
+        z = torch.complex(k[..., :hd // 2], k[..., hd // 2:]) * turn
+        k = torch.cat((z.real, z.imag), -1)
+        if i in skip:
+            assert not got["keys"][i].any() and not got["values"][i].any()
+        else:
+            assert same(got["keys"][i], k) and same(got["values"][i], v)
+    assert same(got["logits"], logits) and same(got["hidden"], h)
+    assert got["prompt_ids"].tolist() == IDS.tolist() and got["prompt_ids"].dtype == torch.int64
+    assert meta["skip"] == list(skip) and meta["dtype"] == "float64"
+    assert meta["model"] == trace.fingerprint(tmp_path / "model")
+    assert meta["tensors"].keys() == got.keys()
+
+
+def test_a_dump_is_what_the_model_computes_in_any_dtype(random_model, tmp_path):
+    """Refuses a dtype that is lost on the way, and a link that is replaced by the file."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for dtype in clasp_mini.DTYPES.values():
+        got, _ = dumped(random_model, link, "--dtype", str(dtype)[6:], "--prompt-ids", "3,41,7")
+        model = llama.Llama.load(random_model, dtype=dtype)
+        cache = model.cache(3)
+        x, h = model.forward(torch.tensor([3, 41, 7]), cache.sequence(0, 3), cache,
+                             states=slice(None))
+        assert torch.equal(got["logits"], model.head(x)) and torch.equal(got["hidden"], h)
+        assert torch.equal(got["keys"], cache.k.transpose(1, 2)) and got["keys"].dtype == dtype
+    assert link.is_symlink()
+
+
+def test_fingerprints_are_of_every_file_that_holds_numbers(tmp_path):
+    """Refuses a shard, or the index, that could change unnoticed."""
+    random_checkpoint(tmp_path, shards=2)
+    before = trace.fingerprint(tmp_path)
+    assert before.keys() == {"config.json", INDEX, SHARD, SHARD.replace("2-of", "1-of")}
+    (tmp_path / SHARD).write_bytes((tmp_path / SHARD).read_bytes() + b" ")
+    after = trace.fingerprint(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {SHARD}
+
+
+def alike(a, b):
+    """Equal, but for floats, which may be 1e-9 apart, and versions of programs."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(k == "versions" or alike(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and (abs(a - b) < 1e-9 if type(a) is float else a == b)
+
+
+def test_the_vectors_are_what_this_program_writes(tmp_path, check):
+    """Refuses vectors of other weights or of an older program, and a file too many or too few;
+    and each of them must check clean."""
+    make_vectors.main(tmp_path / "new")
+    files = sorted(p.name for p in make_vectors.VECTORS.iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "new").iterdir())
+    for name in files:
+        old, new = make_vectors.VECTORS / name, tmp_path / "new" / name
+        if name.endswith(".jsonl"):
+            a, b = ([json.loads(x) for x in p.read_text().splitlines()] for p in (old, new))
+            assert alike(a, b), name
+            assert check(old.read_bytes(), model=DEMO)[::2] == (0, ""), name
+        else:
+            with llama.safe_open(old, framework="pt") as f, llama.safe_open(new, "pt") as g:
+                assert set(f.keys()) == set(g.keys()) == trace.DUMP.keys()
+                for key in f.keys():
+                    torch.testing.assert_close(f.get_tensor(key), g.get_tensor(key), rtol=0,
+                                               atol=1e-9)
+
+
+def test_the_vectors_show_every_situation():
+    """Refuses a set of vectors from which one kind of event, draw or end has gone."""
+    runs = {p.stem: [json.loads(x) for x in p.read_text().splitlines()]
+            for p in make_vectors.VECTORS.glob("*.jsonl")}
+    every = [x for lines in runs.values() for x in lines]
+    assert {x["kind"] for x in every if "kind" in x} == {"plain", "residual", "bonus"}
+    assert {x["accepted"] for x in every if "accepted" in x} == {True, False, None}
+    stop = runs["stop-in-draft"]
+    assert stop[-1]["reason"] == "stop" and stop[-2]["event"] == "emit"
+    assert stop[-2]["tokens"][-1] != find(stop, "own", -1) and stop[-3]["kind"] == "bonus"
+    assert stop[-4]["token"] == stop[-2]["tokens"][-1] in stop[0]["settings"]["stop_ids"]
+    assert sum(x["event"] == "optimise" for x in runs["short-interval"]) > 2
+
+
+def test_the_contract_names_every_field_and_rule():
+    """Refuses a TRACE.md that has drifted from the schema, the rules or the tolerances."""
+    text = (ROOT / "oracle" / "TRACE.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"`([A-Za-z0-9_-]+)`", text))
+    events = trace.schema(llama.Config.load(DEMO))
+    fields = {name for line in [trace.HEADER, *events.values()] for name in line}
+    assert words >= fields | events.keys() | trace.HEADER["settings"].keys()
+    assert words >= trace.HEADER["config"].keys() | trace.DUMP.keys()
+    rules = re.findall(r"^\| `([a-z]+)` \|", text.partition("## Rules")[2].partition("##")[0],
+                       re.M)
+    assert sorted(rules) == sorted(check_trace.RULES)
+    assert all(f"| {name} | {x:g} |" in text for name, x in check_trace.TOLERANCE.items())
+    for line in re.findall(r"^\{.*\}$", text, re.M):
+        assert json.loads(line.replace(",...", ""))["event"] in {"header", *events}
+
+
+def test_the_commands_of_the_oracle_run_as_the_readme_has_them(monkeypatch, tmp_path, capsys):
+    """Refuses a command or a flag of that section that does not exist, and figures of a dump that
+    have drifted."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"## Use it as an oracle\n.*?\n## ", readme, re.S)[0]
+    assert set(re.findall(r"--[a-z-]+", section)) <= set(re.findall(
+        r"--[a-z-]+", clasp_mini.parser().format_help() + "--tolerance --dtype"))
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```sh\n(.*?)```", section, re.S)[1]
+    for line in block.splitlines():
+        _, program, *arguments = shlex.split(line)
+        assert (ROOT / program).exists()
+        main = dict(clasp_mini=clasp_mini.main, check_trace=check_trace.main)[Path(program).stem]
+        assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "run.jsonl: no departure in " in out and err.splitlines()[-1] in section
 
 
 if __name__ == "__main__":              # python test_clasp.py DIR [FACTOR]: the synthetic 8B, 16 GB
