@@ -585,13 +585,13 @@ class Replay:
 
     def record(self, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Run f; its result, and what repeats it in place."""
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
             f(), f()                    # first calls compile and set up libraries: not recorded
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=side):
             out = f()
         self.pool = graph.pool()
         return out, graph.replay

@@ -15,6 +15,7 @@ is the source text with an edit, and some test must object.
 import base64
 import cmath
 import collections
+import contextlib
 import gc
 import inspect
 import io
@@ -1350,6 +1351,48 @@ def test_a_synthetic_checkpoint_is_accepted_as_far_as_its_quiet_layers_are_quiet
     assert ((h.std(-1) > 0.5) & (h.std(-1) < 3)).all()
 
 
+def test_a_pass_is_recorded_after_two_that_are_not_and_all_recordings_share_memory(monkeypatch):
+    """Refuses a first call, which compiles and allocates, inside a recording, work left on the side
+    stream, and a pool per graph; PyTorch's part is played here."""
+    happened, inside = [], []
+
+    class Stream:
+        def __init__(self, device):
+            self.name = "side"
+
+        def wait_stream(self, other):
+            happened.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def pool(self):
+            return "the pool"
+
+        def replay(self):
+            happened.append("replayed")
+
+    @contextlib.contextmanager
+    def within(what, **how):
+        inside.append(what if isinstance(what, str) else f"graph in {how['pool']}")
+        yield
+        inside.pop()
+
+    here = Stream(None)
+    here.name = "here"
+    for name, fake in dict(Stream=Stream, CUDAGraph=Graph, current_stream=lambda device: here,
+                           stream=lambda side: within(side.name),
+                           graph=lambda graph, pool, stream: within(graph, pool=pool)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    model = tiny_llama()
+    replay = llama.Replay(model, 2, 1, dp_layer_skip.table, lambda f: f)
+    for pool in (None, "the pool"):
+        happened.clear()
+        out, again = replay.record(lambda: happened.append(inside[-1]) or len(happened))
+        assert happened == ["side waits for here", "side", "side", "here waits for side",
+                            f"graph in {pool}"] and out == 5
+        again()
+        assert happened[-1] == "replayed" and not inside
+
+
 def parting(model, prompt, s, loop=generate):
     """Where greedy CLaSp parts from greedy plain decoding: None, or (after how many tokens, how far
     apart the logits of the two tokens are in one pass over the text, the larger of the two)."""
@@ -1896,6 +1939,13 @@ def test_the_command_says_the_same_with_recorded_passes_as_without(as_on_a_gpu, 
         assert graphs["ids"] == eager["ids"]
         for name in ("drafted", "accepted", "verifies", "skip_set"):
             assert graphs["stats"][name] == eager["stats"][name], name
+
+
+def test_a_trace_of_recorded_passes_checks_clean(as_on_a_gpu, tmp_path, capsys):
+    """Refuses a trace of another chooser than the one that ran, or without its table."""
+    path = str(tmp_path / "t")
+    assert clasp_mini.main(["--prompt", "x = ", "--max-new-tokens", "12", "--trace", path]) == 0
+    assert check_trace.main([path]) == 0 and '"optimise"' in Path(path).read_text()
 
 
 @pytest.mark.parametrize("recorded", [False, True])
