@@ -49,7 +49,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 # The defaults, in one place. For the demo the best of a sweep (README, "How fast is it?"). For
 # other models the paper's threshold and the lower end of its "50 to 60 %" of the layers; it does
 # not state K and the interval for the 8B.
-TUNED = {"demo": dict(skip=0.56, K=12, exit_threshold=0.5, interval=32),
+TUNED = {"demo": dict(skip=0.69, K=12, exit_threshold=0.3, interval=64),
          "other": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
 
 
@@ -171,7 +171,7 @@ def summary(f: dict, s: Settings) -> str:
 # --------------------------------------------------------------------- what the command can do
 
 class Job:
-    """A model and what is to be done with it: what `main` hands to the three modes. All that can be
+    """A model and what is to be done with it: what `main` hands to its modes. All that can be
     wrong with the command is found before `load` reads the weights."""
 
     def __init__(self, a: argparse.Namespace) -> None:
@@ -207,22 +207,24 @@ class Job:
         complaint = self.settings.check(cfg.L)
         if complaint:
             raise UsageError(complaint)
-        self.skip = self.layers(a.skip) if a.skip is not None else []
+        self.skip = self.parse_skip(a.skip) if a.skip is not None else []
         if a.chat and self.tokenizer.special[NAMED[9]] not in self.stops:
             print("clasp_mini.py: note: <|eot_id|> does not stop this model, so it was hardly "
                   "trained on --chat", file=sys.stderr)
 
     def load(self) -> None:
+        if self.device.index is not None:              # some of PyTorch's calls name no device
+            torch.cuda.set_device(self.device)
         self.plain = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
         self.model, self.choose = self.plain, choose_skip
-        if self.graphs:
-            self.model = self.replay(self.settings.K)
+        if self.graphs and self.a.dump_forward is None:
+            self.model = self.replay(self.settings.K, self.settings.M)
             self.choose = lambda h, run_layer, M: Choice.read(*self.model.choose(h))
 
-    def replay(self, K: int) -> Replay:
-        """The model by CUDA graphs, for rounds of up to K drafts."""
-        compile = (lambda f: f) if self.a.no_compile else fuse(self.device)
-        return Replay(self.plain, K, self.settings.M, table, compile)
+    def replay(self, K: int, M: int) -> Replay:
+        """The model by CUDA graphs, for rounds of up to K drafts that leave M layers out."""
+        how = (lambda f: f) if self.a.no_compile else fusing(self.device)
+        return Replay(self.plain, K, M, table, how)
 
     def prompt(self) -> list[int]:
         """The user's prompt as ids, checked against the model."""
@@ -255,7 +257,7 @@ class Job:
             return self.tokenizer.chat(system + messages)
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
 
-    def layers(self, text: str) -> list[int]:
+    def parse_skip(self, text: str) -> list[int]:
         """--skip as layer numbers."""
         try:
             out = [int(i) for i in text.replace(",", " ").split()]
@@ -318,20 +320,21 @@ class Job:
                     **asdict(self.settings))
 
 
-def fuse(device: torch.device) -> Callable[[Callable], Callable]:
-    """torch.compile for Replay, tried out; where it cannot work, nothing, and a line that says
+def fusing(device: torch.device) -> Callable[[Callable], Callable]:
+    """torch.compile for Replay, tried out; where it cannot work, the identity, and a line that says
     so."""
-    def compile(f: Callable) -> Callable:
+    def fuse(f: Callable) -> Callable:
         # Tuned, a product with one row becomes a kernel of its own that the parts around it join.
         return torch.compile(f, fullgraph=True, dynamic=False,
                              options=dict(coordinate_descent_tuning=True))
     try:
-        compile(lambda x: x + 1)(torch.ones(2, device=device))
+        torch._dynamo.config.recompile_limit = 64      # per row count and size of the cache
+        fuse(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as e:  # whatever a compiler may say: without it all works, only slower
         print(f"clasp_mini.py: note: no fused kernels, torch.compile fails here: "
               f"{type(e).__name__} {str(e).strip().partition(chr(10))[0]}", file=sys.stderr)
         return lambda f: f
-    return compile
+    return fuse
 
 
 def about(folder: str | Path) -> dict:
@@ -553,7 +556,7 @@ def bench_passes(job: Job) -> int:
         skip = [(i + 1) * m // cfg.L > i * m // cfg.L for i in range(cfg.L)]         # evenly spread
         add(f"draft step, {m} of {cfg.L} skipped", cfg.L - m, model, cache, 1, skip=skip)
     for T in sorted({1, 4, 8, 16, s.K + 1}):
-        other = job.replay(T - 1) if job.graphs else model
+        other = job.replay(T - 1, 0) if job.graphs else model
         add(f"verify, {T} rows", cfg.L, other, filled(other) if job.graphs else cache, T,
             states=slice(None))
     if s.M:
@@ -574,27 +577,28 @@ def bench_passes(job: Job) -> int:
             times[name].append(_seconds(f, job.device))
     took = {name: statistics.median(v[1:]) for name, v in times.items()}
     rate = {name: n / took[name] for name, (n, _) in passes.items()}
-    table = {name: dict(seconds=took[name], bytes=n, bytes_per_second=rate[name],
+    lines = {name: dict(seconds=took[name], bytes=n, bytes_per_second=rate[name],
                         of_copy=rate[name] / rate["copy of memory"],
                         plain_steps=took[name] / took["plain step"])
              for name, (n, _) in passes.items()}
-    run = figures(list(job.run(prompt.tolist(), s, job.a.seed)))
-    host = None
-    if job.graphs and run["drafted"]:                  # without graphs a verify is of any length
-        host = 1 - (run["drafted"] * took[f"draft step, {s.M} of {cfg.L} skipped"]
-                    + run["verifies"] * took[f"verify, {s.K + 1} rows"] + run["optimisations"]
-                    * took[f"layer optimisation, M = {s.M}"]) / run["decode_seconds"]
+    beyond = None
+    if job.graphs and s.K and s.M:                     # without graphs a verify is of any length
+        run = [figures(list(job.run(prompt.tolist(), s, job.a.seed))) for _ in range(2)][1]
+        beyond = 1 - (run["drafted"] * took[f"draft step, {s.M} of {cfg.L} skipped"]
+                      + run["verifies"] * took[f"verify, {s.K + 1} rows"] + run["optimisations"]
+                      * took[f"layer optimisation, M = {s.M}"]) / run["decode_seconds"]
     if job.a.json:
-        print(json.dumps(dict(settings=job.report(), context=t, passes=table, host_share=host)))
+        print(json.dumps(dict(settings=job.report(), context=t, passes=lines,
+                              outside_passes=beyond)))
         return 0
     print(f"{'after ' + str(t) + ' tokens':<32} {'ms':>9} {'GB to read':>11} {'GB/s':>8} "
           f"{'of copy':>8} {'plain steps':>12}")
-    for name, v in table.items():
+    for name, v in lines.items():
         print(f"{name:<32} {1e3 * v['seconds']:9.3f} {v['bytes'] / 1e9:11.4f} "
               f"{v['bytes_per_second'] / 1e9:8.1f} {v['of_copy']:8.0%} {v['plain_steps']:12.2f}")
-    if host is not None:
-        print(f"the host's share of a run: {host:.1%}, which is what {run['emitted']} tokens took "
-              "beyond their passes")
+    if beyond is not None:
+        print(f"outside the passes (sampling, copies, waiting): {beyond:.1%} of a run of "
+              f"{run['emitted']} tokens")
     return 0
 
 
@@ -765,7 +769,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (MemoryError, RuntimeError) as e:           # OutOfMemoryError is a RuntimeError
         # On a CPU PyTorch has no type for it, only a text.
-        if type(e) is RuntimeError and "DefaultCPUAllocator" not in str(e):
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+                or "DefaultCPUAllocator" in str(e)):
             raise
         print(f"clasp_mini.py: out of memory, try a narrower --dtype or fewer tokens: "
               f"{str(e).partition(chr(10))[0]}", file=sys.stderr)

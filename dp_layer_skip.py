@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# torch asks for it; nothing here does
+# torch warns that it is missing; nothing here needs it
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

@@ -160,7 +160,7 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
 
 class Rows(NamedTuple):
     """What the T rows of a pass are told about themselves. All are tensors and none a Python
-    number: a layer does the same whatever the position, and is told a new one by overwriting."""
+    number, so that a recorded pass is moved to another position by overwriting them."""
     cos: Tensor                 # (T, 1, hd) rotary table at each row's position
     sin: Tensor                 # (T, 1, hd) likewise, the first half negated (see `rotate`)
     slots: Tensor               # (T,) cache slot that each row writes
@@ -281,10 +281,10 @@ def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor,
     weight = score.softmax(-1, dtype=eps.dtype).type(x.dtype)
     a = torch.bmm(weight, values[:, :n])                                    # (G, T*R, hd)
     a = a.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)      # -> (T, H*hd)
-    x = torch.addmm(x, a, w.out)                                            # x + a @ W
+    x = x + a @ w.out
 
     gate, up = (rms_norm(x, w.mlp_norm, eps) @ w.gate_up).chunk(2, -1)
-    return torch.addmm(x, F.silu(gate) * up, w.down)
+    return x + (F.silu(gate) * up) @ w.down
 
 
 class Llama:
@@ -570,75 +570,77 @@ class Replay:
 
     What differs between steps (t, ids, h) is put into small buffers first; rows are made from t on
     the device. Longer passes, a prompt's, run as they are. What a pass returns is overwritten by
-    the next, so it serves one run at a time. `compile` may fuse kernels. The plain model is the
-    oracle of all this."""
+    the next, so it serves one run at a time. `fuse` is torch.compile or nothing. The tests hold all
+    this against the plain model."""
 
-    def __init__(self, model: Llama, K: int, M: int, table: Callable, compile: Callable) -> None:
+    def __init__(self, model: Llama, K: int, M: int, table: Callable, fuse: Callable) -> None:
         self.cfg, self.device, self.dtype = model.cfg, model.device, model.dtype
         self.model, self.P, self.M, self.table = model, K + 1, M, table
-        self.fused, self.store, self.pool = copy.copy(model), None, None
-        self.fused.block = compile(decoder_layer)
-        self.in_place = compile(lambda x, w, *rest: x.copy_(decoder_layer(w, x, *rest)))
+        self.fused, self.slots, self.side, self.pool = copy.copy(model), None, None, None
+        self.fused.block = fuse(decoder_layer)
+        self.in_place = fuse(lambda x, w, *rest: x.copy_(decoder_layer(w, x, *rest)))
         self.ids = torch.zeros(self.P, dtype=torch.long, device=self.device)
         self.t = torch.zeros_like(self.ids[0])
         self.x, self.h = (model.embed.new_zeros(n, self.cfg.D) for n in (1, self.cfg.L + 1))
 
     def record(self, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Run f; its result, and what repeats it in place."""
-        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+        self.side = self.side or torch.cuda.Stream(self.device)    # one, to share memory
+        self.side.wait_stream(here := torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
             f(), f()                    # first calls compile and set up libraries: not recorded
-        here.wait_stream(side)
+        here.wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=side):
-            out = f()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+            out = f()                   # subtle: recorded, but not run; so `out` holds nothing yet
         self.pool = graph.pool()
+        graph.replay()
         return out, graph.replay
 
     def cache(self, S: int) -> "Replay":
         """Graphs belong to the memory they were recorded on, so this is its own cache: what an
-        earlier run left there is overwritten like a refused draft."""
-        if self.store and S + self.P <= self.store.S:
+        earlier run left there is overwritten like a refused draft. It grows and never shrinks."""
+        if self.slots and S + self.P <= self.slots.S:
             return self
-        self.store = None                              # frees what there was
-        store = self.store = self.model.cache(-(-(S + self.P) // 256) * 256)
-        m, record = self.fused, self.record
+        self.slots = None                              # frees what there was
+        slots, m = self.model.cache(-(-(S + self.P) // 512) * 512), self.fused
 
         def verify() -> tuple[Tensor, ...]:
-            x, h = m.forward(self.ids, store.sequence(self.t, self.P), store, states=slice(None))
+            x, h = m.forward(self.ids, slots.sequence(self.t, self.P), slots, states=slice(None))
             return x, h, m.head(x)
 
         def optimise() -> tuple[Tensor, Tensor]:
-            rows, M = store.versions(self.t, self.M), self.M
+            rows, M = slots.versions(self.t, self.M), self.M
             return self.table(self.h, lambda i, x: m.layer(            # padded to M: compiled once
-                i, F.pad(x, (0, 0, 0, M - len(x))), rows, store)[:len(x)], M)
+                i, F.pad(x, (0, 0, 0, M - len(x))), rows, slots)[:len(x)], M)
 
-        (rows, _), self.begin = record(lambda: (
-            store.sequence(self.t, 1), self.x.copy_(F.embedding(self.ids[:1], m.embed))))
-        self.layers = [record(lambda w=w, kv=kv: self.in_place(
-            self.x, w, rows, *kv, m.cfg, m.eps))[1] for w, kv in zip(m.layers, store.layers)]
-        self.logits, self.end = record(lambda: m.head(self.x))
-        (self.xs, self.hs, self.all_logits), self.verify = record(verify)
-        self.answer, self.optimise = record(optimise) if self.M else (None, None)
+        (rows, _), self.begin = self.record(lambda: (
+            slots.sequence(self.t, 1), self.x.copy_(F.embedding(self.ids[:1], m.embed))))
+        self.layers = [self.record(lambda w=w, kv=kv: self.in_place(
+            self.x, w, rows, *kv, m.cfg, m.eps))[1] for w, kv in zip(m.layers, slots.layers)]
+        self.logits, self.end = self.record(lambda: m.head(self.x))
+        (self.xs, self.hs, self.all_logits), self.run_all = self.record(verify)
+        self.found, self.run_table = self.record(optimise) if self.M else (None, None)
+        self.slots = slots                             # now that all went well
         return self
 
     def sequence(self, t: int, T: int) -> Rows | None:
         self.t.fill_(t)
-        return self.store.sequence(t, T) if T > self.P else None
+        return self.slots.sequence(t, T) if T > self.P else None
 
     def versions(self, t: int, J: int) -> None:
+        assert J == self.M, f"{J} versions, recorded for {self.M}"
         self.t.fill_(t)
 
     def forward(self, ids: Tensor, rows: Rows | None, cache: Any, skip: Sequence[bool] = (),
                 states: slice | None = None) -> tuple[Tensor, Tensor | None]:
         T = len(ids)
         if rows:
-            return self.model.forward(ids, rows, self.store, skip, states)
+            return self.model.forward(ids, rows, self.slots, skip, states)
         self.ids[:T].copy_(ids)
         if T > 1 or states:      # always P rows: old ids fill up, in slots that will be overwritten
             assert not (skip and any(skip)), "a draft has one row"
-            self.verify()
+            self.run_all()
             return self.xs[:T], self.hs[:, :T][:, states] if states else None
         self.begin()
         for i in range(self.cfg.L):
@@ -648,12 +650,12 @@ class Replay:
         return self.x, None
 
     def head(self, x: Tensor) -> Tensor:
-        """The logits recorded with the pass whose first rows these are."""
+        """The recorded logits, if x is where the last pass left its rows; else computed."""
         if x.data_ptr() == self.xs.data_ptr():
             return self.all_logits[:len(x)]
         return self.logits if x.data_ptr() == self.x.data_ptr() else self.model.head(x)
 
     def choose(self, h: Tensor) -> tuple[Tensor, Tensor]:
         self.h.copy_(h)
-        self.optimise()
-        return self.answer
+        self.run_table()
+        return self.found

@@ -25,9 +25,9 @@ Glossary
     chance     who answers the two questions of chance: "accept with probability a?" and "draw from
                p"
 
-This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
-forward, layer and head as in llama.py; a chooser is anything called as dp_layer_skip.choose_skip
-is.
+This file knows no LLaMA and no dynamic program, and of GPUs only how to wait for one seldom. A
+model is anything with cfg.L, device, cache(S), forward, layer and head as in llama.py; a chooser is
+anything called as dp_layer_skip.choose_skip is.
 """
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -172,7 +172,7 @@ class Chance:
         tokens = inverse_cdf(p, u).to("cpu", non_blocking=True)
 
         def draw(r: int) -> int:
-            torch.cuda.current_stream(p.device).synchronize()        # at once, if we have waited
+            torch.cuda.current_stream(p.device).synchronize()   # at once: judge has waited already
             return int(tokens[r])
         return draw
 
@@ -365,6 +365,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
 
 
 def _ids(model: Any, tokens: Sequence[int]) -> Tensor:
+    """Ids on the model's device; from pinned memory the host need not wait for the copy."""
     if model.device.type != "cuda":
         return torch.tensor(tokens, device=model.device)
     return torch.tensor(tokens, pin_memory=True).to(model.device, non_blocking=True)

@@ -1185,13 +1185,19 @@ def leaves(out):
 
 
 def rerun(self, f):
-    """Replay.record without a GPU: what is repeated is f itself, its result put where the first
-    one lies."""
+    """Replay.record without a GPU: what is repeated is f itself, its result put where that of the
+    recording lies. Recording runs nothing, so until the first replay nonsense lies there."""
+    f(), f()
+    mine = [self.x, self.h, self.ids, self.t]
     out = f()
+    for x in leaves(out):
+        if not any(x is m for m in mine):
+            x.fill_(math.nan if x.is_floating_point() else 1)
 
     def replay():
         for old, new in zip(leaves(out), leaves(f())):
             old.copy_(new)
+    replay()
     return out, replay
 
 
@@ -1245,14 +1251,13 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
 
 WRONG_REPLAYS = {
     "the position stays where it was recorded": [
-        ("self.t.fill_(t) return self.store.sequence", "return self.store.sequence")],
+        ("self.t.fill_(t) return self.slots.sequence", "return self.slots.sequence")],
     "the candidates keep the last pass's position": [
-        ("def versions(self, t: int, J: int) -> None: self.t.fill_(t)",
-         "def versions(self, t, J):\n        pass")],
-    "every layer's graph is layer 0's": [("in zip(m.layers, store.layers)]",
-                                          "in zip(m.layers[:1] * 9, store.layers)]")],
-    "layers share a cache": [("in zip(m.layers, store.layers)]",
-                              "in zip(m.layers, store.layers[:1] * 9)]")],
+        ("recorded for {self.M}\" self.t.fill_(t)", "recorded for {self.M}\"")],
+    "every layer's graph is layer 0's": [("in zip(m.layers, slots.layers)]",
+                                          "in zip(m.layers[:1] * 9, slots.layers)]")],
+    "layers share a cache": [("in zip(m.layers, slots.layers)]",
+                              "in zip(m.layers, slots.layers[:1] * 9)]")],
     "a layer writes beside the buffer": [("x.copy_(decoder_layer(w, x, *rest))",
                                           "decoder_layer(w, x, *rest)")],
     "skipped layers run": [("if not (skip and skip[i]): self.layers[i]()", "self.layers[i]()")],
@@ -1353,7 +1358,7 @@ def test_a_synthetic_checkpoint_is_accepted_as_far_as_its_quiet_layers_are_quiet
 
 def test_a_pass_is_recorded_after_two_that_are_not_and_all_recordings_share_memory(monkeypatch):
     """Refuses a first call, which compiles and allocates, inside a recording, work left on the side
-    stream, and a pool per graph; PyTorch's part is played here."""
+    stream, a pool per graph, and a recording taken for a run; PyTorch's part is played here."""
     happened, inside = [], []
 
     class Stream:
@@ -1388,9 +1393,9 @@ def test_a_pass_is_recorded_after_two_that_are_not_and_all_recordings_share_memo
         happened.clear()
         out, again = replay.record(lambda: happened.append(inside[-1]) or len(happened))
         assert happened == ["side waits for here", "side", "side", "here waits for side",
-                            f"graph in {pool}"] and out == 5
+                            f"graph in {pool}", "replayed"] and out == 5
         again()
-        assert happened[-1] == "replayed" and not inside
+        assert happened[-2:] == ["replayed"] * 2 and not inside
 
 
 def parting(model, prompt, s, loop=generate):
@@ -1444,7 +1449,7 @@ def test_recorded_graphs_equal_the_eager_passes_on_a_gpu(fuse):
     model = llama.Llama(host.cfg, host.embed.cuda(),
                         [llama.Layer(*(w.cuda() for w in layer)) for layer in host.layers],
                         host.norm.cuda(), host.lm_head.cuda())
-    loop = replaying(model, 4, 3, compile=clasp_mini.fuse(model.device) if fuse else lambda f: f)
+    loop = replaying(model, 4, 3, compile=clasp_mini.fusing(model.device) if fuse else lambda f: f)
     for n in range(6):
         s = Settings(K=4, M=3, N=60, interval=2, temperature=n % 2 * 0.8)
         want, got = decode(model, [1, n], s, chance=n), decode(model, [1, n], s, n, loop)
@@ -1455,11 +1460,12 @@ def test_recorded_graphs_equal_the_eager_passes_on_a_gpu(fuse):
 @pytest.mark.skipif(not os.environ.get("CLASP_8B"),
                     reason="CLASP_8B names no folder of an 8B, such as synthetic_checkpoint writes")
 def test_the_8b_by_graphs_is_the_eager_8b():
-    """Refuses graphs whose logits leave the eager ones by more than bfloat16's rounding, other skip
-    sets, and greedy texts that part where there is no tie (-s shows how often they do)."""
+    """Refuses graphs whose logits leave the eager ones by more than bfloat16's rounding, worse skip
+    sets, and greedy texts that part where there is no tie. (-s shows how often they do, and whether
+    the sets are the same: among equally quiet layers rounding decides.)"""
     model = llama.Llama.load(os.environ["CLASP_8B"], "cuda")
     s, prompt = Settings(K=7, M=16, N=200), torch.arange(1000, device="cuda") * 97 % model.cfg.V
-    fast = replayed(model, s.K, s.M, clasp_mini.fuse(model.device))
+    fast = replayed(model, s.K, s.M, clasp_mini.fusing(model.device))
     with torch.inference_mode():
         got = []
         for m in (model, fast):
@@ -1470,12 +1476,15 @@ def test_the_8b_by_graphs_is_the_eager_8b():
             rows = cache.versions(1007, s.M)
             choice = (dp_layer_skip.Choice.read(*m.choose(h[:, -1])) if m is fast else
                       choose_skip(h[:, -1], lambda i, x: m.layer(i, x, rows, cache), s.M))
-            x, _ = m.forward(prompt[:1], cache.sequence(1008, 1), cache, choice.skip())
-            got.append((m.head(x).clone(), choice.skip(), torch.tensor(choice.cosine)))
-    (eager, skip, cosine), (graphs, fast_skip, fast_cosine) = got
-    assert (eager - graphs).abs().max() <= eager.abs().max() / 32 and skip == fast_skip
-    torch.testing.assert_close(cosine, fast_cosine, rtol=0, atol=5e-3)
-    loop = replaying(model, s.K, s.M, compile=clasp_mini.fuse(model.device))
+            skip = choice.skip() if m is model else skip                     # noqa: F821
+            x, _ = m.forward(prompt[:1], cache.sequence(1008, 1), cache, skip)
+            got.append((m.head(x).clone(), choice))
+    (eager, chosen), (graphs, by_graphs) = got
+    print("the same skip sets:", chosen.skip() == by_graphs.skip())
+    assert (eager - graphs).abs().max() <= eager.abs().max() / 32
+    torch.testing.assert_close(torch.tensor(chosen.cosine), torch.tensor(by_graphs.cosine),
+                               rtol=0, atol=5e-3)
+    loop = replaying(model, s.K, s.M, compile=clasp_mini.fusing(model.device))
     assert_partings_are_ties(model, loop, s, length=100)
 
 
@@ -1926,7 +1935,7 @@ def as_on_a_gpu(monkeypatch):
     class Job(clasp_mini.Job):
         graphs = property(lambda self: not self.a.eager, lambda self, value: None)
     monkeypatch.setattr(clasp_mini, "Job", Job)
-    monkeypatch.setattr(clasp_mini, "fuse", lambda device: lambda f: f)
+    monkeypatch.setattr(clasp_mini, "fusing", lambda device: lambda f: f)
     monkeypatch.setattr(llama.Replay, "record", rerun)
 
 
@@ -1968,10 +1977,11 @@ def test_bench_passes_counts_the_bytes_each_pass_must_read(tmp_path, run, result
         assert v["bytes"] == size + (head if "layer" not in name else 0), name
         assert v["bytes_per_second"] == pytest.approx(v["bytes"] / v["seconds"])
     assert list(p) == ["copy of memory"] and p["copy of memory"]["of_copy"] == 1 and t == 92
-    assert (r["host_share"] is not None) == recorded and r["settings"]["graphs"] == recorded
+    assert (r["outside_passes"] is not None) == recorded and r["settings"]["graphs"] == recorded
     status, out, err = run("--model", tmp_path, *PASSES)
     assert (status, err) == (0, "") and "verify, 7 rows" in out
-    assert ("the host's share" in out) == recorded
+    assert ("outside the passes" in out) == recorded
+    assert result("--model", tmp_path, *PASSES, "--skip-layers", 0)["outside_passes"] is None
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so_and_plain_kernels_run(monkeypatch, capsys):
@@ -1981,7 +1991,7 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_plain_kernels_run(monk
             raise RuntimeError("no compiler here\nand much more")
         return call
     monkeypatch.setattr(torch, "compile", fails)
-    f = clasp_mini.fuse(torch.device("cpu"))
+    f = clasp_mini.fusing(torch.device("cpu"))
     assert f(abs) is abs
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no compiler here" in err and "much more" not in err
@@ -2528,15 +2538,17 @@ def test_a_refusal_that_only_rounding_explains_is_no_departure(M, check, random_
 
 
 def test_below_temperature_1_probabilities_may_differ_more(check, tmp_path):
-    """Refuses one tolerance for all temperatures: at 0.05 a logit's rounding counts twentyfold."""
-    for seed in range(8):
-        lines = traced(DEMO, tmp_path / "t", "--prompt", "class A:", "--temperature", 0.05,
-                       "--max-new-tokens", 40, "--seed", seed)
+    """Refuses one tolerance for all temperatures: at 0.02 a logit's rounding counts fiftyfold."""
+    for seed in range(12):
+        ids = ",".join(map(str, random.Random(seed).sample(range(3840), 6)))      # it is unsure
+        lines = traced(DEMO, tmp_path / "t", "--prompt-ids", ids, "--temperature", 0.02,
+                       "--max-new-tokens", 16, "--seed", seed)
         status, out, _ = check(lines, "--dtype", "float64", model=DEMO)
         assert status == 0
-        if float(re.search("difference in p ([^,]+)", out)[1]) > check_trace.TOLERANCE["float32"]:
+        seen = max(map(float, re.search("in p ([^,]+), q ([^,]+),", out).groups()))
+        if seen > check_trace.TOLERANCE["float32"]:
             return
-    raise AssertionError("eight runs without a difference that needs the wider tolerance")
+    raise AssertionError("twelve runs without a difference that needs the wider tolerance")
 
 
 def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():

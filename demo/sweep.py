@@ -36,8 +36,8 @@ def settings() -> None:
     """One setting at a time is varied around the best so far."""
     job, prompts = setup()
     prompts = prompts[::5]
-    grid = dict(K=[4, 6, 8, 12, 16], exit_threshold=[0.1, 0.2, 0.3, 0.4, 0.5],
-                M=[14, 16, 18, 20, 22], interval=[4, 8, 16, 32, 64])
+    grid = dict(M=[16, 18, 20, 22, 24], exit_threshold=[0.1, 0.2, 0.3, 0.4, 0.5],
+                K=[4, 8, 12, 16], interval=[8, 16, 32, 64, 128])
 
     def rate(s: Settings) -> float:
         """Tokens/s with s over tokens/s of plain decoding."""

@@ -5,6 +5,8 @@ own, for transformers is needed here and nowhere else:
     python3 -m venv hf && hf/bin/pip install torch==2.13.0 transformers safetensors tiktoken numpy
     hf/bin/python demo/versus_transformers.py
     hf/bin/python demo/versus_transformers.py Meta-Llama-3-8B-Instruct       # on a CUDA GPU
+
+Every contestant holds the weights: four times 16 GB for the 8B.
 """
 import statistics
 import sys
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from clasp_mini import fuse  # noqa: E402
+from clasp_mini import fusing  # noqa: E402
 from dp_layer_skip import table  # noqa: E402
 from llama import Llama, Replay  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
@@ -29,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = Llama.load(folder, device)
     ids = torch.randint(model.cfg.V // 2, (24,), generator=torch.Generator().manual_seed(0))
-    fast = Replay(model, 0, 0, table, fuse(model.device)) if sys.argv[1:] else model
+    fast = Replay(model, 0, 0, table, fusing(model.device)) if sys.argv[1:] else model
 
     def ours() -> list[int]:
         rounds = generate(fast, ids.tolist(), Settings(N=N, K=0), Chance(0))
