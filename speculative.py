@@ -107,12 +107,12 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
     return (p.double() / q.double()).clamp(max=1)
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:                       # (..., V), (..., V) -> (..., V)
+def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
     Where p and q agree to the last bit nothing is owed, and nothing can have been refused; should
     rounding say otherwise, p itself."""
     owed = (p - q).clamp(min=0)
-    mass = owed.sum(-1, keepdim=True)
+    mass = owed.sum()
     return torch.where(mass > 0, owed / mass, p)
 
 
@@ -128,14 +128,17 @@ class Verdict:
 
 
 def judge(p: Tensor, q: Sequence[Tensor], drafted: Tensor, chance: "Chance") -> Verdict:
-    """p (k+1, V), q k times (V,), drafted (k,) ids on p's device. A refusal at r is made good from
-    the residual there, and if all are kept a bonus comes from p's last row: k+1 distributions, of
-    which one will be drawn from."""
-    if not len(drafted):
-        return Verdict([], [], [], 0, chance.one_of(p)(0))
-    stacked, at = torch.stack(list(q)), drafted[:, None]
-    p_at, q_at = p[:-1].gather(1, at)[:, 0], stacked.gather(1, at)[:, 0]
-    draw = chance.one_of(torch.cat((residual(p[:-1], stacked), p[-1:])))
+    """p (k+1, V), q k times (V,), drafted (k,) ids on p's device. What the full model adds is drawn
+    from one of k+1 distributions: after a refusal at r from the residual there, else from p's last
+    row."""
+    def owed(r: int) -> Tensor:                                             # (V,)
+        return residual(p[r], q[r]) if r < len(q) else p[-1]
+
+    draw = chance.one_of(owed, len(q) + 1)
+    if not len(q):
+        return Verdict([], [], [], 0, draw(0))
+    at = drafted[:, None]
+    p_at, q_at = p[:-1].gather(1, at)[:, 0], torch.stack(list(q)).gather(1, at)[:, 0]
     # One wait for a GPU: with these numbers come the tokens that `one_of` may have drawn ahead.
     p_at, q_at, a = torch.stack((p_at.double(), q_at.double(), acceptance(p_at, q_at))).tolist()
     r = next((r for r, a_r in enumerate(a) if not chance.accept(a_r)), len(a))
@@ -163,16 +166,16 @@ class Chance:
         """A token drawn from p (V,)."""
         return int(inverse_cdf(p, self.uniform()))
 
-    def one_of(self, p: Tensor) -> Callable[[int], int]:
-        """A token drawn from one row of p (n, V), which row is said later. A GPU draws from every
-        row at once, before anyone waits for it."""
-        u = self.uniform()
-        if not p.is_cuda:
-            return lambda r: int(inverse_cdf(p[r], u))
-        tokens = inverse_cdf(p, u).to("cpu", non_blocking=True)
+    def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
+        """A token drawn from one of p(0) .. p(n-1), each (V,); which one is said later. A GPU draws
+        from all of them, before anyone waits for it."""
+        u, device = self.uniform(), p(n - 1).device
+        if device.type != "cuda":
+            return lambda r: int(inverse_cdf(p(r), u))
+        tokens = inverse_cdf(torch.stack([p(r) for r in range(n)]), u).to("cpu", non_blocking=True)
 
         def draw(r: int) -> int:
-            torch.cuda.current_stream(p.device).synchronize()   # at once: judge has waited already
+            torch.cuda.current_stream(device).synchronize()     # at once: judge has waited already
             return int(tokens[r])
         return draw
 
@@ -208,12 +211,12 @@ class Recording(Chance):
         self.log.append(("draw", p, self.u, token))
         return token
 
-    def one_of(self, p: Tensor) -> Callable[[int], int]:
-        ahead, u = super().one_of(p), self.u
+    def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
+        ahead, u = super().one_of(p, n), self.u
 
         def draw(r: int) -> int:
             token = ahead(r)
-            self.log.append(("draw", p[r], u, token))
+            self.log.append(("draw", p(r), u, token))
             return token
         return draw
 
@@ -241,8 +244,8 @@ class Enumerating(Chance):
     def draw(self, p: Tensor) -> int:
         return self._answer([(token, w) for token, w in enumerate((p / p.sum()).tolist()) if w > 0])
 
-    def one_of(self, p: Tensor) -> Callable[[int], int]:
-        return lambda r: self.draw(p[r])
+    def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
+        return lambda r: self.draw(p(r))
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:

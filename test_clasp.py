@@ -495,7 +495,7 @@ def test_the_enumeration_sees_refusals_acceptance_changing_layers_and_stops_insi
 DRAW, P = "drafted.append(chance.draw(q[-1]))", "p = probabilities(model.head(x[-k - 1:]), s)"
 EXIT = "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:"
 TODO, CACHED = "k, todo = len(drafted), text[cached:] + drafted", "cached = len(text) - 1  "
-BONUS, EMITTED = "p[-1:]))", "emitted = drafted[:verdict.accepted] + [verdict.token]"
+BONUS, EMITTED = "len(q) else p[-1]", "emitted = drafted[:verdict.accepted] + [verdict.token]"
 LATE = [("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
         ("cache.sequence(cached + c, len(part))", "cache.sequence(cached + c + late, len(part))"),
         ("model.cache(end + s.M)", "model.cache(end + s.M + 99)")]
@@ -510,7 +510,7 @@ WRONG_SAMPLERS = {      # what is wrong: (the program's text, the wrong text in 
     "q at temperature 1": [(DRAW, DRAW + "\n            q[-1] = logits.softmax(-1)")],
     "bonus from unfiltered logits": [
         (P, P + "\n        p[-1] = model.head(x[-1:])[0].softmax(-1)")],
-    "bonus from the row before": [(BONUS, "p[-2:-1]))")],
+    "bonus from the row before": [(BONUS, "len(q) else p[max(-2, -len(p))]")],
     "correction from the row before": [("a, r, draw(r))", "a, r, draw(max(0, r - 1)))")],
     "p without the filters": [(P, P[:-2] + "Settings(temperature=s.temperature))")],
     "top-p before temperature": [
@@ -654,7 +654,8 @@ def test_the_seeded_generator_draws_from_p():
     assert chi_square(speculative) < 23.5
     for wrong in ((".clamp(max=1)", ".mul(1.2).clamp(max=1)"),
                   ("return self.uniform() < a", "return self.u < a"),):
-        reuse = ("u = self.uniform()\n        if", "u = self.u = self.uniform()\n        if")
+        reuse = ("u, device = self.uniform(),", "u, device = setattr(self, 'u', self.uniform()) or "
+                 "self.u,")
         assert chi_square(altered(speculative, wrong, reuse), n=5000) > 23.5
 
 

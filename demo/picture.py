@@ -1,7 +1,7 @@
 """Draw a real run: one line per round, a cell per layer, the tokens kept, refused and the full
 model's own.
 
-    python demo/picture.py "class Stack:" > demo/run.svg
+    python demo/picture.py "def fibonacci(n):" --interval 8 > demo/run.svg
 """
 import sys
 from collections.abc import Callable

@@ -103,7 +103,7 @@ def owed(p: Tensor, q: Tensor | None) -> Tensor:                    # (V,), (V,)
     return p.double() if q is None else (p.double() - q.double()).clamp(min=0)
 
 
-def names(p: Tensor, q: Tensor | None, token: int, u: float, slack: float) -> bool:
+def draws(p: Tensor, q: Tensor | None, token: int, u: float, slack: float) -> bool:
     """Does u draw `token`, if every running sum may be off by `slack`?"""
     weights = owed(p, q)
     cdf = weights.cumsum(0)
@@ -154,7 +154,7 @@ class Check:
     def drawn(self, line: dict, options: list[tuple[Tensor, Tensor | None]]) -> list:
         """Those (p, q) of the allowed ones from which u draws the token; there must be one."""
         token, u = line["token"], line["u"]
-        fit = [(p, q) for p, q in options if names(p, q, token, u, self.within(q))]
+        fit = [(p, q) for p, q in options if draws(p, q, token, u, self.within(q))]
         if not fit:
             p, q = options[0]
             ours = int(inverse_cdf(p if q is None else residual(p, q), u))
@@ -385,7 +385,7 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Check:
 
 
 @torch.inference_mode()
-def judge(a: argparse.Namespace) -> tuple[int, str]:
+def check_file(a: argparse.Namespace) -> tuple[int, str]:
     """-> exit status and report."""
     with open(a.file, "rb") as file:
         lines = Lines(file)
@@ -416,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.tolerance is not None and not 0 < a.tolerance < 1:
         p.error("--tolerance takes a number above 0 and below 1")
     try:
-        status, said = judge(a)
+        status, said = check_file(a)
         print(f"{a.file}: {said}", flush=True)
         return status
     except (Invalid, ModelError, clasp_mini.UsageError) as e:

@@ -169,7 +169,8 @@ def word(*allowed: str) -> Field:
     return " or ".join(allowed), lambda v: v in allowed
 
 
-ANY, TEXT = 2 ** 53, ("a text", lambda v: type(v) is str)
+COUNT, SIZE = whole(0, 2 ** 53), whole(1, 2 ** 53)     # JSON's doubles hold no more exactly
+TEXT = ("a text", lambda v: type(v) is str)
 FLAG, POSITIVE = ("true or false", lambda v: type(v) is bool), real(0, 1e300)
 TEXTS = ("an object of texts", lambda v: type(v) is dict and all(map(TEXT[1], v.values())))
 CHANCE = ("a number from 0 up to, but not, 1", lambda v: type(v) in (int, float) and 0 <= v < 1)
@@ -179,13 +180,13 @@ COSINE = real(-1 - 1e-3, 1 + 1e-3)
 HEADER: dict[str, Any] = dict(
     schema=word("clasp-trace"), version=whole(VERSION, VERSION), program=TEXT, model=TEXTS,
     versions=TEXTS,
-    config=dict(dict.fromkeys(("L", "D", "H", "G", "hd", "ffn", "V", "context"), whole(1, ANY)),
+    config=dict(dict.fromkeys(("L", "D", "H", "G", "hd", "ffn", "V", "context"), SIZE),
                 eps=POSITIVE, tied=FLAG, theta=POSITIVE, scaling=maybe(some(POSITIVE))),
     dtype=word("float32", "float64", "bfloat16"),
-    settings=dict(temperature=POSITIVE, top_k=whole(0, ANY), top_p=real(0, 1), N=whole(1, ANY),
-                  stop_ids=some(whole(0, ANY)), K=whole(0, ANY), M=whole(0, ANY),
-                  exit_threshold=real(0, 1), interval=whole(1, ANY), seed=maybe(whole(0, 2 ** 64))),
-    prompt_ids=some(whole(0, ANY)))
+    settings=dict(temperature=POSITIVE, top_k=COUNT, top_p=real(0, 1), N=SIZE,
+                  stop_ids=some(COUNT), K=COUNT, M=COUNT,
+                  exit_threshold=real(0, 1), interval=SIZE, seed=maybe(whole(0, 2 ** 64))),
+    prompt_ids=some(COUNT))
 
 
 def schema(cfg: Config) -> dict[str, dict[str, Field]]:
