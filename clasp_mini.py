@@ -723,8 +723,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("one of --prompt, --prompt-ids, --bench and --bench-passes is needed")
     if a.system is not None and not a.chat:
         p.error("--system goes with --chat")
-    if a.chat and a.prompt_ids is not None:
-        p.error("--chat goes with --prompt or --bench, not with --prompt-ids")
+    if a.chat and (a.prompt_ids is not None or a.bench_passes):
+        p.error("--chat goes with --prompt or --bench, not with --prompt-ids or --bench-passes")
     if a.repeats < 1 or (a.threads is not None and not 1 <= a.threads <= 1024):
         p.error("--repeats takes 1 or more, --threads 1 to 1024")
     if not 0 <= a.seed < 2 ** 62:
