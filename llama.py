@@ -216,7 +216,7 @@ class Cache:
 
     def _rows(self, position: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
         bias = torch.where(may_read, self.zero, self.hidden)                                # (T, n)
-        return Rows(self.cos[position], self.sin[position], slots,
+        return Rows(self.cos.index_select(0, position), self.sin.index_select(0, position), slots,
                     bias.repeat_interleave(self.R, 0))                          # (T, n) -> (T*R, n)
 
 

@@ -184,10 +184,10 @@ def inverse_cdf(p: Tensor, u: float) -> Tensor:                             # (.
     """The first token, in ascending id, at which the running sum of p, in float64, exceeds u times
     its total."""
     # A token of probability zero has no slot to be drawn from, also where a parallel sum rounds.
-    cdf = p.double().cumsum(-1).masked_fill(p == 0, 0)
-    total = cdf.amax(-1, keepdim=True)
-    # u < 1, but u * total may round up to total.
-    return (cdf > (u * total).minimum(total.nextafter(total.new_zeros(())))).int().argmax(-1)
+    cdf = torch.where(p > 0, p.cumsum(-1, dtype=torch.float64), 0)
+    # Of the 53 bits of u the last would let u * total round up to total, which no sum exceeds.
+    u = min(u, 1 - 2 ** -52)
+    return (cdf > u * cdf.amax(-1, keepdim=True)).int().argmax(-1)
 
 
 class Recording(Chance):
