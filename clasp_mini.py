@@ -41,7 +41,7 @@ from dp_layer_skip import Choice, choose_skip, table  # noqa: E402
 from llama import (  # noqa: E402
     NAMED, Cache, Config, Llama, ModelError, Progress, Replay, Tokenizer, stop_ids)
 from oracle.trace import dump_forward, fingerprint, record  # noqa: E402
-from speculative import CHUNK, Chance, Round, Settings, generate  # noqa: E402
+from speculative import Chance, Round, Settings, generate, in_parts  # noqa: E402
 
 VERSION = "0.1.0"
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -218,13 +218,13 @@ class Job:
         self.plain = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
         self.model, self.choose = self.plain, choose_skip
         if self.graphs and self.a.dump_forward is None:
+            self.fuse = (lambda f: f) if self.a.no_compile else fusing(self.device)
             self.model = self.replay(self.settings.K, self.settings.M)
             self.choose = lambda h, run_layer, M: Choice.read(*self.model.choose(h))
 
     def replay(self, K: int, M: int) -> Replay:
         """The model by CUDA graphs, for rounds of up to K drafts that leave M layers out."""
-        how = (lambda f: f) if self.a.no_compile else fusing(self.device)
-        return Replay(self.plain, K, M, table, how)
+        return Replay(self.plain, K, M, table, self.fuse)
 
     def prompt(self) -> list[int]:
         """The user's prompt as ids, checked against the model."""
@@ -539,10 +539,9 @@ def bench_passes(job: Job) -> int:
     passes: dict[str, tuple[int, Callable[[], object]]] = {}                # (bytes, what to time)
 
     def filled(model: Llama | Replay) -> Cache | Replay:
-        cache = model.cache(t + CHUNK + s.M)
-        for c in range(0, t, CHUNK):
-            part = ids[c:c + CHUNK]
-            model.forward(part, cache.sequence(c, len(part)), cache)
+        cache = model.cache(t + max(16, s.K + 1, s.N) + s.M)          # room for the run below, too
+        for _ in in_parts(model, ids, 0, cache):
+            pass
         return cache
 
     def add(name: str, layers: int, model: Llama | Replay, cache: Cache | Replay, T: int,

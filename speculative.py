@@ -331,11 +331,9 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
         k, todo = len(drafted), text[cached:] + drafted
         optimise = choose is not None and s.K > 0 and s.M > 0 and verified % s.interval == 0
         ids = _ids(model, todo)
-        for c in range(0, len(todo), CHUNK):
-            part = ids[c:c + CHUNK]
-            rows = cache.sequence(cached + c, len(part))
-            x, h = model.forward(part, rows, cache,
-                                 states=slice(-k - 1, None) if optimise else None)
+        states = slice(-k - 1, None) if optimise else None
+        for x, h in in_parts(model, ids, cached, cache, states=states):
+            pass                                       # the rows that count are in the last part
         # p (k+1, V): row r predicts what follows the r-th draft, row 0 what follows the last token.
         p = probabilities(model.head(x[-k - 1:]), s)
         verdict = judge(p, q, ids[len(ids) - k:], chance)
@@ -365,6 +363,14 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
                     (drafting - began, verifying - drafting, ended - verifying))
         if done:
             return
+
+
+def in_parts(model: Any, ids: Tensor, t: int, cache: Any, **how: Any) -> Iterator[tuple]:
+    """One long pass over ids (n,), the first at position t, in parts of at most CHUNK rows: what
+    model.forward returns for each."""
+    for part in ids.split(CHUNK):
+        yield model.forward(part, cache.sequence(t, len(part)), cache, **how)
+        t += len(part)
 
 
 def _ids(model: Any, tokens: Sequence[int]) -> Tensor:

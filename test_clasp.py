@@ -48,8 +48,8 @@ import dp_layer_skip  # noqa: E402
 import llama  # noqa: E402
 import speculative  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
-from demo.train import save  # noqa: E402
 from oracle import check_trace, make_vectors, trace  # noqa: E402
+from oracle.trace import save  # noqa: E402
 from speculative import (Chance, Recording, Settings, acceptance, every_outcome,  # noqa: E402
                          generate, inverse_cdf, judge, probabilities, residual)
 
@@ -497,7 +497,7 @@ EXIT = "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:"
 TODO, CACHED = "k, todo = len(drafted), text[cached:] + drafted", "cached = len(text) - 1  "
 BONUS, EMITTED = "len(q) else p[-1]", "emitted = drafted[:verdict.accepted] + [verdict.token]"
 LATE = [("text, cached = list(prompt), 0", "text, cached, late = list(prompt), 0, 0"),
-        ("cache.sequence(cached + c, len(part))", "cache.sequence(cached + c + late, len(part))"),
+        ("in_parts(model, ids, cached, cache,", "in_parts(model, ids, cached + late, cache,"),
         ("model.cache(end + s.M)", "model.cache(end + s.M + 99)")]
 WRONG_SAMPLERS = {      # what is wrong: (the program's text, the wrong text in its place), ...
     "residual = p": [("owed = (p - q).clamp(min=0)", "owed = p")],
@@ -868,7 +868,8 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
     else:
         (folder / INDEX).write_text(json.dumps(dict(metadata={}, weight_map=place)))
     for file in set(place.values()):
-        save({name: t for name, t in w.items() if place[name] == file}, folder / file)
+        save({name: t for name, t in w.items() if place[name] == file}, folder / file,
+             {"format": "pt"})
     return c, {name: t.double() for name, t in w.items()}
 
 
@@ -905,7 +906,7 @@ def synthetic_checkpoint(folder, c=EIGHT_B, factor=0.1, seed=0, shards=4, report
             if "o_proj" in name or "down_proj" in name:
                 scale *= (2 * L) ** -0.5 * (factor if int(name.split(".")[2]) in quiet else 1)
             tensors[name] = (torch.randn(shape, generator=gen) * scale).to(torch.bfloat16)
-        save(tensors, folder / file)
+        save(tensors, folder / file, {"format": "pt"})
         report(f"{file}: {sum(t.nbytes for t in tensors.values()) / 1e9:.3g} GB")
     (folder / INDEX).write_text(json.dumps(dict(metadata={}, weight_map=place)))
 
@@ -1546,7 +1547,8 @@ def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
     """Refuses a loader that is strict about a buffer which follows from config.json."""
     _, w = random_checkpoint(tmp_path)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    save({n: t.float() for n, t in w.items()} | extra, tmp_path / "model.safetensors")
+    save({n: t.float() for n, t in w.items()} | extra, tmp_path / "model.safetensors",
+         {"format": "pt"})
     assert llama.Llama.load(tmp_path)
 
 
@@ -1730,7 +1732,7 @@ def tensors(edit):
         (folder / INDEX).unlink()
         w = {name: t.float() for name, t in random_checkpoint(folder)[1].items()}
         edit(w)
-        save(w, folder / "model.safetensors")
+        save(w, folder / "model.safetensors", {"format": "pt"})
     return harm
 
 
@@ -2498,7 +2500,8 @@ def tied_model(tmp_path):
     for i in (2, 3):
         w[f"model.layers.{i}.self_attn.o_proj.weight"].zero_()
         w[f"model.layers.{i}.mlp.down_proj.weight"].zero_()
-    save({name: x.float() for name, x in w.items()}, folder / "model.safetensors")
+    save({name: x.float() for name, x in w.items()}, folder / "model.safetensors",
+         {"format": "pt"})
     return folder
 
 
@@ -2726,7 +2729,7 @@ def test_a_dump_is_what_a_slow_llama_computes(skip, tmp_path, monkeypatch):
     """Refuses states after the final norm, keys before the rotary embedding, a wrong chunk, and a
     skipped layer that leaves something in the cache."""
     c, w = random_checkpoint(tmp_path / "model", dict(num_hidden_layers=5))
-    monkeypatch.setattr(trace, "CHUNK", 5)
+    monkeypatch.setattr(speculative, "CHUNK", 7)
     got, meta = dumped(tmp_path / "model", tmp_path / "d", "--dtype", "float64", "--prompt-ids",
                        ",".join(map(str, IDS.tolist())),
                        *(["--skip", ",".join(map(str, skip))] if skip else []))

@@ -30,12 +30,12 @@ from pathlib import Path
 import regex                       # comes with tiktoken, which splits text with it
 import torch
 import torch.nn.functional as F
-from safetensors import TensorSpec, serialize_file
 from torch import Tensor, nn
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 from llama import SPLIT, Llama, Tokenizer  # noqa: E402
+from oracle.trace import save  # noqa: E402
 
 RANKS, SPECIALS = 3840, 256        # V = 4096
 L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
@@ -327,15 +327,6 @@ def evaluate(model: Model, held: Tensor, device: torch.device, often: int, rows:
                      for m in ([False] * L, half))
 
 
-def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. The library's own `save_file` does the same, but asks for NumPy."""
-    specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
-                              data_ptr=t.data_ptr(), data_len=t.nbytes)
-             for name, t in tensors.items()}
-    assert all(t.is_contiguous() for t in tensors.values())
-    serialize_file(specs, str(path), metadata={"format": "pt", **(metadata or {})})
-
-
 def export() -> None:
     """distil_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation
     config."""
@@ -346,7 +337,7 @@ def export() -> None:
             for p in home:
                 name = name.replace(f".{p}_proj", f".{part}.{p}_proj")
         out["model." + name] = t.to(torch.bfloat16).contiguous()
-    save(out, DEMO / "model.safetensors")
+    save(out, DEMO / "model.safetensors", {"format": "pt"})
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama",
                   vocab_size=RANKS + SPECIALS, hidden_size=D, intermediate_size=FFN,
                   num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=HD,
@@ -356,7 +347,6 @@ def export() -> None:
     for name, content in (("config.json", config), (
             "generation_config.json", dict(bos_token_id=BOS, eos_token_id=EOS))):
         (DEMO / name).write_text(json.dumps(content, indent=2) + "\n")
-    (DEMO / "model.safetensors").chmod(0o644)
     n = sum(t.numel() for t in out.values())
     print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB, step {s['step']}, {s['spent'] / 60:.0f} minutes")
 

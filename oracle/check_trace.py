@@ -38,7 +38,7 @@ from llama import Llama, ModelError  # noqa: E402
 from oracle import trace  # noqa: E402
 from oracle.trace import Incomplete, Invalid, Lines, short  # noqa: E402
 from speculative import (  # noqa: E402
-    CHUNK, Settings, inverse_cdf, probabilities, residual)
+    Settings, in_parts, inverse_cdf, probabilities, residual)
 
 # X: how far two correct programs may be apart in a probability at temperature 1. Logits may then be
 # apart by 4 X, the slope of a softmax being 1/4 at most, and cosines by X / 4, as was measured
@@ -218,7 +218,9 @@ class Check:
             if event != "draft":
                 return drafts, logits
             line = self.take("draft", step=self.step)
-            x, _ = self.forward([last], len(self.text) - 1 + self.step, self.skip)
+            rows = self.cache.sequence(len(self.text) - 1 + self.step, 1)
+            x, _ = self.model.forward(torch.tensor([last], device=self.model.device), rows,
+                                      self.cache, [i in self.skip for i in range(self.model.cfg.L)])
             logits.append(self.model.head(x)[0])
             top = logits[-1].softmax(-1).amax().item()
             self.close("confidence", "confidence", line["confidence"], top, self.X)
@@ -231,8 +233,9 @@ class Check:
     def pass_over(self, drafts: list[dict]) -> tuple[Tensor, Tensor]:
         """The verify pass over what is not cached: logits (k+1, V), states (L+1, k+1, D)."""
         k, todo = len(drafts), self.text[self.cached:] + [d["token"] for d in drafts]
-        for c in range(0, len(todo), CHUNK):
-            x, h = self.forward(todo[c:c + CHUNK], self.cached + c, [], slice(-k - 1, None))
+        for x, h in in_parts(self.model, torch.tensor(todo, device=self.model.device), self.cached,
+                           self.cache, states=slice(-k - 1, None)):
+            pass                                       # the rows that count are in the last part
         return self.model.head(x[-k - 1:]), h
 
     def verify(self, drafts: list[dict], logits: Tensor) -> int:
@@ -338,13 +341,6 @@ class Check:
         except Incomplete:
             return
         self.depart("end", "event", self.lines.now["event"], "the end of the file")
-
-    def forward(self, tokens: list[int], t: int, skip: list[int],
-                states: slice | None = None) -> tuple[Tensor, Tensor | None]:
-        """`tokens` from position t on, without the layers `skip`."""
-        left_out = [i in skip for i in range(self.model.cfg.L)]
-        return self.model.forward(torch.tensor(tokens, device=self.model.device),
-                                  self.cache.sequence(t, len(tokens)), self.cache, left_out, states)
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -18,7 +18,7 @@ from safetensors import TensorSpec, serialize_file
 from torch import Tensor
 
 from llama import Config, Llama, tensor_files, need_memory
-from speculative import CHUNK, Recording, Round, Settings, generate
+from speculative import Recording, Round, Settings, generate, in_parts
 
 VERSION = 1
 LONGEST = 1 << 20            # bytes of a line: a prompt of 100,000 tokens, a table of 126 layers
@@ -122,24 +122,29 @@ def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path:
     out = dict(prompt_ids=torch.tensor(prompt), logits=torch.empty(T, c.V, dtype=model.wide),
                hidden=torch.empty(c.L + 1, T, c.D, dtype=model.dtype))
     cache, left_out = model.cache(T), [i in skip for i in range(c.L)]
-    for t in range(0, T, CHUNK):
-        part = out["prompt_ids"][t:t + CHUNK].to(model.device)
-        x, h = model.forward(part, cache.sequence(t, len(part)), cache, left_out, slice(None))
-        out["logits"][t:t + CHUNK], out["hidden"][:, t:t + CHUNK] = model.head(x).cpu(), h.cpu()
+    ids, t = out["prompt_ids"].to(model.device), 0
+    for x, h in in_parts(model, ids, 0, cache, skip=left_out, states=slice(None)):
+        part, t = slice(t, t + len(x)), t + len(x)
+        out["logits"][part], out["hidden"][:, part] = model.head(x).cpu(), h.cpu()
     out["keys"], out["values"] = (x.transpose(1, 2).cpu().contiguous() for x in (cache.k, cache.v))
     meta = dict(version=VERSION, program=PROGRAM, tensors=DUMP, skip=sorted(skip), config=asdict(c),
                 dtype=str(model.dtype).removeprefix("torch."), **about)
-    # The library's own `save_file` does the same, but asks for NumPy. It puts a new file in the
-    # place of the old, which would end a symbolic link and narrow the permissions; and it writes
-    # several metadata in any order, so ours are one.
+    save(out, path, {"clasp-forward": json.dumps(meta)})     # several entries come in any order
+    return out
+
+
+def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. The library's own `save_file` does the same, but asks for NumPy,
+    and a new file in the place of the old ends a symbolic link and narrows the permissions."""
+    assert all(t.is_contiguous() for t in tensors.values())
     path = Path(path).resolve()
     path.touch()
     mode = path.stat().st_mode
     specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
-                              data_ptr=t.data_ptr(), data_len=t.nbytes) for name, t in out.items()}
-    serialize_file(specs, str(path), {"clasp-forward": json.dumps(meta)})
+                              data_ptr=t.data_ptr(), data_len=t.nbytes)
+             for name, t in tensors.items()}
+    serialize_file(specs, str(path), metadata)
     path.chmod(mode)
-    return out
 
 
 # ------------------------------------------------------------------------------------ reading
