@@ -176,19 +176,19 @@ def word(*allowed: str) -> Field:
 
 COUNT, SIZE = whole(0, 2 ** 53), whole(1, 2 ** 53)     # JSON's doubles hold no more exactly
 TEXT = ("a text", lambda v: type(v) is str)
-FLAG, POSITIVE = ("true or false", lambda v: type(v) is bool), real(0, 1e300)
+FLAG, NOT_NEGATIVE = ("true or false", lambda v: type(v) is bool), real(0, 1e300)
 TEXTS = ("an object of texts", lambda v: type(v) is dict and all(map(TEXT[1], v.values())))
 CHANCE = ("a number from 0 up to, but not, 1", lambda v: type(v) in (int, float) and 0 <= v < 1)
 PROBABILITY = real(0, 1 + 1e-6)        # a float32 softmax may exceed 1 by a rounding
 COSINE = real(-1 - 1e-3, 1 + 1e-3)
 
 HEADER: dict[str, Any] = dict(
-    schema=word("clasp-trace"), version=whole(VERSION, VERSION), program=TEXT, model=TEXTS,
-    versions=TEXTS,
+    event=word("header"), schema=word("clasp-trace"), version=whole(VERSION, VERSION),
+    program=TEXT, model=TEXTS, versions=TEXTS,
     config=dict(dict.fromkeys(("L", "D", "H", "G", "hd", "ffn", "V", "context"), SIZE),
-                eps=POSITIVE, tied=FLAG, theta=POSITIVE, scaling=maybe(some(POSITIVE))),
+                eps=NOT_NEGATIVE, tied=FLAG, theta=NOT_NEGATIVE, scaling=maybe(some(NOT_NEGATIVE))),
     dtype=word("float32", "float64", "bfloat16"),
-    settings=dict(temperature=POSITIVE, top_k=COUNT, top_p=real(0, 1), N=SIZE,
+    settings=dict(temperature=NOT_NEGATIVE, top_k=COUNT, top_p=real(0, 1), N=SIZE,
                   stop_ids=some(COUNT), K=COUNT, M=COUNT,
                   exit_threshold=real(0, 1), interval=SIZE, seed=maybe(whole(0, 2 ** 64))),
     prompt_ids=some(COUNT))
@@ -198,7 +198,7 @@ def schema(cfg: Config) -> dict[str, dict[str, Field]]:
     """event -> field -> what may stand there, in a trace of a model of these sizes."""
     token, count, layers = whole(0, cfg.V - 1), whole(0, cfg.context), some(whole(0, cfg.L - 1))
     bits = ("a text of 0 and 1", lambda v: type(v) is str and not v.strip("01"))
-    return {event: dict(round=count, **fields) for event, fields in dict(
+    return {event: dict(event=word(event), round=count, **fields) for event, fields in dict(
         round=dict(start=count, skip=layers),
         draft=dict(step=count, token=token, q=PROBABILITY, confidence=PROBABILITY, u=CHANCE),
         verify=dict(step=count, token=token, p=PROBABILITY, q=PROBABILITY, a=PROBABILITY,
@@ -208,8 +208,8 @@ def schema(cfg: Config) -> dict[str, dict[str, Field]]:
         emit=dict(tokens=some(token)),
         optimise=dict(position=count, M=count, D=some(some(COSINE)), parents=some(bits),
                       skip=layers, cosine=some(COSINE)),
-        times=dict(draft=POSITIVE, verify=POSITIVE, optimise=POSITIVE)).items()} | dict(
-            end=dict(reason=word("stop", "length"), emitted=count))
+        times=dict(draft=NOT_NEGATIVE, verify=NOT_NEGATIVE, optimise=NOT_NEGATIVE)).items()} | dict(
+            end=dict(event=word("end"), reason=word("stop", "length"), emitted=count))
 
 
 def short(value: Any) -> str:
@@ -220,8 +220,8 @@ def short(value: Any) -> str:
 
 def match(line: dict, fields: dict, where: str) -> None:
     """Raise Invalid unless `line` has exactly these fields and each holds what it may."""
-    names = line.keys() - {"event"}                    # which is how the fields were found
-    for wrong, names in (("unknown", names - fields.keys()), ("missing", fields.keys() - names)):
+    for wrong, names in (("unknown", line.keys() - fields.keys()),
+                         ("missing", fields.keys() - line.keys())):
         if names:
             raise Invalid(f"{where}: {wrong} field {short(min(names))}")
     for name, field in fields.items():
