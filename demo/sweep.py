@@ -1,12 +1,14 @@
 """How the demo's defaults were chosen, and what choosing layers is worth on it.
 
     python demo/sweep.py settings        # speed-up by M, K, exit threshold and interval
-    python demo/sweep.py sets            # acceptance: the dynamic program against 20 random sets
+    python demo/sweep.py sets            # acceptance: the dynamic program against other choices
 
 Both decode 128 tokens from prompts of demo/prompts.jsonl, greedily and at temperature 1: `sets`
 from every second, `settings` from one of each category, each time plainly and with CLaSp in turn,
 and the ratio of the rates is what is printed.
 """
+import collections
+import itertools
 import json
 import random
 import sys
@@ -17,6 +19,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clasp_mini  # noqa: E402
 from clasp_mini import choose_skip, figures  # noqa: E402
+from demo.train import DISTIL_OFTEN, drop_rates  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
 
 
@@ -29,7 +32,7 @@ def setup() -> tuple[clasp_mini.Job, list[list[int]]]:
 
 
 def run(job: clasp_mini.Job, ids: list[int], s: Settings, choose=choose_skip) -> dict:
-    return figures(list(generate(job.model, ids, s, Chance(0), choose)))
+    return figures(list(generate(job.plain, ids, s, Chance(0), choose)))
 
 
 def settings() -> None:
@@ -59,31 +62,51 @@ def settings() -> None:
 
 
 def sets() -> None:
-    """Accepted over drafted tokens with half of the layers left out: chosen, and at random."""
+    """Accepted over drafted tokens by who chose the layers: with the demo's number of them left
+    out, and with half of them, where there is more to choose."""
     job, prompts = setup()
-    prompts, L = prompts[::2], job.model.cfg.L
-    for temperature in (0.0, 1.0):
-        s = replace(job.settings, temperature=temperature, M=L // 2)
+    prompts, L = prompts[::2], job.cfg.L
+    often = [i for i, rate in enumerate(drop_rates(DISTIL_OFTEN)) if rate > 0.5]
 
-        def acceptance(choose) -> tuple[float, float]:
-            all_ = [run(job, ids, s, choose) for ids in prompts]          # noqa: B023
+    def report(name: str, s: Settings, choosers) -> None:
+        rates, per_verify = [], []
+        for choose in choosers:
+            all_ = [run(job, ids, s, choose) for ids in prompts]
             total = {k: sum(f[k] for f in all_) for k in ("accepted", "drafted", "verifies")}
-            decoded = sum(f["emitted"] - 1 for f in all_)
-            return total["accepted"] / total["drafted"], decoded / total["verifies"]
+            rates.append(total["accepted"] / total["drafted"])
+            per_verify.append(sum(f["emitted"] - 1 for f in all_) / total["verifies"])
+        n = len(rates)
+        span = f" on average, {min(rates):.3f} to {max(rates):.3f}" if n > 1 else ""
+        print(f"  {name:58} {sum(rates) / n:.3f}{span}; {sum(per_verify) / n:.2f}", flush=True)
 
-        def at_random(seed: int):
-            chosen = random.Random(seed).sample(range(L), L // 2)
-            return lambda *_: SimpleNamespace(skip=lambda: tuple(i in chosen for i in range(L)))
+    def fixed(skip: tuple[bool, ...]):
+        return lambda *_: SimpleNamespace(skip=lambda: skip)
 
-        ours = acceptance(choose_skip)
-        others = sorted(acceptance(at_random(seed)) for seed in range(20))
-        mean = [sum(o[i] for o in others) / 20 for i in range(2)]
-        print(f"temperature {temperature}, {L // 2} of {L} layers left out, K={s.K}, exit "
-              f"threshold {s.exit_threshold}, interval {s.interval}")
-        print(f"  dynamic program   acceptance {ours[0]:.3f}, {ours[1]:.2f} tokens per verify")
-        print(f"  20 random sets    acceptance {mean[0]:.3f} on average, {others[0][0]:.3f} to "
-              f"{others[-1][0]:.3f}; {mean[1]:.2f} tokens per verify\n", flush=True)
+    def at_random(seed: int, among):
+        out = random.Random(seed).sample(among, L // 2)
+        return fixed(tuple(i in out for i in range(L)))
+
+    for temperature, M in itertools.product((0.0, 1.0), (job.settings.M, L // 2)):
+        s, chosen = replace(job.settings, temperature=temperature, M=M), collections.Counter()
+
+        def noted(*how):
+            choice = choose_skip(*how)
+            chosen[choice.skip()] += 1                                    # noqa: B023
+            return choice
+
+        print(f"temperature {temperature}, {M} of {L} layers left out, K={s.K}, exit threshold "
+              f"{s.exit_threshold}, interval {s.interval}: acceptance; tokens per verify")
+        report("the dynamic program", s, [noted])
+        report("the set it chose most often, for every text", s,
+               [fixed(chosen.most_common(1)[0][0])])
+        if M == L // 2:
+            report(f"20 random sets of the {len(often)} layers often dropped in training", s,
+                   [at_random(seed, often) for seed in range(20)])
+            report(f"20 random sets of all {L} layers", s,
+                   [at_random(seed, range(L)) for seed in range(20)])
+        print(flush=True)
 
 
 if __name__ == "__main__":
-    dict(settings=settings, sets=sets)[sys.argv[1]]()
+    what = dict(settings=settings, sets=sets).get("".join(sys.argv[1:2]))
+    what() if what else sys.exit(__doc__)

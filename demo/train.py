@@ -303,11 +303,11 @@ def train(a: argparse.Namespace) -> None:
         window.append(total)
         if rank == 0 and (step % a.every == 0 or step == a.steps):
             seconds = spent + time.time() - began
-            full, half = evaluate(model, held, device, DISTIL_OFTEN if distil else OFTEN)
+            full, dropped = evaluate(model, held, device, DISTIL_OFTEN if distil else OFTEN)
             seen, loss = step * a.masks * a.rows * a.length, sum(window) / len(window)
-            log.append([step, seen, loss, full, half, seconds])
+            log.append([step, seen, loss, full, dropped, seconds])
             print(f"step {step} tokens {seen / 1e6:.2f}M train {loss:.3f} held-out full {full:.3f} "
-                  f"often-dropped layers left out {half:.3f} {seconds / 60:.1f} min", flush=True)
+                  f"often-dropped layers left out {dropped:.3f} {seconds / 60:.1f} min", flush=True)
             window = []
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts],
                             step=step, log=log, spent=seconds), state.with_suffix(".tmp"))
@@ -321,10 +321,10 @@ def evaluate(model: Model, held: Tensor, device: torch.device, often: int, rows:
     often-dropped layers."""
     at = torch.linspace(0, len(held) - T - 1, rows).long().tolist()
     ids = torch.stack([torch.cat((torch.tensor([BOS]), held[i:i + T])) for i in at]).to(device)
-    half = [r > 0.5 for r in drop_rates(often)]
+    dropped = [r > 0.5 for r in drop_rates(often)]
     with torch.autocast(device.type, torch.bfloat16):
         return tuple(sum(model.loss(b, m).item() for b in ids.split(4)) / (rows // 4)
-                     for m in ([False] * L, half))
+                     for m in ([False] * L, dropped))
 
 
 def export() -> None:
