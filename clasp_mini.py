@@ -46,11 +46,12 @@ from speculative import Chance, Round, Settings, generate, in_parts  # noqa: E40
 VERSION = "0.1.0"
 DEMO = Path(__file__).resolve().parent / "demo"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-# The defaults, in one place. For the demo the best of a sweep (README, "How fast is it?"). For
-# other models the paper's threshold and the lower end of its "50 to 60 %" of the layers; it does
-# not state K and the interval for the 8B.
-TUNED = {"demo": dict(skip=0.69, K=12, exit_threshold=0.3, interval=64),
-         "other": dict(skip=0.5, K=6, exit_threshold=0.7, interval=16)}
+# The defaults, in one place. For the demo, which is too small to gain from a GPU, the best of a
+# sweep (README, "How fast is it?"). For other models the paper's threshold and the lower end of its
+# "50 to 60 %" of the layers; it does not state K and the interval for the 8B: these are ours.
+TUNED = {"demo": dict(device="cpu", skip=0.69, K=12, exit_threshold=0.3, interval=64),
+         "other": dict(device="cuda" if torch.cuda.is_available() else "cpu",
+                       skip=0.5, K=6, exit_threshold=0.7, interval=16)}
 
 
 class UsageError(Exception):
@@ -178,7 +179,8 @@ class Job:
         self.a, folder = a, Path(a.model)
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such folder")
-        self.device, self.cfg = _device(a.device), Config.load(folder)
+        tuned = TUNED["demo" if folder.resolve() == DEMO else "other"]
+        self.device, self.cfg = _device(a.device or tuned["device"]), Config.load(folder)
         try:
             self.tokenizer = Tokenizer(folder)
         except ModelError:
@@ -192,7 +194,6 @@ class Job:
         weights = cfg.L * cfg.D * (cfg.hd * 2 * (cfg.H + cfg.G) + 3 * cfg.ffn)
         if a.threads or weights < 100e6:               # small matrices gain nothing from a second
             torch.set_num_threads(a.threads or 1)
-        tuned = TUNED["demo" if folder.resolve() == DEMO else "other"]
         if a.skip_layers is None:
             a.skip_layers = round(tuned["skip"] * cfg.L)
         for name, default in (("draft_length", tuned["K"]), ("interval", tuned["interval"]),
@@ -218,6 +219,9 @@ class Job:
         self.plain = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
         self.model, self.choose = self.plain, choose_skip
         if self.graphs and self.a.dump_forward is None:
+            if sys.stderr.isatty():
+                print("clasp_mini.py: compiling and recording passes, which takes long the first "
+                      "time (--no-compile, --eager)", file=sys.stderr)
             self.fuse = (lambda f: f) if self.a.no_compile else fusing(self.device)
             self.model = self.replay(self.settings.K, self.settings.M)
             self.choose = lambda h, run_layer, M: Choice.read(*self.model.choose(h))
@@ -495,13 +499,13 @@ def bench(job: Job, questions: Questions) -> int:
         if status:
             raise KeyboardInterrupt
         raise UsageError("no question fits into the model's context")
-    table = {name: _bench_line(pairs) for name, pairs in results.items()}
-    table["overall"] = _bench_line([p for pairs in results.values() for p in pairs])
+    lines = {name: _bench_line(pairs) for name, pairs in results.items()}
+    lines["overall"] = _bench_line([p for pairs in results.values() for p in pairs])
     if job.a.json:
-        print(json.dumps(dict(settings=job.report(), categories=table)))
+        print(json.dumps(dict(settings=job.report(), categories=lines)))
         return status
     print(f"{'category':<16} answers tokens/verify acceptance speed-up  ideal")
-    for name, line in table.items():
+    for name, line in lines.items():
         print(f"{name:<16} {line['answers']:7} {line['tokens_per_verify'] or 0:13.2f} "
               f"{line['acceptance'] or 0:10.2f} {line['speedup'] or 0:8.2f} "
               f"{line['ideal_speedup'] or 0:6.2f}")
@@ -663,8 +667,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--system", metavar="TEXT", help="system turn, with --chat")
     p.add_argument("--model", metavar="DIR", default=str(DEMO),
                    help="Hugging Face folder of a LLaMA-3 (default: the demo)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda or cuda:N (default: %(default)s)")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: demo cpu, else "
+                   f"{other['device']})")
     p.add_argument("--dtype", choices=list(DTYPES),
                    help="default: float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--threads", type=int, metavar="N",

@@ -8,15 +8,19 @@ token (§3.4, eq. 2).
 In words: after the first i layers, of which j were left out, how close can we be to where the full
 model is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or
 it was skipped, and then one skip fewer had been spent before it. The answer for a budget of M
-stands in the last line, at j = M; the parents lead back from there to the set.
+stands in the last row, at j = M; the parents lead back from there to the set.
 
 Glossary
     L, M     layers; layers to leave out
     h[0..L]  the full model's states of one token, h[L] before the final norm
-    D, g     (L+1, M+1) best cosines found; (M+1, width) the states behind one line of D
-    f_i      layer i on J independent versions of the token: (J, width) -> (J, width). This file
-             knows no more of the model.
+    D, g     (L+1, M+1) best cosines found; (M+1, width) the states behind one row of D
+    f_i      (run_layer) layer i on J independent versions of the token: (J, width) -> (J, width).
+             This file knows no more of the model.
     parents  (L+1, M+1) bits: True where the cell was reached by skipping
+
+Why at the same depth, and not h[L]: so a beginning can be judged before its end is known, and the
+next layer is handed what it was trained on. What is predicted is a draft step at the probe itself;
+the tokens drafted after it read keys and values that the draft has written, which D does not see.
 
 It is an approximation, and says so: each cell keeps one state, the nearest so far, although a
 farther one might have come out nearer in the end (§3.5, "approximate Markov"). To see a table, a
@@ -49,7 +53,7 @@ class Choice:
     parents: list[list[bool]]   # (L+1) x (M+1) True where layer i-1 was skipped
 
     def skip(self, j: int | None = None) -> tuple[bool, ...]:
-        """The set for budget j (default M), one flag per layer: read back from the last line of the
+        """The set for budget j (default M), one flag per layer: read back from the last row of the
         table."""
         L, M = len(self.D) - 1, len(self.D[0]) - 1
         j = M if j is None else j
@@ -63,12 +67,12 @@ class Choice:
 
     @classmethod
     def read(cls, D: Tensor, parents: Tensor) -> "Choice":
-        """What `table` returns, fetched from its device. Line 0 and column 0, where nothing was
+        """What `table` returns, fetched from its device. Row 0 and column 0, where nothing was
         skipped, are added."""
         L, M = D.shape
-        lines, bits = D.tolist(), parents.tolist()     # here the host waits
-        return cls([[1.0] + [float("nan")] * M] + [[1.0, *line] for line in lines],
-                   [[False] * (M + 1)] + [[False, *line] for line in bits])
+        rows, bits = D.tolist(), parents.tolist()      # here the host waits
+        return cls([[1.0] + [float("nan")] * M] + [[1.0, *row] for row in rows],
+                   [[False] * (M + 1)] + [[False, *row] for row in bits])
 
     @property
     def cosine(self) -> list[float]:
@@ -108,7 +112,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     return Choice(D, parents)
 
 
-# ---------------------------------------------------------- the same, a line of the table at a time
+# ----------------------------------------------------------- the same, a row of the table at a time
 
 def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     """The set for a budget of M, and for every smaller one.
@@ -119,13 +123,13 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
 
 def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor]:
     """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
-    (§3.6). Lines 1..L and columns 1..M of D and of the parents: (L, M), (L, M).
+    (§3.6). Rows 1..L and columns 1..M of D and of the parents: (L, M), (L, M).
 
     What is decided stays on the device: no cell, and no layer, waits for the host."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     g = h[:1]                                          # g[i, 0..min(i, M)], here i = 0: (1, width)
-    lines, bits = [], []
+    rows, bits = [], []
     for i in range(1, L + 1):
         J = min(i - 1, M)              # cells 1..J have a choice; cell 0 is h[i], cell i only skips
         last = min(i, M)
@@ -143,9 +147,9 @@ def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor]:
             state = torch.cat((torch.where(wins[:, None], state[:J], ran), state[J:]))
         g = torch.cat((h[i:i + 1], state))             # cell 0: nothing skipped
         pad = (0, M - last)
-        lines.append(torch.nn.functional.pad(cos, pad, value=float("nan")))
+        rows.append(torch.nn.functional.pad(cos, pad, value=float("nan")))
         bits.append(torch.nn.functional.pad(bit, pad))
-    return torch.stack(lines), torch.stack(bits)
+    return torch.stack(rows), torch.stack(bits)
 
 
 # -------------------------------------------------------------------------- python dp_layer_skip.py
@@ -176,17 +180,17 @@ def run_set(h: Tensor, run_layer: RunLayer, skip: tuple[bool, ...]) -> float:
 
 
 def show(choice: Choice, colour: bool) -> str:
-    """The table D as a heat strip, one line per depth, the path back marked."""
+    """The table D as a heat strip, a row per depth, the path back marked."""
     L, M = len(choice.D) - 1, len(choice.D[0]) - 1
-    low = min(v for line in choice.D for v in line if v == v)
+    low = min(v for row in choice.D for v in row if v == v)
     j, path = M, {(L, M)}
     for i in range(L, 0, -1):
         j -= choice.parents[i][j]
         path.add((i - 1, j))
     out = ["        j = " + "".join(f"{j:^7}" for j in range(M + 1))]
-    for i, line in enumerate(choice.D):
+    for i, row in enumerate(choice.D):
         cells = []
-        for j, v in enumerate(line):
+        for j, v in enumerate(row):
             mark = "*" if (i, j) in path else " "
             text = f" {v:.3f}{mark}" if v == v else "   .   "
             if colour and v == v:

@@ -18,7 +18,8 @@ Glossary (8B in brackets)
     L    decoder layers [32]                D     width of the residual stream [4096]
     H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
     hd   head size [128]                    V     vocabulary [128256]
-    T    rows of a pass                     S     slots of the cache; n <= S of them are looked at
+    T    rows of a pass, the first at t     S     slots of the cache; n <= S of them are looked at
+    J    versions of one token: the DP's candidates, of which there are at most M in a call
     h[i] residual stream before layer i: h[0] the embedding, h[L] the last layer's output *before*
     the final norm
 
@@ -192,7 +193,8 @@ class Cache:
 
     def sequence(self, t: int | Tensor, T: int) -> Rows:
         """T tokens that follow one another, the first at position t: decode and draft (T = 1),
-        prefill, verify. A t that only the device knows, a tensor (), has all S slots looked at."""
+        prefill, verify. With a t that only the device knows, a tensor (), all S slots are looked
+        at."""
         slots = self.slot[:T] + t
         # Row r sits at position t + r, so it may read slots 0 .. t + r. Without the t the mask is
         # right in prefill and wrong ever after, and nothing crashes: the text just gets worse.
@@ -200,9 +202,9 @@ class Cache:
 
     def versions(self, t: int | Tensor, J: int) -> Rows:
         """J versions of the one token at position t (§3.6): equal positions, scratch slots behind
-        it, each reading the past (slots before t) and its own slot. Slot t, the full model's own
-        entry for that token, is nobody's to read, and being nobody's to write either it survives:
-        the text's cache is unharmed."""
+        it, each reading the past (slots before t) and its own slot. Slot t holds the full model's
+        entry for that token. No version reads it, or the token would be seen twice; none writes it,
+        and so the text's cache is unharmed."""
         every, slots = self._seen(t, 1 + J), self.slot[1:J + 1] + t
         may_read = (every < t) | (every == slots[:, None])
         return self._rows(self.slot[:1].expand(J) + t, slots, may_read)
@@ -248,7 +250,7 @@ class Layer(NamedTuple):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, the statistics in eps's dtype, float32 or wider. (eps is
-    a tensor and the mean a scaled sum because small CPU calls are quicker so.)"""
+    a tensor and the mean a scaled sum because small CPU calls are faster that way.)"""
     wide = x.type(eps.dtype)
     mean = torch.add(eps, wide.square().sum(-1, keepdim=True), alpha=1 / x.shape[-1])
     return (wide * mean.rsqrt()).type(x.dtype) * weight
@@ -325,7 +327,7 @@ class Llama:
     def layer(self, i: int, x: Tensor, rows: Rows, cache: Cache) -> Tensor:       # (T, D) -> (T, D)
         """f_i: the whole decoder layer i, residuals included: h[i+1] = f_i(h[i]). Writes the rows'
         keys and values."""
-        if len(x) < len(rows.slots):                   # the DP's lines grow up to M candidates
+        if len(x) < len(rows.slots):                   # rows of the DP's table grow to M cells
             rows = rows.first(len(x))
         return self.block(self.layers[i], x, rows, *cache.layers[i], self.cfg, self.eps)
 
@@ -430,7 +432,7 @@ def _fill(place: dict[str, Tensor], files: dict[str, Path], progress: Progress |
                     raise ModelError(f"{name}: shape {view.get_shape()}, but config.json makes "
                                      f"it {list(want.shape)}")
                 want.copy_(f.get_tensor(name))
-                if not want.isfinite().all():
+                if not torch.stack(want.aminmax()).isfinite().all():           # no copy of it
                     raise ModelError(f"{path.name}: {name} holds values that are not numbers")
                 done += want.nbytes
                 if progress:
@@ -614,6 +616,8 @@ class Replay:
             return self.table(self.h, lambda i, x: m.layer(            # padded to M: compiled once
                 i, F.pad(x, (0, 0, 0, M - len(x))), rows, slots)[:len(x)], M)
 
+        # subtle: replays come in another order than the recordings, and share one memory. x, h, t
+        # and ids lie outside it; rows must outlive all of the recordings below, as it does here.
         (rows, _), self.begin = self.record(lambda: (
             slots.sequence(self.t, 1), self.x.copy_(F.embedding(self.ids[:1], m.embed))))
         self.layers = [self.record(lambda w=w, kv=kv: self.in_place(

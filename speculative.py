@@ -25,7 +25,7 @@ Glossary
     chance     who answers the two questions of chance: "accept with probability a?" and "draw from
                p"
 
-This file knows no LLaMA and no dynamic program, and of GPUs only how to wait for one seldom. A
+This file knows no LLaMA and no dynamic program, and of GPUs only how to wait for one rarely. A
 model is anything with cfg.L, device, cache(S), forward, layer and head as in llama.py; a chooser is
 anything called as dp_layer_skip.choose_skip is.
 """
@@ -44,14 +44,14 @@ CHUNK = 512                  # rows of one prefill pass: scores take rows x slot
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. Only the first five change the output's distribution (and N its
-    length)."""
+    """What a user chooses. Only the first five change what comes out: three its distribution, N and
+    stop_ids where it ends."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 8                  # 0 is plain decoding
+    K: int = 0                  # 0 is plain decoding
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # stop drafting after a token of lower confidence; 0 never does
     interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
@@ -167,8 +167,9 @@ class Chance:
         return int(inverse_cdf(p, self.uniform()))
 
     def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
-        """A token drawn from one of p(0) .. p(n-1), each (V,); which one is said later. A GPU draws
-        from all of them, before anyone waits for it."""
+        """Take the uniform of one draw now, and choose the distribution later: returns draw(r), a
+        token from p(r), where p(0) .. p(n-1) are (V,) each. On a GPU all n tokens are drawn at
+        once, so that the host need not wait a second time."""
         u, device = self.uniform(), p(n - 1).device
         if device.type != "cuda":
             return lambda r: int(inverse_cdf(p(r), u))
@@ -183,9 +184,10 @@ class Chance:
 def inverse_cdf(p: Tensor, u: float) -> Tensor:                             # (..., V) -> (...) ids
     """The first token, in ascending id, at which the running sum of p, in float64, exceeds u times
     its total."""
-    # A token of probability zero has no slot to be drawn from, also where a parallel sum rounds.
+    # Zero where p is: no such token can be the first to exceed, even where the rounding of a
+    # parallel sum makes it fall.
     cdf = torch.where(p > 0, p.cumsum(-1, dtype=torch.float64), 0)
-    # Of the 53 bits of u the last would let u * total round up to total, which no sum exceeds.
+    # (1 - 2^-53) * total can round up to total, which no sum exceeds.
     u = min(u, 1 - 2 ** -52)
     return (cdf > u * cdf.amax(-1, keepdim=True)).int().argmax(-1)
 
@@ -313,10 +315,10 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
             x, _ = model.forward(_ids(model, [token]), rows, cache, skip)
             logits = model.head(x)[0]                  # (V,)
             q.append(probabilities(logits, s))
-            # On its way before `draw` waits for a GPU, and there when that wait is over.
-            sure = logits.softmax(-1).amax().to("cpu", non_blocking=True)
+            # This copy starts before `draw` waits for a GPU, and is there when that wait is over.
+            top = logits.softmax(-1).amax().to("cpu", non_blocking=True)
             drafted.append(chance.draw(q[-1]))
-            confidence.append(sure.item())
+            confidence.append(top.item())
             # Our decision, as the paper is silent: confidence is the draft's top-1 probability at
             # temperature 1, before top-k and top-p; and a doubtful token stays and is judged like
             # any other, only what would follow it is not drafted. To throw a token away after
