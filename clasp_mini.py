@@ -22,6 +22,7 @@ import codecs  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
+import re  # noqa: E402
 import stat  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
@@ -214,7 +215,7 @@ class Job:
                   "trained on --chat", file=sys.stderr)
 
     def load(self) -> None:
-        if self.device.index is not None:              # some of PyTorch's calls name no device
+        if self.device.type == "cuda" and self.device.index is not None:   # some calls name none
             torch.cuda.set_device(self.device)
         self.plain = Llama.load(self.a.model, self.device, DTYPES.get(self.a.dtype), _progress())
         self.model, self.choose = self.plain, choose_skip
@@ -241,9 +242,11 @@ class Job:
         text = self.a.prompt
         if text == "-":
             try:
-                text = sys.stdin.buffer.read().decode()
+                text = (sys.stdin.buffer.read() or b"").decode()
             except UnicodeDecodeError as e:
                 raise UsageError(f"standard input is not UTF-8 (byte {e.start})") from None
+            except OSError as e:
+                raise UsageError(f"standard input cannot be read: {e.strerror}") from None
         if not text:
             raise UsageError("the prompt is empty; give at least one character")
         return self.fits(self.encode([dict(role="user", content=text)]))
@@ -257,6 +260,8 @@ class Job:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
+        if any(len(run) >= 100_000 for run in re.findall(r"\s+", text)):
+            raise UsageError("the prompt has 100,000 blanks in a row, too many for the tokenizer")
         if self.a.chat:
             return self.tokenizer.chat(system + messages)
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
@@ -278,12 +283,13 @@ class Job:
     def writable(self, path: str) -> TextIO:
         """The file of --trace or --dump-forward, opened before seconds go into loading."""
         # A file of the model itself must survive a slip of the hand.
-        if os.path.exists(path) and Path(path).parent.resolve() == Path(self.a.model).resolve():
+        if os.path.exists(path) and any(os.path.samefile(path, file)
+                                        for file in Path(self.a.model).rglob("*")):
             raise UsageError(f"{path}: exists in the model's folder; name another file")
         if self.a.dump_forward and os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"{path}: not a regular file, which a dump has to be")
         try:
-            file = open(path, "a" if self.a.dump_forward else "w", encoding="utf-8", newline="\n")
+            file = open(path, "a", encoding="utf-8", newline="\n")      # emptied later
         except OSError as e:
             raise UsageError(f"{path}: cannot be written: {e.strerror}") from None
         ours = os.fstat(file.fileno())
@@ -362,6 +368,8 @@ def generate_text(job: Job, ids: list[int], trace: TextIO | None = None) -> int:
 
     status, run = 0, job.run(ids, s, a.seed)
     if trace:
+        if os.path.isfile(a.trace):
+            trace.truncate(0)
         run = record(job.model, ids, s, a.seed, job.choose, trace, about(a.model))
     try:
         for r in run:
@@ -455,7 +463,9 @@ def read_questions(path: str) -> Questions:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         questions = [json.loads(line) for line in lines if line.strip()]
         questions = [(str(q["category"]), q["turns"]) for q in questions]
-        for _, turns in questions:
+        for category, turns in questions:
+            if category == "overall":
+                raise ValueError("'overall' is the table's last line, not a category")
             if not isinstance(turns, list) or not all(isinstance(t, str) for t in turns):
                 raise TypeError("turns is not a list of texts")
     except OSError as e:
@@ -498,7 +508,7 @@ def bench(job: Job, questions: Questions) -> int:
     if not results:
         if status:
             raise KeyboardInterrupt
-        raise UsageError("no question fits into the model's context")
+        raise UsageError("no question could be asked")
     lines = {name: _bench_line(pairs) for name, pairs in results.items()}
     lines["overall"] = _bench_line([p for pairs in results.values() for p in pairs])
     if job.a.json:
@@ -506,9 +516,9 @@ def bench(job: Job, questions: Questions) -> int:
         return status
     print(f"{'category':<16} answers tokens/verify acceptance speed-up  ideal")
     for name, line in lines.items():
-        print(f"{name:<16} {line['answers']:7} {line['tokens_per_verify'] or 0:13.2f} "
-              f"{line['acceptance'] or 0:10.2f} {line['speedup'] or 0:8.2f} "
-              f"{line['ideal_speedup'] or 0:6.2f}")
+        print(f"{name:<16} {line['answers']:7}" + "".join(
+            f" {'-' if line[key] is None else format(line[key], '.2f'):>{width}}" for key, width in
+            dict(tokens_per_verify=13, acceptance=10, speedup=8, ideal_speedup=6).items()))
     return status
 
 
@@ -764,12 +774,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = compare(job, work) if a.compare else generate_text(job, work, file)
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status
-    except UsageError as e:
-        print(f"clasp_mini.py: {e}", file=sys.stderr)
-        return 2
-    except ModelError as e:
-        print(f"clasp_mini.py: {e}", file=sys.stderr)
-        return 1
+    except (UsageError, ModelError, FloatingPointError) as e:
+        line = str(e).replace("\n", "\\n")            # in the name of a file, say
+        print(f"clasp_mini.py: {line}", file=sys.stderr)
+        return 2 if isinstance(e, UsageError) else 1
     except (MemoryError, RuntimeError) as e:           # OutOfMemoryError is a RuntimeError
         # On a CPU PyTorch has no type for it, only a text.
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
@@ -791,10 +799,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141 if isinstance(e, BrokenPipeError) else 1
 
 
-if __name__ == "__main__":
+def mend_streams() -> None:
+    """For a process that was started with closed streams, or an encoding that lacks characters."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:                 # closed by the caller, as `>&-` does
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")           # where the encoding has no such character
-    sys.exit(main())
+        stream.reconfigure(errors="replace")
+
+
+if __name__ == "__main__":
+    mend_streams()
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # a second Ctrl-C, while Python is leaving
+    sys.exit(status)

@@ -236,4 +236,5 @@ if __name__ == "__main__":
     for name in ("SIGINT", "SIGPIPE"):                 # Ctrl-C and `| head` end it without a word
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-    main()
+    if sys.stdout:                                     # None where the caller has closed it
+        main()

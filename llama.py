@@ -97,9 +97,9 @@ class Config:
             if not isinstance(c.get(key) or {}, dict):
                 refuse(f"{key} = {c[key]!r}")
             rope |= c.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            refuse(f"rope type {kind!r}")
+        kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
+        if kind not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
+            refuse(f"rope type {kind!r} of {rope}")
         if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) != 1:
             refuse("partial_rotary_factor")
 
@@ -107,8 +107,9 @@ class Config:
             value = default if of.get(key) is None else of[key]        # null is "not given"
             if value is None:
                 raise ModelError(f"{path}: '{key}' is missing")
-            if type(value) not in (int, float) or not 0 < value < math.inf or kind(value) != value:
-                raise ModelError(f"{path}: a number was expected for {key}, above 0, not {value!r}")
+            if type(value) not in (int, float) or not 0 < value < 2 ** 53 or kind(value) != value:
+                raise ModelError(f"{path}: a number was expected for {key}, above 0 and of "
+                                 f"reasonable size, not {str(value)[:20]!r}")
             return kind(value)
 
         H, D = number("num_attention_heads"), number("hidden_size")
@@ -142,18 +143,18 @@ def _read_json(path: Path) -> dict:
     return out
 
 
-def stop_ids(folder: str | Path) -> tuple[int, ...]:
+def stop_ids(folder: str | Path, key: str = "eos_token_id") -> tuple[int, ...]:
     """The tokens that end a text: eos_token_id of generation_config.json, else of config.json; an
     int or a list there. subtle: Instruct models end a turn with <|eot_id|>, which their config.json
-    may not name."""
+    may not name. (Another `key` is read in the same way.)"""
     for name in ("generation_config.json", "config.json"):
         if (Path(folder) / name).exists():
-            ids = _read_json(Path(folder) / name).get("eos_token_id")
+            ids = _read_json(Path(folder) / name).get(key)
             ids = ids if isinstance(ids, list) or ids is None else [ids]
-            if ids is not None and all(type(i) is int for i in ids):
+            if ids is not None and all(type(i) is int and 0 <= i < 2 ** 31 for i in ids):
                 return tuple(ids)
             if ids is not None:
-                raise ModelError(f"{Path(folder) / name}: eos_token_id {ids} holds no token ids")
+                raise ModelError(f"{Path(folder) / name}: {key} {str(ids)[:40]} holds no token ids")
     return ()
 
 
@@ -490,8 +491,15 @@ class Tokenizer:
             raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., a "
                              "single byte has none, or a special token is missing")
         self.bos, self.stop_ids = self.special["<|begin_of_text|>"], stop_ids(folder)
-        self._bpe = tiktoken.Encoding(folder.name, pat_str=SPLIT, mergeable_ranks=ranks,
-                                      special_tokens=self.special)
+        # A file that was cut short moves every special token.
+        if self.bos not in (stop_ids(folder, "bos_token_id") or [self.bos]):
+            raise ModelError(f"{path}: cut short or another model's: <|begin_of_text|> is "
+                             f"{self.bos} here, which the config's bos_token_id denies")
+        try:
+            self._bpe = tiktoken.Encoding("llama-3", pat_str=SPLIT, mergeable_ranks=ranks,
+                                          special_tokens=self.special)
+        except (ValueError, TypeError, OverflowError) as e:
+            raise ModelError(f"{path}: tiktoken refuses it: {type(e).__name__} {e}") from None
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text -> ids. No special token is added, and none can be written: "<|eot_id|>" in
@@ -547,12 +555,16 @@ def _ranks_of_hugging_face(path: Path) -> tuple[dict[bytes, int], dict[str, int]
         special = {a["content"]: a["id"] for a in t["added_tokens"]}
         vocab, kind, pre = t["model"]["vocab"], t["model"]["type"], t["pre_tokenizer"]
         ranks = {bytes(byte[ch] for ch in s): i for s, i in vocab.items() if s not in special}
-        parts = pre.get("pretokenizers", [pre])
-        split = [p["pattern"]["Regex"] for p in parts if p["type"] == "Split"]
+        steps = [{k: v for k, v in step.items() if k != "trim_offsets"}         # not about ids
+                 for step in pre.get("pretokenizers", [pre])]
+        altered = t.get("normalizer") or t["model"].get("dropout")
     except (KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{path}: not a byte-level tokenizer: {type(e).__name__} {e}") from None
-    if kind != "BPE" or split != [SPLIT]:
-        raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind} or split pattern)")
+    if kind != "BPE" or altered or steps != [
+            dict(type="Split", pattern=dict(Regex=SPLIT), behavior="Isolated", invert=False),
+            dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]:
+        raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind}, normalizer, dropout or "
+                         "split pattern)")
     return ranks, special
 
 

@@ -59,9 +59,9 @@ class Settings:
     def check(self, L: int) -> str | None:
         """The first fault of these settings for a model of L layers, as one line; else None."""
         for ok, complaint in (
-                (0 <= self.temperature < float("inf"),
-                 f"temperature {self.temperature}: 0 (greedy) or above wanted"),
-                (self.top_k >= 0, f"top-k {self.top_k}: 0 (off) or above wanted"),
+                (0 <= self.temperature <= 1e300,
+                 f"temperature {self.temperature}: 0 (greedy) to 1e300 wanted"),
+                (0 <= self.top_k <= 2 ** 53, f"top-k {self.top_k}: 0 (off) to 2**53 wanted"),
                 (0 < self.top_p <= 1, f"top-p {self.top_p}: above 0 and at most 1 (off) wanted"),
                 (self.N >= 1, f"max-new-tokens {self.N}: at least 1 wanted"),
                 (0 <= self.K < CHUNK,
@@ -70,7 +70,8 @@ class Settings:
                  f"skip-layers {self.M}: the model has {L} layers, so 0 to {L} wanted"),
                 (0 <= self.exit_threshold <= 1,
                  f"draft-exit-threshold {self.exit_threshold}: 0 (off) to 1 wanted"),
-                (self.interval >= 1, f"interval {self.interval}: at least 1 wanted")):
+                (1 <= self.interval <= 2 ** 53,
+                 f"interval {self.interval}: 1 to 2**53 wanted")):
             if not ok:
                 return complaint
         return None
@@ -337,7 +338,10 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
         for x, h in in_parts(model, ids, cached, cache, states=states):
             pass                                       # the rows that count are in the last part
         # p (k+1, V): row r predicts what follows the r-th draft, row 0 what follows the last token.
-        p = probabilities(model.head(x[-k - 1:]), s)
+        logits = model.head(x[-k - 1:])
+        if not cached and not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite numbers: damaged weights?")
+        p = probabilities(logits, s)
         verdict = judge(p, q, ids[len(ids) - k:], chance)
         emitted = drafted[:verdict.accepted] + [verdict.token]
         stops = [r for r, d in enumerate(emitted) if d in s.stop_ids]

@@ -495,7 +495,7 @@ def test_the_enumeration_sees_refusals_acceptance_changing_layers_and_stops_insi
 
 # ----------------------------------------------------------------- the checker must be able to fail
 
-DRAW, P = "drafted.append(chance.draw(q[-1]))", "p = probabilities(model.head(x[-k - 1:]), s)"
+DRAW, P = "drafted.append(chance.draw(q[-1]))", "p = probabilities(logits, s)"
 EXIT = "if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:"
 TODO, CACHED = "k, todo = len(drafted), text[cached:] + drafted", "cached = len(text) - 1  "
 BONUS, EMITTED = "len(q) else p[-1]", "emitted = drafted[:verdict.accepted] + [verdict.token]"
@@ -1646,7 +1646,9 @@ def hugging_face(ranks, special, **changes):
     split = dict(type="Split", pattern=dict(Regex=PIECE), behavior="Isolated", invert=False)
     return json.dumps(dict(
         added_tokens=[dict(id=i, content=name, special=True) for name, i in special.items()],
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, dict(type="ByteLevel")]),
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[
+            split, dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
+                        use_regex=False)]),
         model=dict(type="BPE", ignore_merges=True, vocab=vocab, merges=[])) | changes)
 
 
@@ -1780,6 +1782,12 @@ def index(**changes):
     return harm
 
 
+def cut_short(folder):
+    """... that ends a tokenizer.model between two lines."""
+    configure(bos_token_id=3840)(folder)
+    (folder / META).write_bytes(b"".join((folder / META).read_bytes().splitlines(True)[:3000]))
+
+
 K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"
 SHARD = "model-2-of-2.safetensors"
 BYTES = {bytes([b]): b for b in range(256)}
@@ -1804,6 +1812,9 @@ BROKEN = [
     (put("config.json", "{]"), "cannot be read"), (put("config.json", "[1]"), "a JSON object"),
     (put("config.json", b"\xff\xfe"), "cannot be read"),
     (configure(rope_scaling="yarn"), "rope_scaling"), (configure(vocab_size=math.inf), "a number"),
+    (configure(rope_scaling=dict(factor=8.0)), "rope type None"),
+    (configure(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), "'full_attention'"),
+    (configure(hidden_size=10 ** 400), "a number"), (configure(rope_theta=1e308), "a number"),
 
     (tensors(lambda w: w.pop(NORM)), f"weights missing: {NORM}"),
     (tensors(lambda w: [w.pop(n) for n in list(w) if "layers.1." in n]), "and 6 more"),
@@ -1829,6 +1840,14 @@ BROKEN = [
     (put_json(hugging_face(BYTES, {}).replace('"\\u0100"', '"\\u2581"')), "not a byte-level tok"),
     (put_json(hugging_face(BYTES, {}).replace("{1,3}", "{1,2}")), "or split pattern"),
     (put_json(hugging_face(BYTES, {}).replace('"BPE"', '"Unigram"')), "model Unigram"),
+    *[(put_json(hugging_face(BYTES, {}, **change)), "or split pattern") for change in (
+        dict(normalizer=dict(type="Lowercase")), dict(pre_tokenizer=dict(
+            type="Split", pattern=dict(Regex=PIECE), behavior="Isolated", invert=False)))],
+    *[(put_json(hugging_face(BYTES, {}).replace(right, wrong)), "or split pattern")
+      for right, wrong in (("Isolated", "Removed"), ('space": false', 'space": true'))],
+    (put_json(hugging_face(BYTES, dict(zip(llama.NAMED.values(), range(2 ** 32, 2 ** 33))))),
+     "tiktoken refuses it"),
+    (cut_short, "cut short or another model's"),
     (put(META, "IQ== 0\n"), "a single byte has none"),
     (put_json(hugging_face({**BYTES, b"ab": 255}, {})), "ranks are not 0, 1"),
     (put_json(hugging_face({**BYTES, b"ab": "x"}, {})), "ranks are not 0, 1"),
@@ -1955,9 +1974,21 @@ def test_bench_reads_every_file_that_is_json_by_lines(run, tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text('\ufeff{"category": "a", "turns": ["x\u2028y"]}\r\n\n', encoding="utf-8")
     assert run("--bench", path, "--max-new-tokens", 4)[0] == 0
-    path.write_text('{"category": "a", "turns": "xy"}')
-    status, out, err = run("--bench", path)
-    assert status == 2 and out == "" and "Spec-Bench" in err and err.count("\n") == 1
+    for wrong in ('{"category": "a", "turns": "xy"}', '{"category": "overall", "turns": ["x"]}'):
+        path.write_text(wrong)
+        status, out, err = run("--bench", path)
+        assert status == 2 and out == "" and "Spec-Bench" in err and err.count("\n") == 1
+
+
+def test_a_model_whose_numbers_overflow_writes_no_text(run, tmp_path):
+    """Refuses token 0, which is the argmax of what is not a number, for an answer."""
+    _, w = random_checkpoint(tmp_path)
+    w = {name: t.float() for name, t in w.items()}
+    w["model.layers.1.input_layernorm.weight"][0] = 1e30
+    save(w, tmp_path / "model.safetensors", {"format": "pt"})
+    for how in ((), ("--strategy", "ar", "--temperature", 1), ("--trace", tmp_path / "t")):
+        status, out, err = run("--model", tmp_path, "--prompt-ids", "1,2", *how)
+        assert (status, out, err.count("\n")) == (1, "", 1) and "not finite" in err
 
 
 PASSES = ("--bench-passes", "--max-new-tokens", 8, "--repeats", 1)
@@ -2128,7 +2159,8 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", "x", "--skip-layers", 33], 2, "32 layers"),
     (["--prompt", "x", "--draft-length", -1], 2, "draft-length"),
     (["--prompt", "x", "--draft-exit-threshold", 1.5], 2, "threshold"),
-    (["--prompt", "x", "--interval", 0], 2, "interval"),
+    (["--prompt", "x", "--interval", 0], 2, "interval"), (["--prompt", " " * 10 ** 5], 2, "blanks"),
+    (["--prompt", "x", "--model", "a\nb"], 1, "a\\nb: no such folder"),
     (["--prompt", "x", "--temperature", -1], 2, "temperature"),
     (["--prompt", "x", "--temperature", "nan"], 2, "temperature"),
     (["--prompt", "x", "--top-p", 0], 2, "top-p"), (["--prompt", "x", "--top-k", -3], 2, "top-k"),
@@ -2739,6 +2771,36 @@ def test_ctrl_c_leaves_whole_lines(check, tmp_path):
     assert check(b"".join(lines[:9]), model=DEMO)[0] == 3
 
 
+def test_a_trace_spoils_neither_the_model_nor_an_earlier_trace(run, tmp_path):
+    """Refuses a file of the model that is reached by another name, and an old trace emptied by a
+    run that comes to nothing."""
+    random_checkpoint(tmp_path / "m")
+    weights, old = tmp_path / "m" / "model.safetensors", tmp_path / "old"
+    (tmp_path / "link").symlink_to(weights)
+    (tmp_path / "m" / "original").mkdir()
+    (tmp_path / "m" / "original" / "params.json").write_text("{}")
+    before, what = weights.read_bytes(), ("--model", tmp_path / "m", "--prompt-ids", "1")
+    for path in (tmp_path / "link", tmp_path / "m" / "original" / "params.json"):
+        status, _, err = run(*what, "--trace", path)
+        assert status == 2 and "in the model's folder" in err
+    assert weights.read_bytes() == before
+    old.write_text("an old one, longer than none")
+    weights.write_bytes(before[:-9])
+    assert run(*what, "--trace", old)[0] == 1 and old.read_text() == "an old one, longer than none"
+    weights.write_bytes(before)
+    assert run(*what, "--trace", old, "--device", "cpu:0")[0] == 0
+    assert old.read_text().startswith("{")
+
+
+def test_the_checker_needs_no_open_streams():
+    """Refuses a departure reported for a right trace because nobody listens."""
+    checker, sound = ROOT / "oracle" / "check_trace.py", ROOT / "oracle" / "vectors" / "plain.jsonl"
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        for file, status in ((sound, 0), ("/nowhere", 2)):
+            command = shlex.join([sys.executable, str(checker), str(file)])
+            assert subprocess.run(f"{command} {closed}", shell=True).returncode == status
+
+
 def test_text_and_trace_are_not_mixed():
     """Refuses a trace on the pipe that the text goes to: neither could be read."""
     p = process("--prompt", "x", "--trace", "/dev/stdout")
@@ -2890,5 +2952,7 @@ def test_the_commands_of_the_oracle_run_as_the_readme_has_them(monkeypatch, tmp_
 
 
 if __name__ == "__main__":              # python test_clasp.py DIR [FACTOR]: the synthetic 8B, 16 GB
+    if not sys.argv[1:] or sys.argv[1].startswith("-") or Path(sys.argv[1]).exists():
+        sys.exit("usage: python test_clasp.py NEW_FOLDER [FACTOR]")
     synthetic_checkpoint(Path(sys.argv[1]), factor=float(sys.argv[2] if sys.argv[2:] else 0.1),
                          report=print)

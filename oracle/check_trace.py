@@ -424,6 +424,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")           # where the encoding has no such character
+    clasp_mini.mend_streams()
     sys.exit(main())
