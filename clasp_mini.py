@@ -283,7 +283,7 @@ class Job:
     def writable(self, path: str) -> TextIO:
         """The file of --trace or --dump-forward, opened before seconds go into loading."""
         # A file of the model itself must survive a slip of the hand.
-        if os.path.exists(path) and any(os.path.samefile(path, file)
+        if os.path.exists(path) and any(file.exists() and os.path.samefile(path, file)
                                         for file in Path(self.a.model).rglob("*")):
             raise UsageError(f"{path}: exists in the model's folder; name another file")
         if self.a.dump_forward and os.path.exists(path) and not os.path.isfile(path):

@@ -143,10 +143,14 @@ def _read_json(path: Path) -> dict:
     return out
 
 
-def stop_ids(folder: str | Path, key: str = "eos_token_id") -> tuple[int, ...]:
-    """The tokens that end a text: eos_token_id of generation_config.json, else of config.json; an
-    int or a list there. subtle: Instruct models end a turn with <|eot_id|>, which their config.json
-    may not name. (Another `key` is read in the same way.)"""
+def stop_ids(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that end a text: eos_token_id of generation_config.json, else of config.json.
+    subtle: Instruct models end a turn with <|eot_id|>, which their config.json may not name."""
+    return _token_ids(folder, "eos_token_id")
+
+
+def _token_ids(folder: str | Path, key: str) -> tuple[int, ...]:
+    """What the first of the two files that has `key` says, an int or a list there."""
     for name in ("generation_config.json", "config.json"):
         if (Path(folder) / name).exists():
             ids = _read_json(Path(folder) / name).get(key)
@@ -492,7 +496,7 @@ class Tokenizer:
                              "single byte has none, or a special token is missing")
         self.bos, self.stop_ids = self.special["<|begin_of_text|>"], stop_ids(folder)
         # A file that was cut short moves every special token.
-        if self.bos not in (stop_ids(folder, "bos_token_id") or [self.bos]):
+        if self.bos not in (_token_ids(folder, "bos_token_id") or [self.bos]):
             raise ModelError(f"{path}: cut short or another model's: <|begin_of_text|> is "
                              f"{self.bos} here, which the config's bos_token_id denies")
         try:
