@@ -677,8 +677,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--system", metavar="TEXT", help="system turn, with --chat")
     p.add_argument("--model", metavar="DIR", default=str(DEMO),
                    help="Hugging Face folder of a LLaMA-3 (default: the demo)")
-    p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: demo cpu, else "
-                   f"{other['device']})")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: for the demo "
+                   "cpu, else cuda where there is one)")
     p.add_argument("--dtype", choices=list(DTYPES),
                    help="default: float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--threads", type=int, metavar="N",
