@@ -296,7 +296,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
 
     The emitted tokens have exactly the distribution of sampling from the full model one by one: no
     choice of K, M, exit_threshold, interval or `choose` changes it. Without `choose`, or with K or
-    M = 0, no layers are optimised.
+    M = 0, no layers are optimised. Raises FloatingPointError if the prompt's logits are not finite.
     """
     assert prompt, "an empty prompt has no last token to continue from"
     assert not s.check(model.cfg.L), s.check(model.cfg.L)

@@ -1487,7 +1487,8 @@ def test_the_8b_by_graphs_is_the_eager_8b():
     texts that part where there is no tie. (-s shows how often they do, and whether the sets are the
     same: among equally quiet layers rounding decides.)"""
     for dtype, logits, cosines in ((torch.float32, 1e-3, 1e-5), (torch.bfloat16, 1 / 32, 5e-3)):
-        gc.collect()                                   # 32 GB, then 16
+        model = None                                   # 32 GB go before the next 16 come
+        gc.collect()
         torch.cuda.empty_cache()
         model = llama.Llama.load(os.environ["CLASP_8B"], "cuda", dtype)
         compile = clasp_mini.fusing(model.device)

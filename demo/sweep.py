@@ -19,7 +19,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clasp_mini  # noqa: E402
 from clasp_mini import choose_skip, figures  # noqa: E402
-from demo.train import DISTIL_OFTEN, drop_rates  # noqa: E402
+from demo.train import DISTIL_OFTEN, often_dropped  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
 
 
@@ -66,7 +66,7 @@ def sets() -> None:
     out, and with half of them, where there is more to choose."""
     job, prompts = setup()
     prompts, L = prompts[::2], job.cfg.L
-    often = [i for i, rate in enumerate(drop_rates(DISTIL_OFTEN)) if rate > 0.5]
+    often = [i for i, dropped in enumerate(often_dropped(DISTIL_OFTEN)) if dropped]
 
     def report(name: str, s: Settings, choosers) -> None:
         rates, per_verify = [], []

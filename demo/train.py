@@ -214,6 +214,11 @@ def drop_rates(often: int) -> list[float]:
     return [0.0 if i < 2 or i >= L - 2 else 0.75 if i in chosen else 0.1 for i in range(L)]
 
 
+def often_dropped(often: int) -> list[bool]:
+    """The same as one flag per layer: is it one of those left out often?"""
+    return [rate > 0.5 for rate in drop_rates(often)]
+
+
 def masks(n: int, rng: random.Random, distil: bool) -> list[list[bool]]:
     """n skip masks for one step: a third at full depth (else the full model is worse than its own
     subsets), the rest with the rates times a scale in 0 .. 1.3, stratified so that every step sees
@@ -321,7 +326,7 @@ def evaluate(model: Model, held: Tensor, device: torch.device, often: int, rows:
     often-dropped layers."""
     at = torch.linspace(0, len(held) - T - 1, rows).long().tolist()
     ids = torch.stack([torch.cat((torch.tensor([BOS]), held[i:i + T])) for i in at]).to(device)
-    dropped = [r > 0.5 for r in drop_rates(often)]
+    dropped = often_dropped(often)
     with torch.autocast(device.type, torch.bfloat16):
         return tuple(sum(model.loss(b, m).item() for b in ids.split(4)) / (rows // 4)
                      for m in ([False] * L, dropped))
@@ -357,7 +362,7 @@ def measure() -> None:
     context, each begun afresh."""
     model, text = Llama.load(DEMO), corpus()[1]
     held, size = tokens(text)[0], sum(len(t.encode()) for t in text)
-    often, T = [r > 0.5 for r in drop_rates(DISTIL_OFTEN)], CONTEXT // 2
+    often, T = often_dropped(DISTIL_OFTEN), CONTEXT // 2
     for name, skip in (("all layers", None), (f"{sum(often)} often-dropped left out", often)):
         total, count = 0.0, 0
         for part in held.split(T):
