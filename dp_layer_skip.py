@@ -1,9 +1,9 @@
-"""Which layers should the draft leave out? CLaSp's dynamic program over the hidden states of one
-token (§3.4, eq. 2).
+"""Which layers should the draft leave out? CLaSp's dynamic program over the full model's hidden
+states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and how near it comes.
 
     D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1
-    g[i,j] = the state that won
+    g[i,j] = the state that won,   g[i,0] = h[i]
 
 In words: after the first i layers, of which j were left out, how close can we be to where the full
 model is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or
@@ -12,38 +12,37 @@ stands in the last row, at j = M; the parents lead back from there to the set.
 
 Glossary
     L, M     layers; layers to leave out
-    h[0..L]  the full model's states of one token, h[L] before the final norm
-    D, g     (L+1, M+1) best cosines found; (M+1, width) the states behind one row of D
-    f_i      (run_layer) layer i on J independent versions of the token: (J, width) -> (J, width).
+    h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width).
+             Or of r tokens, (L+1, r, width): then a cell holds r states, and its value is the mean
+             of their cosines. The paper has r = 1.
+    D, g     (L+1, M+1) best cosines found; (M+1, [r,] width) the states behind one row of D
+    f_i      (run_layer) layer i on J independent candidates: (J, [r,] width) -> the same.
              This file knows no more of the model.
     parents  (L+1, M+1) bits: True where the cell was reached by skipping
 
 Why at the same depth, and not h[L]: so a beginning can be judged before its end is known, and the
-next layer is handed what it was trained on. What is predicted is a draft step at the probe itself;
-the tokens drafted after it read keys and values that the draft has written, which D does not see.
+next layer is handed what it was trained on. It is an approximation: each cell keeps one state, the
+nearest so far, although a farther one might have come out nearer in the end (§3.5, "approximate
+Markov").
 
-It is an approximation, and says so: each cell keeps one state, the nearest so far, although a
-farther one might have come out nearer in the end (§3.5, "approximate Markov"). To see a table, a
-path, and how near it comes:    python dp_layer_skip.py
-
-Run it on states you already have: a verify pass has just computed h. The cost is L - 1 calls of f,
-with at most M rows each.
+Run it on states you already have: a verify pass has just computed h. The cost is L calls of f, with
+at most M+1 candidates each. Column 0 skips nothing, so its cosines are 1 but for rounding. If they
+are not, the candidates do not see what the verify saw.
 """
 import itertools
 import os
-import random
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# torch warns that it is missing; nothing here needs it
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-RunLayer = Callable[[int, Tensor], Tensor]            # f_i: (i, (J, width)) -> (J, width)
+RunLayer = Callable[[int, Tensor], Tensor]     # f_i: (i, (J, [r,] width)) -> (J, [r,] width)
+NAN, INF = float("nan"), float("inf")
 
 
 @dataclass(frozen=True)
@@ -51,33 +50,28 @@ class Choice:
     """What one run of the dynamic program knows: the set found for every budget 0..M."""
     D: list[list[float]]        # (L+1) x (M+1) cosines; nan where j > i
     parents: list[list[bool]]   # (L+1) x (M+1) True where layer i-1 was skipped
-
-    def skip(self, j: int | None = None) -> tuple[bool, ...]:
-        """The set for budget j (default M), one flag per layer: read back from the last row of the
-        table."""
-        L, M = len(self.D) - 1, len(self.D[0]) - 1
-        j = M if j is None else j
-        assert 0 <= j <= M, f"budget {j} in a table for 0..{M}"
-        out = [False] * L
-        for i in range(L, 0, -1):
-            if self.parents[i][j]:                     # the cell was reached by skipping layer i-1,
-                out[i - 1] = True
-                j -= 1                           # which used up one skip; i falls by one either way
-        return tuple(out)
+    states: Tensor | None = None        # (M+1, [r,] width) g[L], where each budget leads to
 
     @classmethod
-    def read(cls, D: Tensor, parents: Tensor) -> "Choice":
-        """What `table` returns, fetched from its device. Row 0 and column 0, where nothing was
-        skipped, are added."""
-        L, M = D.shape
-        rows, bits = D.tolist(), parents.tolist()      # here the host waits
-        return cls([[1.0] + [float("nan")] * M] + [[1.0, *row] for row in rows],
-                   [[False] * (M + 1)] + [[False, *row] for row in bits])
+    def read(cls, D: Tensor, parents: Tensor, states: Tensor) -> "Choice":
+        """What `table` returns, fetched from its device; row 0 of D is added."""
+        M = D.shape[1] - 1
+        return cls([[1.0] + [NAN] * M, *D.tolist()], [[False] * (M + 1), *parents.bool().tolist()],
+                   states)
 
-    @property
-    def cosine(self) -> list[float]:
-        """The cosine with h[L] of the set found for each budget 0..M."""
-        return self.D[-1]
+    def path(self, j: int | None = None) -> list[tuple[int, int]]:
+        """The cells (i, j) from the last row, at budget j (default M), back to (0, 0)."""
+        i, j = len(self.D) - 1, len(self.D[0]) - 1 if j is None else j
+        assert 0 <= j < len(self.D[0]), f"budget {j} in a table for 0..{len(self.D[0]) - 1}"
+        cells = [(i, j)]
+        while i:
+            i, j = i - 1, j - self.parents[i][j]       # a skip was spent if layer i-1 was skipped
+            cells.append((i, j))
+        return cells
+
+    def skip(self, j: int | None = None) -> tuple[bool, ...]:
+        """The set for budget j (default M), one flag per layer."""
+        return tuple(self.parents[i][j] for i, j in self.path(j)[-2::-1])
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (..., width) -> (...)
@@ -88,68 +82,52 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (...,
     return (a * b).sum(-1) / norms.clamp_min(torch.finfo(wide).tiny)
 
 
-# ----------------------------------------------------------------- the recurrence, as it is written
-
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
-    """One cell at a time: the reference for the fast one below, and the version to read first.
-
-    h (L+1, width); run_layer(i, x) for x (1, width). On ties, where the paper is silent, the layer
-    is run: that choice stands first, and `max` keeps the first."""
-    L, nan = len(h) - 1, float("nan")
-    assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
-    D = [[nan] * (M + 1) for _ in range(L + 1)]
-    parents = [[False] * (M + 1) for _ in range(L + 1)]
+    """The recurrence as it is written, a cell at a time: the reference for the fast one below, and
+    the version to read first. On ties, where the paper is silent, the layer is run: that choice
+    stands first, and `max` keeps the first."""
+    L = len(h) - 1
+    D, parents = ([[fill] * (M + 1) for _ in range(L + 1)] for fill in (NAN, False))
     D[0][0], g = 1.0, {(0, 0): h[0]}
     for i in range(1, L + 1):
-        D[i][0], g[i, 0] = 1.0, h[i]                   # nothing skipped: the full model's own state
-        for j in range(1, min(i, M) + 1):
+        for j in range(min(i, M) + 1):
             choices = []
-            if j < i:                             # j = i: there is nothing that could have been run
+            if j < i:                                  # else there is nothing that could be run
                 choices.append((False, run_layer(i - 1, g[i - 1, j][None])[0]))
-            choices.append((True, g[i - 1, j - 1]))
-            parents[i][j], g[i, j] = max(choices, key=lambda c: cosine(h[i], c[1]).item())
-            D[i][j] = cosine(h[i], g[i, j]).item()
+            if j > 0:
+                choices.append((True, g[i - 1, j - 1]))
+            parents[i][j], g[i, j] = max(choices, key=lambda c: cosine(h[i], c[1]).mean().item())
+            D[i][j] = cosine(h[i], g[i, j]).mean().item()
+        g[i, 0] = h[i]                                 # nothing skipped: the full model's own state
     return Choice(D, parents)
 
 
-# ----------------------------------------------------------- the same, a row of the table at a time
-
 def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
-    """The set for a budget of M, and for every smaller one.
-
-    h (L+1, width), on any device; run_layer(i, x) for x (J, width), J <= M; 0 <= M <= L."""
+    """The set for a budget of M, 0 <= M <= L, and for every smaller one: the same recurrence, a row
+    of the table at a time."""
     return Choice.read(*table(h, run_layer, M))
 
 
-def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor]:
+def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
-    (§3.6). Rows 1..L and columns 1..M of D and of the parents: (L, M), (L, M).
-
-    What is decided stays on the device: no cell, and no layer, waits for the host."""
+    (§3.6). Rows 1..L of D and of the parents, (L, M+1) each, and g[L]. No cell, and no layer, waits
+    for the host."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
-    g = h[:1]                                          # g[i, 0..min(i, M)], here i = 0: (1, width)
-    rows, bits = [], []
+    g, rows = h[:1], []                                # g[i, 0..min(i, M)], here i = 0
     for i in range(1, L + 1):
-        J = min(i - 1, M)              # cells 1..J have a choice; cell 0 is h[i], cell i only skips
-        last = min(i, M)
-        # Skipping moves a state from j-1 to j, cells 1..last. Where running wins, what ran takes
-        # its place.
-        state = g[:last]
-        cos = cosine(h[i], state)                      # (last,)
-        bit = torch.ones_like(cos, dtype=torch.bool)
-        if J:
-            ran = run_layer(i - 1, g[1:J + 1])                               # (J, width)
-            cos_ran = cosine(h[i], ran)
-            wins = cos[:J] > cos_ran                   # strictly: on a tie the layer is run
-            bit[:J] = wins
-            cos = torch.cat((torch.where(wins, cos[:J], cos_ran), cos[J:]))
-            state = torch.cat((torch.where(wins[:, None], state[:J], ran), state[J:]))
-        g = torch.cat((h[i:i + 1], state))             # cell 0: nothing skipped
-        pad = (0, M - last)
-        rows.append(torch.nn.functional.pad(cos, pad, value=float("nan")))
-        bits.append(torch.nn.functional.pad(bit, pad))
-    return torch.stack(rows), torch.stack(bits)
+        run = torch.cat((run_layer(i - 1, g), g[-1:]))[:M + 1]
+        skip = torch.cat((g[:1], g))[:M + 1]           # a skip moves a state from j-1 to j
+        both = torch.stack((run, skip))                                     # (2, J, [r,] width)
+        cos = cosine(h[i], both).reshape(2, len(run), -1).mean(-1)          # (2, J)
+        cos[0, i:] = cos[1, :1] = -INF                 # cell i only skips, cell 0 only runs
+        best, skipped = cos.max(0)                     # of equals the first: the layer is run
+        g = both[skipped, torch.arange(len(run), device=h.device)]
+        g[0] = h[i]
+        rows.append([torch.nn.functional.pad(x, (0, M + 1 - len(run)), value=fill)
+                     for x, fill in ((best, NAN), (skipped, 0))])
+    D, parents = map(torch.stack, zip(*rows))
+    return D, parents, g
 
 
 # -------------------------------------------------------------------------- python dp_layer_skip.py
@@ -181,60 +159,49 @@ def run_set(h: Tensor, run_layer: RunLayer, skip: tuple[bool, ...]) -> float:
 
 def show(choice: Choice, colour: bool) -> str:
     """The table D as a heat strip, a row per depth, the path back marked."""
-    L, M = len(choice.D) - 1, len(choice.D[0]) - 1
+    path = dict(choice.path())                         # i -> j
     low = min(v for row in choice.D for v in row if v == v)
-    j, path = M, {(L, M)}
-    for i in range(L, 0, -1):
-        j -= choice.parents[i][j]
-        path.add((i - 1, j))
-    out = ["        j = " + "".join(f"{j:^7}" for j in range(M + 1))]
+    out = ["        j = " + "".join(f"{j:^7}" for j in range(len(choice.D[0])))]
     for i, row in enumerate(choice.D):
         cells = []
         for j, v in enumerate(row):
-            mark = "*" if (i, j) in path else " "
-            text = f" {v:.3f}{mark}" if v == v else "   .   "
+            text = f" {v:.3f}{'*' if path[i] == j else ' '}" if v == v else "   .   "
             if colour and v == v:
                 heat = 232 + round(20 * min(1, (v - low) / (1 - low or 1)))   # greys, dark to light
                 text = f"\033[48;5;{heat}m\033[38;5;{16 if heat > 243 else 231}m{text}\033[0m"
             cells.append(text)
-        j = next(j for j in range(M + 1) if (i, j) in path)
-        did = "SKIPPED" if choice.parents[i][j] else "run"
-        step = f"  layer {i - 1:2} {did}" if i else ""
-        out.append(f"  i = {i:2}    " + "".join(cells) + step)
+        did = f"  layer {i - 1:2} {'SKIPPED' if choice.parents[i][path[i]] else 'run'}" if i else ""
+        out.append(f"  i = {i:2}    " + "".join(cells) + did)
     return "\n".join(out)
 
 
 def main() -> None:
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
+    print("D[i,j] is the best cosine with the full model after i layers, j of them left out; *\n"
+          "marks the way back from the end. Three layers add (0,3), (-1,1), (1,-4) to (4,0):\n")
+    add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
+    h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
+    print(show(choose_skip(h, lambda i, x: x + add[i], 2), colour))
     L, M = 9, 3
-    h, run_layer = toy(L, 16, seed=3)
-    choice = choose_skip(h, run_layer, M)
+    choice = choose_skip(*toy(L, 16, seed=3), M)
     chosen = [i for i, s in enumerate(choice.skip()) if s]
-    print(f"A toy of {L} layers, of which 1, 4 and 7 do little; {M} are to be left out.\n"
-          "D[i,j]: the best cosine found with the full model after i layers, j left out.\n"
-          "The way back from D[9,3] is marked *.\n")
-    print(show(choice, colour))
-    print(f"\nLeft out: {chosen}, cosine {choice.cosine[M]:.4f}. "
-          "The same table holds every smaller budget: "
-          + ", ".join(f"{j} -> {c:.4f}" for j, c in enumerate(choice.cosine[:M])) + ".\n")
-    print("How good is it? Cosine with h[L] of the chosen set when run; of all sets; of 200 drawn\n"
-          "at random. The program is approximate: it comes near the best, and not always there.\n"
-          "  toy    L   M       DP     best    mean of random    rank of the DP's set")
+    print(f"\nA toy of {L} layers, of which 1, 4 and 7 do little; {M} are to be left out.\n\n"
+          f"{show(choice, colour)}\n\nLeft out: {chosen}. The last row has every smaller budget.\n"
+          "\nHow good is it? Cosine with h[L] of the chosen set when run, and of all sets: near\n"
+          "the best, and not always there.\n"
+          "  toy    L   M       DP     best    mean of all    rank of the DP's set")
+    L, M = 12, 5
+    sets = [tuple(i in s for i in range(L)) for s in itertools.combinations(range(L), M)]
     for seed in range(6):
-        L, M = 12, 5
-        h, run_layer = toy(L, 24, seed)
-        sets = [tuple(i in s for i in range(L)) for s in itertools.combinations(range(L), M)]
-        real = run_set(h, run_layer, choose_skip(h, run_layer, M).skip())
-        every = sorted((run_set(h, run_layer, s) for s in sets), reverse=True)
-        drawn = random.Random(seed).choices(every, k=200)
-        print(f"  {seed:3} {L:4} {M:3}  {real:8.4f} {every[0]:8.4f} {sum(drawn) / len(drawn):14.4f}"
-              f" {1 + sum(v > real + 1e-12 for v in every):16} of {len(every)}")
+        net = toy(L, 24, seed)
+        real, every = run_set(*net, choose_skip(*net, M).skip()), [run_set(*net, s) for s in sets]
+        print(f"  {seed:3} {L:4} {M:3}  {real:8.4f} {max(every):8.4f} "
+              f"{sum(every) / len(every):11.4f} {1 + sum(v > real + 1e-12 for v in every):13} "
+              f"of {len(every)}")
 
 
 if __name__ == "__main__":
-    for name in ("SIGINT", "SIGPIPE"):                 # Ctrl-C and `| head` end it without a word
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    if sys.stdout:                                     # None where the caller has closed it
-        main()
+    if hasattr(signal, "SIGPIPE"):                     # `| head` ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    main()

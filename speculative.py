@@ -1,91 +1,69 @@
-"""Self-speculative decoding: the lossless sampler and CLaSp's loop. `generate` is the paper's
-round, step for step.
+"""Self-speculative decoding: the lossless sampler and CLaSp's loop. `python speculative.py` prints
+what comes out of the right sampler and of three wrong ones.
 
 Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with
 probability q(d); the full model would have said p(d).
 
     min(1, p/q)            accept with this probability: accepted drafts pay min(p, q)
-    norm(max(0, p - q))    draw from this after a refusal: exactly what is still owed
+    norm(max(0, p - q))    draw from this after a rejection: exactly what is still owed
 
-The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this,
-and each has a test that fails when it does not:
+The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this:
 
-    - one function (`probabilities`) turns logits into p and into q, for draft, acceptance, residual
-      and bonus;
-    - what is drafted is judged: a token that was drawn is never thrown away because it looks
-      doubtful;
-    - draft and verify see the same text: refused tokens leave nothing behind that anyone reads.
+    - one function (`probabilities`) turns logits into p and into q, wherever they are needed;
+    - what is drafted is judged. To stop *after* a doubtful token is harmless: how many tokens are
+      judged together changes no token's chance. To throw it away is not: it was drawn with
+      probability q, and would come out less often than p says;
+    - draft and verify see the same text: rejected tokens leave nothing behind that anyone reads.
 
 Glossary
-    K, M       most tokens drafted per round; layers that the draft leaves out
+    K, M       most tokens drafted per round; layers that the draft leaves out (at most)
     p, q       target (full model) and draft distributions over V tokens
-    k          tokens drafted this round, k <= K
-    text       prompt and everything emitted; `cached` of its tokens have keys and values of the
-               full model
-    chance     who answers the two questions of chance: "accept with probability a?" and "draw from
-               p"
+    probe      the last r accepted tokens: their states choose the layers to leave out next
+    chance     answers "accept with probability a?" and "draw from p"
+    policy     says how many layers to leave out, when to end a draft, when to choose anew
 
-This file knows no LLaMA and no dynamic program, and of GPUs only how to wait for one rarely. A
-model is anything with cfg.L, device, cache(S), forward, layer and head as in llama.py; a chooser is
-anything called as dp_layer_skip.choose_skip is.
+This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
+forward, layer and head as in llama.py; a chooser is called as dp_layer_skip.choose_skip is.
 """
+import itertools
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 CHUNK = 512                  # rows of one prefill pass: scores take rows x slots of memory per head
 
 
-# -------------------------------------------------------------------------- logits -> probabilities
-
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. Only the first five change what comes out: three its distribution, N and
-    stop_ids where it ends."""
+    """What a user chooses. Only the first five change what comes out. None leaves a number to an
+    `Adaptive` policy."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
-    top_p: float = 1.0          # 1 is off
+    top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 0                  # 0 is plain decoding
-    M: int = 0                  # 0 drafts with the full model
-    exit_threshold: float = 0.0  # stop drafting after a token of lower confidence; 0 never does
-    interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
-
-    def check(self, L: int) -> str | None:
-        """The first fault of these settings for a model of L layers, as one line; else None."""
-        for ok, complaint in (
-                (0 <= self.temperature <= 1e300,
-                 f"temperature {self.temperature}: 0 (greedy) to 1e300 wanted"),
-                (0 <= self.top_k <= 2 ** 53, f"top-k {self.top_k}: 0 (off) to 2**53 wanted"),
-                (0 < self.top_p <= 1, f"top-p {self.top_p}: above 0 and at most 1 (off) wanted"),
-                (self.N >= 1, f"max-new-tokens {self.N}: at least 1 wanted"),
-                (0 <= self.K < CHUNK,
-                 f"draft-length {self.K}: 0 (no drafting) to {CHUNK - 1} wanted"),
-                (0 <= self.M <= L,
-                 f"skip-layers {self.M}: the model has {L} layers, so 0 to {L} wanted"),
-                (0 <= self.exit_threshold <= 1,
-                 f"draft-exit-threshold {self.exit_threshold}: 0 (off) to 1 wanted"),
-                (1 <= self.interval <= 2 ** 53,
-                 f"interval {self.interval}: 1 to 2**53 wanted")):
-            if not ok:
-                return complaint
-        return None
+    K: int | None = 0           # 0 is plain decoding
+    M: int | None = 0           # 0 drafts with the full model
+    exit_threshold: float | None = 0.0  # end a draft after a token of lower confidence
+    interval: int | None = 16   # verifications between two layer optimisations (the paper's LOI)
+    r: int = 1                  # tokens of the probe (1 in the paper)
 
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
     """The one way from logits to the distribution that is sampled: temperature, then top-k, then
-    top-p, in float32 or wider. Greedy is a one-hot distribution, so that it needs no rule of its
-    own anywhere else. Ties: the smaller id first."""
+    top-p, in float32 or wider. Greedy is one-hot, so that it needs no rule of its own anywhere
+    else. Ties: the smaller id first."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The smallest temperatures must neither overflow nor vanish in float32.
-    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits - logits.amax(-1, keepdim=True)    # small temperatures must not overflow
     logits = logits / max(s.temperature, torch.finfo(logits.dtype).tiny)
     if not s.top_k and s.top_p == 1:
         return logits.softmax(-1)
@@ -93,14 +71,17 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
     if s.top_k:
         logits[..., s.top_k:] = -torch.inf
     p = logits.softmax(-1)
-    # The nucleus is the shortest beginning with a mass of at least top_p: a token stays if those
-    # before it fall short.
-    if s.top_p < 1:
+    if s.top_p < 1:              # the shortest beginning that reaches it: what precedes falls short
         p = torch.where(p.cumsum(-1) - p < max(s.top_p, torch.finfo(p.dtype).tiny), p, 0)
     return torch.zeros_like(p).scatter_(-1, order, p / p.sum(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------- the sampler: three formulas
+
+def overlap(p: Tensor, q: Tensor) -> Tensor:                        # (..., V), (..., V) -> (...)
+    """sum(min(p, q)): the chance that a token drafted from q is accepted."""
+    return torch.minimum(p, q).sum(-1)
+
 
 def acceptance(p: Tensor, q: Tensor) -> Tensor:
     """min(1, p/q): how likely a drafted token is kept, from its probabilities under target and
@@ -110,8 +91,7 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
-    Where p and q agree to the last bit nothing is owed, and nothing can have been refused; should
-    rounding say otherwise, p itself."""
+    Where p and q agree nothing is owed or can have been rejected; should rounding say so, p."""
     owed = (p - q).clamp(min=0)
     mass = owed.sum()
     return torch.where(mass > 0, owed / mass, p)
@@ -123,37 +103,30 @@ class Verdict:
     p: list[float]              # probability of each under the full model
     q: list[float]              # and under the draft
     a: list[float]              # acceptance probability of each
-    accepted: int               # how many were kept, from the first on
-    token: int                  # what the full model adds: the correction of the first refusal or,
-                                # if all passed, a bonus
+    accepted: int               # how many were accepted, from the first on
+    token: int                  # the full model's own: a correction or, if all were accepted, bonus
 
 
-def judge(p: Tensor, q: Sequence[Tensor], drafted: Tensor, chance: "Chance") -> Verdict:
-    """p (k+1, V), q k times (V,), drafted (k,) ids on p's device. What the full model adds is drawn
-    from one of k+1 distributions: after a refusal at r from the residual there, else from p's last
-    row."""
-    def owed(r: int) -> Tensor:                                             # (V,)
-        return residual(p[r], q[r]) if r < len(q) else p[-1]
-
-    draw = chance.one_of(owed, len(q) + 1)
-    if not len(q):
-        return Verdict([], [], [], 0, draw(0))
-    at = drafted[:, None]
-    p_at, q_at = p[:-1].gather(1, at)[:, 0], torch.stack(list(q)).gather(1, at)[:, 0]
-    # One wait for a GPU: with these numbers come the tokens that `one_of` may have drawn ahead.
-    p_at, q_at, a = torch.stack((p_at.double(), q_at.double(), acceptance(p_at, q_at))).tolist()
-    r = next((r for r, a_r in enumerate(a) if not chance.accept(a_r)), len(a))
-    return Verdict(p_at, q_at, a, r, draw(r))
+def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int], chance: "Chance") -> Verdict:
+    """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row r predicts what stands in the place of
+    drafted[r], the last row what follows all; q k times (V,)."""
+    k = len(drafted)
+    at = torch.tensor(drafted, dtype=torch.long, device=p.device)[:, None]
+    p_at, q_at = p[:k].gather(1, at)[:, 0], torch.stack([*q, p[k]])[:k].gather(1, at)[:, 0]
+    said = torch.stack((p_at.double(), q_at.double(), acceptance(p_at, q_at))).tolist()
+    for r, a in enumerate(said[2]):
+        if not chance.accept(a):
+            return Verdict(*said, r, chance.draw(residual(p[r], q[r])))
+    return Verdict(*said, k, chance.draw(p[k]))
 
 
 # ------------------------------------------------------------------------------ chance
 
 class Chance:
-    """The real one: a seeded generator. It lives on the host, so that a seed means the same
-    uniforms on every device."""
+    """A seeded generator, on the host: a seed means the same uniforms on every device."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)        # of which it uses 32 bits
 
     def uniform(self) -> float:
         """u in [0, 1), 53 random bits."""
@@ -164,226 +137,228 @@ class Chance:
         return self.uniform() < a
 
     def draw(self, p: Tensor) -> int:
-        """A token drawn from p (V,)."""
-        return int(inverse_cdf(p, self.uniform()))
-
-    def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
-        """Take the uniform of one draw now, and choose the distribution later: returns draw(r), a
-        token from p(r), where p(0) .. p(n-1) are (V,) each. On a GPU all n tokens are drawn at
-        once, so that the host need not wait a second time."""
-        u, device = self.uniform(), p(n - 1).device
-        if device.type != "cuda":
-            return lambda r: int(inverse_cdf(p(r), u))
-        tokens = inverse_cdf(torch.stack([p(r) for r in range(n)]), u).to("cpu", non_blocking=True)
-
-        def draw(r: int) -> int:
-            torch.cuda.current_stream(device).synchronize()     # at once: judge has waited already
-            return int(tokens[r])
-        return draw
+        """A token drawn from p (V,): the first, in ascending id, at which the running sum exceeds u
+        times the total, in float64."""
+        # Zero where p is: even where a parallel sum's rounding falls, no such token can be first.
+        cdf = torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0)
+        return int((cdf > self.uniform() * cdf.amax()).int().argmax())
 
 
-def inverse_cdf(p: Tensor, u: float) -> Tensor:                             # (..., V) -> (...) ids
-    """The first token, in ascending id, at which the running sum of p, in float64, exceeds u times
-    its total."""
-    # Zero where p is: no such token can be the first to exceed, even where the rounding of a
-    # parallel sum makes it fall.
-    cdf = torch.where(p > 0, p.cumsum(-1, dtype=torch.float64), 0)
-    # (1 - 2^-53) * total can round up to total, which no sum exceeds.
-    u = min(u, 1 - 2 ** -52)
-    return (cdf > u * cdf.amax(-1, keepdim=True)).int().argmax(-1)
+# ------------------------------------------------------------------------------ policies
+
+class Fixed:
+    """The paper's: up to K tokens with M layers left out, an end after one of low confidence, a new
+    choice of layers every `interval` verifications. These five methods are what the loop asks."""
+
+    def __init__(self, s: Settings) -> None:
+        self.s, self.M, self.j = s, s.M, s.M           # left out at most, now
+
+    def plan(self, chosen: bool) -> int:
+        """A round begins, `chosen` if there is a set: how many tokens may be drafted?"""
+        return self.s.K
+
+    def goes_on(self, confidence: float) -> bool:
+        """A token was drafted with this confidence: another?"""
+        return confidence >= self.s.exit_threshold
+
+    def judged(self, p: Tensor, q: Sequence[Tensor], accepted: int) -> None:
+        """A verify has spoken: p (k+1, V), q k times (V,)."""
+
+    def due(self, n: int) -> bool:
+        """Are layers to be optimised after verification n?"""
+        return self.s.K != 0 and self.M > 0 and n % self.s.interval == 0
+
+    def watches(self, n: int) -> bool:
+        """Might they be, then or within r verifications? Only then states are kept."""
+        return self.s.r > 1 or self.due(n)
+
+    def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
+        """They were: h (r, D) the full model's last states, g (M+1, r, D) those of each budget."""
 
 
-class Recording(Chance):
-    """A Chance that keeps a log: ("accept", a, u, verdict) and ("draw", p, u, token)."""
+class Adaptive(Fixed):
+    """Beyond the paper: what pays, by what passes cost and what was accepted; what settings name is
+    fixed. It decides from confidences, and from p and q where tokens were judged, and all that is
+    drawn is judged: the distribution stays the full model's.
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.log: list[tuple[str, Any, float, int]] = []
+    c[j], v[n]   cost of a draft step with j layers left out, of a verify of n rows, in plain steps
+    o            of a layer optimisation. Unless the model's risks are given, the first one, which
+                 may be in vain, is made only where it costs at most 2 % of what is left
+    risk[j]      chance that a drafted token is rejected: given, or 0.5 (j/L)^2; refined by probes
+    accept(j)    1 - risk[j] * rejected / expected: corrected by what was seen, the old fading
+    gain(j)      tokens per plain step: max over k of (1 + a + .. + a^k) / (k c[j] + v[k+1])"""
 
-    def uniform(self) -> float:
-        self.u = super().uniform()
-        return self.u
+    def __init__(self, s: Settings, draft: Sequence[float], verify: Sequence[float],
+                 optimise: float = 0.0, risk: Sequence[float] | None = None) -> None:
+        L, self.s, self.c, self.v = len(draft) - 1, s, draft, verify
+        self.o = 0.0 if risk else optimise
+        budgets = {max(1, round(L * k / 12)) for k in range(1, 9)} if s.M is None else {s.M}
+        self.risk = {j: risk[j] if risk else 0.5 * (j / L) ** 2 for j in sorted(budgets)}
+        self.K, self.M, self.j = len(verify) - 2 if s.K is None else s.K, max(budgets), max(budgets)
+        self.rejected, self.expected, self.probes, self.rest, self.wait = 1.0, 1.0, 0, 0, 64
+        self.kept, self.seen = [0.0, 0.0], [0, 0]      # by confidence: below 0.5, from there on
+        self.bins, self.alarm, self.lost, self.since = [], 0.0, 0.0, 1
 
-    def accept(self, a: float) -> bool:
-        verdict = super().accept(a)
-        self.log.append(("accept", a, self.u, verdict))
-        return verdict
+    def accept(self, j: int) -> float:
+        return 1 - min(max(self.risk[j] * self.rejected / self.expected, 0.005), 0.99)
 
-    def draw(self, p: Tensor) -> int:
-        token = super().draw(p)
-        self.log.append(("draw", p, self.u, token))
-        return token
+    def gain(self, j: int) -> float:
+        a, tokens, best = self.accept(j), 1.0, 0.0
+        for k in range(1, self.K + 1):
+            tokens = 1 + a * tokens
+            best = max(best, tokens / (k * self.c[j] + self.v[k + 1]))
+        return best
 
-    def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
-        ahead, u = super().one_of(p, n), self.u
+    def plan(self, chosen: bool) -> int:
+        self.bins, self.reach = [], 1.0                # reach: chance that all drafted is accepted
+        return self.K if chosen and not self.rest else 0
 
-        def draw(r: int) -> int:
-            token = ahead(r)
-            self.log.append(("draw", p(r), u, token))
-            return token
-        return draw
+    def goes_on(self, confidence: float) -> bool:
+        b, a, k = int(confidence >= 0.5), self.accept(self.j), len(self.bins) + 1
+        self.bins.append(b)
+        self.reach *= (self.kept[b] + 2 * (a + confidence ** 0.5)) / (self.seen[b] + 4)
+        if self.s.exit_threshold is not None or k == self.K:
+            return k < self.K and super().goes_on(confidence)
+        # One more pays while its chance to be reached and kept is worth what its passes cost.
+        cost = self.c[self.j] + self.v[k + 2] - self.v[k + 1]
+        return self.reach * a >= self.gain(self.j) * cost
 
+    def judged(self, p: Tensor, q: Sequence[Tensor], accepted: int) -> None:
+        self.rest, n = max(0, self.rest - 1), min(accepted + 1, len(q))     # n tokens were judged
+        for b, x in zip(self.bins, overlap(p[:n], torch.stack(q[:n])).tolist() if n else ()):
+            self.kept[b], self.seen[b] = self.kept[b] + x, self.seen[b] + 1
+            self.rejected = 0.98 * self.rejected + 1 - x
+            self.expected = 0.98 * self.expected + self.risk[self.j]
+            # One-sided CUSUM: log likelihood of twice the rate of rejections since the choice of
+            # layers, against that rate. A false alarm in exp(6) = 400 tokens at most (Lorden 1971).
+            rate = min(max(self.lost / self.since, 0.02), 0.45)
+            self.alarm = max(0.0, self.alarm + (1 - x) * math.log(2)
+                             + x * math.log((1 - 2 * rate) / (1 - rate)))
+            self.lost, self.since = self.lost + 1 - x, self.since + 1
 
-class Enumerating(Chance):
-    """Chance without chance: it follows a script of answers, then takes the first possible answer
-    to every further question, and notes the scripts of the answers it did not give. `weight` is the
-    probability of all it answered."""
+    def watches(self, n: int) -> bool:
+        return self.rest <= self.s.r and (self.probes > 0 or self.o <= 0.02 * (self.s.N - n))
 
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script, self.taken, self.untaken, self.weight = script, [], [], 1.0
+    def due(self, n: int) -> bool:
+        if self.rest or not self.watches(n):
+            return False
+        self.j = max(self.risk, key=self.gain)
+        if self.s.M is None and self.gain(self.j) <= 1:             # nothing pays: decode plainly
+            self.rest, self.wait = self.wait, 2 * self.wait         # for a while, then look afresh
+            self.rejected, self.expected = 1.0, 1.0
+        elif self.s.interval is not None:
+            return super().due(n)
+        return not self.rest and (self.probes == 0 or self.alarm > 6)
 
-    def _answer(self, options: list[tuple[int, float]]) -> int:
-        k = len(self.taken)
-        pick = self.script[k] if k < len(self.script) else 0
-        if k >= len(self.script):
-            self.untaken += [[*self.taken, other] for other in range(1, len(options))]
-        self.taken.append(pick)
-        self.weight *= options[pick][1]
-        return options[pick][0]
-
-    def accept(self, a: float) -> bool:
-        return bool(self._answer([(v, w) for v, w in ((True, a), (False, 1 - a)) if w > 0]))
-
-    def draw(self, p: Tensor) -> int:
-        return self._answer([(token, w) for token, w in enumerate((p / p.sum()).tolist()) if w > 0])
-
-    def one_of(self, p: Callable[[int], Tensor], n: int) -> Callable[[int], int]:
-        return lambda r: self.draw(p(r))
-
-
-def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Run `run` down every branch that chance can take: (its result, the probability of that
-    branch), until none is left. The weights sum to 1, and those of equal results to the result's
-    exact probability."""
-    scripts: list[list[int]] = [[]]
-    while scripts:
-        chance = Enumerating(scripts.pop())
-        result = run(chance)
-        scripts += chance.untaken
-        yield result, chance.weight
+    def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
+        g, self.probes = g[list(self.risk)], self.probes + 1
+        p, q = model.head(h).softmax(-1), model.head(g.flatten(0, 1)).softmax(-1)
+        for j, a in zip(self.risk, overlap(p, q.view(len(g), *p.shape)).mean(-1).tolist()):
+            self.risk[j] += (1 - a - self.risk[j]) / (self.probes + 1)
+        self.j = max(self.risk, key=self.gain)
+        self.alarm, self.lost, self.since = 0.0, 4 * (1 - self.accept(self.j)), 4
 
 
 # ------------------------------------------------------------------------------ the loop
 
 @dataclass(frozen=True)
 class Round:
-    """What happened in one round. Round 0 is the prefill: its verify pass is over the prompt,
-    nothing is drafted."""
+    """What happened in one round; in round 0, the prefill, nothing is drafted."""
     start: int                  # tokens of text before it
     skip: tuple[bool, ...]      # layers that the draft left out
     drafted: list[int]          # d1..dk
     confidence: list[float]     # the draft's top-1 probability at each, at temperature 1
     verdict: Verdict            # what the full model said to them
-    emitted: list[int]          # the kept ones and the full model's own, cut after a stop token
+    emitted: list[int]          # the accepted ones and the full model's own, cut after a stop token
     choice: Any                 # what the chooser returned, if it was asked after this round
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
     @property
     def accepted(self) -> int:
-        """How many drafted tokens were kept: d1..d_accepted."""
         return self.verdict.accepted
-
-    def parts(self) -> dict[str, list[int]]:
-        """The tokens by what became of them: "kept", "refused", the full model's "own"."""
-        return dict(kept=self.emitted[:self.accepted], refused=self.drafted[self.accepted:],
-                    own=self.emitted[self.accepted:])
 
 
 @torch.inference_mode()
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
-             choose: Callable[..., Any] | None = None) -> Iterator[Round]:
-    """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends.
+             choose: Callable[..., Any] | None = None, policy: Any = None) -> Iterator[Round]:
+    """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
 
-    The emitted tokens have exactly the distribution of sampling from the full model one by one: no
-    choice of K, M, exit_threshold, interval or `choose` changes it. Without `choose`, or with K or
-    M = 0, no layers are optimised. Raises FloatingPointError if the prompt's logits are not finite.
-    """
+    What is emitted has exactly the distribution of sampling from the full model, whatever
+    the settings of the draft, `choose` and `policy` (default: `Fixed`). Raises FloatingPointError
+    if the prompt's logits are not finite."""
+    policy = policy or Fixed(s)
     assert prompt, "an empty prompt has no last token to continue from"
-    assert not s.check(model.cfg.L), s.check(model.cfg.L)
-    text, cached = list(prompt), 0
-    end, verified = len(text) + s.N, 0
-    skip = (False,) * model.cfg.L
-    cache = model.cache(end + s.M)     # M scratch slots for the DP; drafts stay within the text's
+    assert s.temperature >= 0 and s.top_k >= 0 and 0 < s.top_p <= 1 and s.N > 0 < s.r, s
+    assert 0 <= (s.K or 0) < CHUNK and 0 <= policy.M <= model.cfg.L and s.interval != 0, s
+    text, end, choice = list(prompt), len(prompt) + s.N, None
+    recent, cache = [], model.cache(end + (policy.M + 1) * s.r)     # DP's scratch: behind the text
 
-    while True:
+    for n in itertools.count():
         began, t = _clock(model), len(text) - 1        # t: position of the last token
-        # 1. Draft: up to K tokens from the layers not skipped, though no more than can be emitted
-        #    beside the full model's own. While nothing is cached, the prefill comes first.
-        drafted, q, confidence = [], [], []
-        while cached and len(drafted) < min(s.K, end - len(text) - 1):
-            token = drafted[-1] if drafted else text[-1]
-            rows = cache.sequence(t + len(drafted), 1)
-            x, _ = model.forward(_ids(model, [token]), rows, cache, skip)
-            logits = model.head(x)[0]                  # (V,)
-            q.append(probabilities(logits, s))
-            # This copy starts before `draw` waits for a GPU, and is there when that wait is over.
-            top = logits.softmax(-1).amax().to("cpu", non_blocking=True)
-            drafted.append(chance.draw(q[-1]))
-            confidence.append(top.item())
-            # Our decision, as the paper is silent: confidence is the draft's top-1 probability at
-            # temperature 1, before top-k and top-p; and a doubtful token stays and is judged like
-            # any other, only what would follow it is not drafted. To throw a token away after
-            # having seen it would make it rarer than p says (the tests measure that).
-            if confidence[-1] < s.exit_threshold or drafted[-1] in s.stop_ids:
-                break
+        drafted, q, confidence, skip, cached = [], [], [], (False,) * model.cfg.L, 0
+        if n > 0:              # round 0 is the prefill: nothing can be drafted, nothing is cached
+            # 1. Draft: up to K tokens, though no more than can be emitted beside the model's own.
+            cached, K = t, min(policy.plan(choice is not None), end - len(text) - 1)
+            skip = choice.skip(policy.j) if choice else skip
+            while len(drafted) < K:
+                ids = torch.tensor([drafted[-1] if drafted else text[-1]], device=model.device)
+                logits, _ = model.forward(ids, cache.sequence(t + len(drafted), 1), cache, skip)
+                q.append(probabilities(logits[0], s))                       # (V,)
+                drafted.append(chance.draw(q[-1]))
+                # Ours, as the paper is silent: confidence is the draft's top-1 probability at
+                # temperature 1, unfiltered; and a doubtful token is judged like any other, only
+                # what would follow it is not drafted.
+                confidence.append(logits.softmax(-1).amax().item())
+                if drafted[-1] in s.stop_ids or not policy.goes_on(confidence[-1]):
+                    break
         drafting = _clock(model)
 
-        # 2. Verify: one full pass over everything not cached, which is the last token and the
-        #    drafts (at first, the prompt). It overwrites all layers' keys and values there, so a
-        #    refused draft needs no undoing.
-        k, todo = len(drafted), text[cached:] + drafted
-        optimise = choose is not None and s.K > 0 and s.M > 0 and verified % s.interval == 0
-        ids = _ids(model, todo)
-        states = slice(-k - 1, None) if optimise else None
-        for x, h in in_parts(model, ids, cached, cache, states=states):
-            pass                                       # the rows that count are in the last part
-        # p (k+1, V): row r predicts what follows the r-th draft, row 0 what follows the last token.
-        logits = model.head(x[-k - 1:])
-        if not cached and not logits.isfinite().all():
+        # 2. Verify: one full pass over the last token and the drafts (at first, the prompt). It
+        #    overwrites all layers' keys and values there, so a rejected draft needs no undoing.
+        #    Row 0 of p (k+1, V) predicts what follows the last token, row r the r-th draft.
+        k = len(drafted)
+        todo, states = text[cached:] + drafted, choose is not None and policy.watches(n)
+        rows = max(k + 1, min(s.r, len(todo)) if states else 0)        # in the prompt, r tokens
+        logits, h = read(model, todo, cached, cache, rows, states)
+        if n == 0 and not logits.isfinite().all():
             raise FloatingPointError("the model's logits are not finite numbers: damaged weights?")
-        p = probabilities(logits, s)
-        verdict = judge(p, q, ids[len(ids) - k:], chance)
+        p = probabilities(logits[-k - 1:], s)
+        verdict = judge(p, q, drafted, chance)
         emitted = drafted[:verdict.accepted] + [verdict.token]
         stops = [r for r, d in enumerate(emitted) if d in s.stop_ids]
-        if stops:                                      # the text ends there, drafted or not
-            emitted = emitted[:stops[0] + 1]
-        text += emitted
-        cached = len(text) - 1                         # the last token is emitted, not yet read
+        emitted = emitted[:stops[0] + 1] if stops else emitted      # the text ends there
+        text += emitted                # the last of them has no keys and values in the cache yet
         done = bool(stops) or len(text) == end
+        policy.judged(p, q, verdict.accepted)
         verifying = _clock(model)
 
-        # 3. Optimise layers: the states of the last accepted row are the probe; its candidates are
-        #    told its position. The first set comes from the last prompt token ("Prefill & Update",
-        #    Fig. 1), the others every `interval` verifications.
-        used, choice = skip, None
-        if optimise and not done:
-            rows = cache.versions(t + verdict.accepted, s.M)
+        # 3. Optimise layers: the probe is the last accepted token, at first the prompt's last, and
+        #    r - 1 before it. The states come from the verify; candidates are told its position.
+        new, recent = None, [*recent, h[:, :rows - k + verdict.accepted]][-s.r:] if states else []
+        if states and policy.due(n) and not done:
+            h = torch.cat(recent, 1)[:, -s.r:]                              # (L+1, r, D)
+            them = cache.candidates(t + verdict.accepted, policy.M + 1, h.shape[1])
 
-            def run_layer(i: int, x: Tensor, rows: Any = rows) -> Tensor:
-                return model.layer(i, x, rows, cache)
-            choice = choose(h[:, verdict.accepted], run_layer, s.M)
-            skip = choice.skip()
-        verified += 1
+            def run_layer(i: int, g: Tensor, them: Any = them) -> Tensor:   # (J, r, D)
+                return model.layer(i, g.flatten(0, 1), them, cache).view_as(g)
+            new = choice = choose(h, run_layer, policy.M)
+            policy.probed(model, h[-1], choice.states)
         ended = _clock(model)
-        yield Round(t + 1, used, drafted, confidence, verdict, emitted, choice,
+        yield Round(t + 1, skip, drafted, confidence, verdict, emitted, new,
                     (drafting - began, verifying - drafting, ended - verifying))
         if done:
             return
 
 
-def in_parts(model: Any, ids: Tensor, t: int, cache: Any, **how: Any) -> Iterator[tuple]:
-    """One long pass over ids (n,), the first at position t, in parts of at most CHUNK rows: what
-    model.forward returns for each."""
-    for part in ids.split(CHUNK):
-        yield model.forward(part, cache.sequence(t, len(part)), cache, **how)
-        t += len(part)
-
-
-def _ids(model: Any, tokens: Sequence[int]) -> Tensor:
-    """Ids on the model's device; from pinned memory the host need not wait for the copy."""
-    if model.device.type != "cuda":
-        return torch.tensor(tokens, device=model.device)
-    return torch.tensor(tokens, pin_memory=True).to(model.device, non_blocking=True)
+def read(model: Any, tokens: Sequence[int], t: int, cache: Any, last: int = 1,
+         states: bool = False, skip: Sequence[bool] = ()) -> tuple[Tensor, Tensor | None]:
+    """One long pass over `tokens`, the first at position t, in parts of at most CHUNK rows: what
+    model.forward returns for the last `last`, or as many of them as the last part has."""
+    for ids in torch.tensor(tokens, device=model.device).split(CHUNK):
+        last = min(last, len(ids))
+        out = model.forward(ids, cache.sequence(t, len(ids)), cache, skip, last, states)
+        t += len(ids)
+    return out
 
 
 def _clock(model: Any) -> float:
@@ -391,3 +366,23 @@ def _clock(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
+
+
+# ------------------------------------------------------------------------ python speculative.py
+
+def main() -> None:
+    p, q = torch.tensor([[.50, .25, .15, .07, .03], [.20, .40, .15, .05, .20]], dtype=torch.float64)
+    a, top, one = acceptance(p, q), torch.eye(5)[q.argmax()].double(), torch.ones_like(p)
+    print("What comes out, token by token, where one is drafted: draft * a + P(rejection) * own\n")
+    for name, draft, a, own in (
+            ("p, the full model", p, one, p), ("q, the draft", q, one, p),
+            ("right: a = min(1, p/q), own = residual", q, a, residual(p, q)),
+            ("wrong: own = p", q, a, p), ("wrong: own = softmax(p - q)", q, a, (p - q).softmax(0)),
+            ("wrong: argmax drafts, judged by q", top, a, residual(p, q))):
+        out = draft * a + (draft * (1 - a)).sum() * own
+        print(f"{name:40}" + "".join(f"{v:7.3f}" for v in out.tolist())
+              + f"   largest error {(out - p).abs().max().item():.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,27 +1,23 @@
-"""The two files that another implementation can be held against: a trace of a run, and a dump of
-one forward pass. TRACE.md is their contract; here they are written, and a trace is read back.
+"""A trace of a run, which another implementation can be held against: here it is written and read
+back. TRACE.md is the contract.
 
-`HEADER` and `schema` are the grammar of a trace: what may stand in each field of each line. Whether
-the values are *right* is the business of check_trace.py.
+`HEADER` and `schema` are the grammar: what may stand in each field of each line. Whether the values
+are *right* is the business of check_trace.py.
 """
 import hashlib
 import json
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
-import torch
-from safetensors import TensorSpec, serialize_file
-from torch import Tensor
+from clasp_mini import VERSION as PROGRAM_VERSION
+from llama import Config, Llama, torch
+from speculative import CHUNK, Adaptive, Chance, Round, Settings, generate
 
-from llama import Config, Llama, tensor_files, need_memory
-from speculative import Recording, Round, Settings, generate, in_parts
-
-VERSION = 1
-LONGEST = 1 << 20            # bytes of a line: a prompt of 100,000 tokens, a table of 126 layers
+VERSION = 2                  # of the format
 PROGRAM = "clasp-mini"
 
 
@@ -35,14 +31,37 @@ class Incomplete(Exception):
 
 # ------------------------------------------------------------------------------------ writing
 
+class Recording(Chance):
+    """A Chance whose uniforms come from `uniform`, and which keeps a log of what it was asked:
+    ("accept", a, u, verdict) and ("draw", p, u, token)."""
+
+    def __init__(self, uniform: Callable[[], float]) -> None:
+        self.source, self.log = uniform, []
+
+    def uniform(self) -> float:
+        self.last = self.source()
+        return self.last
+
+    def accept(self, a: float) -> bool:
+        verdict = super().accept(a)
+        self.log.append(("accept", a, self.last, verdict))
+        return verdict
+
+    def draw(self, p: torch.Tensor) -> int:
+        token = super().draw(p)
+        self.log.append(("draw", p, self.last, token))
+        return token
+
+
 def fingerprint(folder: str | Path) -> dict[str, str]:
     """name -> SHA-256 (hex) of every file that determines the model's numbers."""
-    folder = Path(folder)
-    names = {"config.json", *(os.path.relpath(p, folder) for p in tensor_files(folder).values())}
-    if "model.safetensors" not in names:
-        names.add("model.safetensors.index.json")
+    folder, index = Path(folder), "model.safetensors.index.json"
+    names = ["config.json", "model.safetensors"]
+    if not (folder / names[1]).exists():
+        shards = set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
+        names[1:] = [index, *sorted(shards)]
     out = {}
-    for name in sorted(names):
+    for name in names:
         with open(folder / name, "rb") as f:
             digest = hashlib.sha256()
             while part := f.read(1 << 20):
@@ -51,11 +70,26 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     return out
 
 
-def record(model: Llama, prompt: Sequence[int], s: Settings, seed: int, choose: Callable[..., Any],
-           out: TextIO, about: dict) -> Iterator[Round]:
-    """`generate` with `Chance(seed)`, each round written to `out` before it is yielded. `about` is
-    the header's `model` (see `fingerprint`) and `versions`. If the run is broken off, what has been
-    written is whole rounds, without the line `end`."""
+def about(folder: str | Path) -> dict[str, dict[str, str]]:
+    """What a trace or a dump says of the model in `folder` and of the programs that ran it."""
+    return dict(model=fingerprint(folder), versions={
+        PROGRAM: PROGRAM_VERSION, "torch": torch.__version__, "python": platform.python_version()})
+
+
+def record(job: Any, ids: Sequence[int], path: str | Path) -> Iterator[Round]:
+    """The rounds of a job of the command, each written to the trace at `path` before it is yielded
+    (clasp_mini.py --trace)."""
+    with open(path, "w", encoding="utf-8") as out:
+        yield from write_trace(job.model, ids, job.settings, Recording(Chance(job.a.seed).uniform),
+                               job.choose, out, about(job.folder), job.a.seed, job.costs)
+
+
+def write_trace(model: Llama, prompt: Sequence[int], s: Settings, chance: Recording,
+                choose: Callable[..., Any], out: TextIO, about: dict, seed: int | None = None,
+                costs: dict[str, Any] | None = None) -> Iterator[Round]:
+    """`generate`, each round written to `out` before it is yielded; with `costs` by the policy that
+    adapts. `about` and `seed` are for the header. If the run is broken off, what has been written
+    is whole rounds, without `end`."""
     def write(lines: list[dict]) -> None:
         out.write("".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
                           for line in lines))
@@ -63,22 +97,36 @@ def record(model: Llama, prompt: Sequence[int], s: Settings, seed: int, choose: 
 
     write([dict(event="header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
                 config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
-                settings=dict(asdict(s), seed=seed), prompt_ids=list(prompt))])
-    chance, emitted, last = Recording(seed), 0, None
-    for n, r in enumerate(generate(model, prompt, s, chance, choose)):
-        write([dict(event=event, round=n, **fields) for event, fields in _events(r, chance.log)])
+                settings=dict(asdict(s), seed=seed), costs=costs, prompt_ids=list(prompt))])
+    policy = Adaptive(s, **costs) if costs else None
+    left, last = s.N, None
+    for n, r in enumerate(generate(model, prompt, s, chance, choose, policy)):
+        events = _events(r, chance.log, ended(r, s, left) if n else "prefill")
+        write([dict(event=event, round=n, **fields) for event, fields in events])
         chance.log.clear()             # its distributions have V entries: one round of them at most
-        emitted, last = emitted + len(r.emitted), r.emitted[-1]
+        left, last = left - len(r.emitted), r.emitted[-1]
         yield r
-    write([dict(event="end", reason="stop" if last in s.stop_ids else "length", emitted=emitted)])
+    write([dict(event="end", reason="stop" if last in s.stop_ids else "length",
+                emitted=s.N - left)])
 
 
-def _events(r: Round, log: list) -> Iterator[tuple[str, dict]]:
+def ended(r: Round, s: Settings, left: int) -> str:
+    """What ended the draft of a round before which `left` tokens may still be emitted."""
+    k = len(r.drafted)
+    if k == s.K or k == left - 1:
+        return "K" if k == s.K else "N"
+    if k and r.drafted[-1] in s.stop_ids:
+        return "stop"
+    doubted = k and s.exit_threshold is not None and r.confidence[-1] < s.exit_threshold
+    return "confidence" if doubted else "policy"
+
+
+def _events(r: Round, log: list, ended: str) -> Iterator[tuple[str, dict]]:
     """A round's lines. Its log: a draw for each drafted token, the verdicts up to the first
-    refusal, and the draw of the full model's own token."""
+    rejection, and the draw of the full model's own token."""
     v, k = r.verdict, len(r.drafted)
     draws, verdicts, (_, drawn_from, u_own, own) = log[:k], log[k:-1], log[-1]
-    yield "round", dict(start=r.start, skip=[i for i, s in enumerate(r.skip) if s])
+    yield "round", dict(start=r.start, skip=[i for i, s in enumerate(r.skip) if s], ended=ended)
     for step, token in enumerate(r.drafted):
         yield "draft", dict(step=step, token=token, q=v.q[step], confidence=r.confidence[step],
                             u=draws[step][2])
@@ -93,58 +141,11 @@ def _events(r: Round, log: list) -> Iterator[tuple[str, dict]]:
         M = len(r.choice.D[0]) - 1
         yield "optimise", dict(
             position=r.start - 1 + r.accepted, M=M,
-            D=[line[:min(i, M) + 1] for i, line in enumerate(r.choice.D)],
-            parents=["".join("01"[bit] for bit in line[:min(i, M) + 1])
-                     for i, line in enumerate(r.choice.parents)],
-            skip=[i for i, s in enumerate(r.choice.skip()) if s], cosine=r.choice.cosine)
+            D=[row[:i + 1] for i, row in enumerate(r.choice.D)],
+            parents=["".join("01"[bit] for bit in row[:i + 1])
+                     for i, row in enumerate(r.choice.parents)],
+            skip=[i for i, s in enumerate(r.choice.skip()) if s])
     yield "times", dict(zip(("draft", "verify", "optimise"), r.seconds))
-
-
-DUMP = dict(
-    prompt_ids="(T,) the tokens",
-    logits="(T, V) row t scores what follows token t; before temperature",
-    hidden="(L+1, T, D) the residual stream: 0 the embedding, i what layer i receives, L the last "
-           "layer's output before the final norm; over a skipped layer it does not change",
-    keys="(L, T, G, hd) as cached, after the rotary embedding; zeros for a skipped layer",
-    values="(L, T, G, hd) as cached; zeros for a skipped layer")
-
-
-@torch.inference_mode()
-def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path: str | Path,
-                 about: dict) -> dict[str, Tensor]:
-    """One forward pass over `prompt`, without the layers `skip`, into a safetensors file: the
-    tensors of `DUMP`, logits in float32 or wider, the others in the model's dtype. Returns them.
-    Raises llama.ModelError if they do not fit into memory."""
-    c, T, one = model.cfg, len(prompt), model.embed.element_size()
-    size = T * (c.V * torch.finfo(model.wide).bits // 8 + (c.L + 1) * c.D * one
-                + 2 * c.L * c.G * c.hd * one)
-    need_memory(torch.device("cpu"), size, f"the dump of {T} tokens")
-    out = dict(prompt_ids=torch.tensor(prompt), logits=torch.empty(T, c.V, dtype=model.wide),
-               hidden=torch.empty(c.L + 1, T, c.D, dtype=model.dtype))
-    cache, left_out = model.cache(T), [i in skip for i in range(c.L)]
-    ids, t = out["prompt_ids"].to(model.device), 0
-    for x, h in in_parts(model, ids, 0, cache, skip=left_out, states=slice(None)):
-        part, t = slice(t, t + len(x)), t + len(x)
-        out["logits"][part], out["hidden"][:, part] = model.head(x).cpu(), h.cpu()
-    out["keys"], out["values"] = (x.transpose(1, 2).cpu().contiguous() for x in (cache.k, cache.v))
-    meta = dict(version=VERSION, program=PROGRAM, tensors=DUMP, skip=sorted(skip), config=asdict(c),
-                dtype=str(model.dtype).removeprefix("torch."), **about)
-    save(out, path, {"clasp-forward": json.dumps(meta)})     # several entries come in any order
-    return out
-
-
-def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. The library's own `save_file` does the same, but asks for NumPy,
-    and a new file in the place of the old ends a symbolic link and narrows the permissions."""
-    assert all(t.is_contiguous() for t in tensors.values())
-    path = Path(path).resolve()
-    path.touch()
-    mode = path.stat().st_mode
-    specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
-                              data_ptr=t.data_ptr(), data_len=t.nbytes)
-             for name, t in tensors.items()}
-    serialize_file(specs, str(path), metadata)
-    path.chmod(mode)
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -174,13 +175,15 @@ def word(*allowed: str) -> Field:
     return " or ".join(allowed), lambda v: v in allowed
 
 
-COUNT, SIZE = whole(0, 2 ** 53), whole(1, 2 ** 53)     # JSON's doubles hold no more exactly
+COUNT, SIZE, SEED = whole(0, 10 ** 9), whole(1, 10 ** 9), maybe(whole(0, 2 ** 64))
 TEXT = ("a text", lambda v: type(v) is str)
 FLAG, NOT_NEGATIVE = ("true or false", lambda v: type(v) is bool), real(0, 1e300)
 TEXTS = ("an object of texts", lambda v: type(v) is dict and all(map(TEXT[1], v.values())))
 CHANCE = ("a number from 0 up to, but not, 1", lambda v: type(v) in (int, float) and 0 <= v < 1)
-PROBABILITY = real(0, 1 + 1e-6)        # a float32 softmax may exceed 1 by a rounding
-COSINE = real(-1 - 1e-3, 1 + 1e-3)
+NUCLEUS = ("a number above 0, at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1)
+# What the replay has a number of its own for: one out of range is a departure like any other.
+NUMBER = ("a finite number", lambda v: type(v) in (int, float) and abs(v) < 1e300)
+COSTS = ("an object, or null", lambda v: v is None or type(v) is dict)
 
 HEADER: dict[str, Any] = dict(
     event=word("header"), schema=word("clasp-trace"), version=whole(VERSION, VERSION),
@@ -188,10 +191,11 @@ HEADER: dict[str, Any] = dict(
     config=dict(dict.fromkeys(("L", "D", "H", "G", "hd", "ffn", "V", "context"), SIZE),
                 eps=NOT_NEGATIVE, tied=FLAG, theta=NOT_NEGATIVE, scaling=maybe(some(NOT_NEGATIVE))),
     dtype=word("float32", "float64", "bfloat16"),
-    settings=dict(temperature=NOT_NEGATIVE, top_k=COUNT, top_p=real(0, 1), N=SIZE,
-                  stop_ids=some(COUNT), K=COUNT, M=COUNT,
-                  exit_threshold=real(0, 1), interval=SIZE, seed=maybe(whole(0, 2 ** 64))),
-    prompt_ids=some(COUNT))
+    settings=dict(temperature=NOT_NEGATIVE, top_k=COUNT, top_p=NUCLEUS, N=SIZE,
+                  stop_ids=some(COUNT), K=maybe(whole(0, CHUNK - 1)), M=maybe(COUNT),
+                  exit_threshold=maybe(real(0, 1)), interval=maybe(SIZE), r=whole(1, CHUNK - 1),
+                  seed=SEED),
+    costs=COSTS, prompt_ids=some(COUNT))
 
 
 def schema(cfg: Config) -> dict[str, dict[str, Field]]:
@@ -199,15 +203,16 @@ def schema(cfg: Config) -> dict[str, dict[str, Field]]:
     token, count, layers = whole(0, cfg.V - 1), whole(0, cfg.context), some(whole(0, cfg.L - 1))
     bits = ("a text of 0 and 1", lambda v: type(v) is str and not v.strip("01"))
     return {event: dict(event=word(event), round=count, **fields) for event, fields in dict(
-        round=dict(start=count, skip=layers),
-        draft=dict(step=count, token=token, q=PROBABILITY, confidence=PROBABILITY, u=CHANCE),
-        verify=dict(step=count, token=token, p=PROBABILITY, q=PROBABILITY, a=PROBABILITY,
+        round=dict(start=count, skip=layers,
+                   ended=word("prefill", "K", "N", "stop", "confidence", "policy")),
+        draft=dict(step=count, token=token, q=NUMBER, confidence=NUMBER, u=CHANCE),
+        verify=dict(step=count, token=token, p=NUMBER, q=NUMBER, a=NUMBER,
                     u=maybe(CHANCE), accepted=maybe(FLAG)),
-        own=dict(kind=word("plain", "residual", "bonus"), token=token, probability=PROBABILITY,
+        own=dict(kind=word("plain", "residual", "bonus"), token=token, probability=NUMBER,
                  u=CHANCE),
         emit=dict(tokens=some(token)),
-        optimise=dict(position=count, M=count, D=some(some(COSINE)), parents=some(bits),
-                      skip=layers, cosine=some(COSINE)),
+        optimise=dict(position=count, M=count, D=some(some(NUMBER)), parents=some(bits),
+                      skip=layers),
         times=dict(draft=NOT_NEGATIVE, verify=NOT_NEGATIVE, optimise=NOT_NEGATIVE)).items()} | dict(
             end=dict(event=word("end"), reason=word("stop", "length"), emitted=count))
 
@@ -233,53 +238,40 @@ def match(line: dict, fields: dict, where: str) -> None:
             raise Invalid(f"{where}: {name} is {short(line[name])}; {field[0]} wanted")
 
 
-def read(file: BinaryIO) -> Iterator[dict]:
-    """The objects of a file of JSON lines, one at a time, each a dict with a text `event`. Raises
-    Invalid, with the line number: these files come from strangers."""
-    def number(kind: type) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            if len(text) > 100 or not math.isfinite(float(text)):
-                raise ValueError(f"the number {text[:20]}... is too long or too large")
-            return kind(text)
-        return parse
-
+def read(file: Iterable[bytes]) -> Iterator[dict]:
+    """The objects of a file of JSON lines, one at a time, each with a text `event`. Raises Invalid,
+    with the line number: these files come from other programs."""
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict:
-        out = {}
-        for name, value in pairs:
-            if name in out:
-                raise ValueError(f"{short(name)} stands there twice")
-            out[name] = value
-        return out
-
-    n = 0
-    while raw := file.readline(LONGEST + 1):
-        n += 1
-        if len(raw) > LONGEST:
-            raise Invalid(f"line {n}: longer than {LONGEST} bytes")
+    for n, raw in enumerate(file, 1):
         if not raw.endswith(b"\n"):
             raise Invalid(f"line {n}: cut short, it does not end with a newline")
         try:
-            line = json.loads(raw.decode(), parse_int=number(int), parse_float=number(float),
-                              parse_constant=constant, object_pairs_hook=unique)
-        except RecursionError:
-            raise Invalid(f"line {n}: nested too deeply") from None
-        except UnicodeDecodeError:
-            raise Invalid(f"line {n}: not UTF-8") from None
-        except ValueError as e:
-            raise Invalid(f"line {n}: not JSON: {getattr(e, 'msg', e)}") from None
+            line = json.loads(raw, parse_constant=constant)
+        except (ValueError, RecursionError) as e:
+            raise Invalid(f"line {n}: not JSON: {short(str(e))}") from None
         if type(line) is not dict or type(line.get("event")) is not str:
             raise Invalid(f"line {n}: a JSON object with a text \"event\" wanted")
         yield line
+
+
+def by_round(lines: Iterable[dict]) -> list[dict[str, list[dict]]]:
+    """The rounds of a trace: event -> its lines in the round, in their order."""
+    out: list[dict[str, list[dict]]] = []
+    for line in lines:
+        if line["event"] == "round":
+            out.append(defaultdict(list))
+        if "round" in line:
+            out[-1][line["event"]].append(line)
+    return out
 
 
 class Lines:
     """A trace as a cursor: `now` is the line looked at, line `number` of the file, checked against
     the grammar alone: HEADER, then `schema` once the sizes are known."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Iterable[bytes]) -> None:
         self.lines, self.number, self.now, self.schema = read(file), 0, {}, {}
 
     def advance(self) -> None:

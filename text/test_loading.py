@@ -1,0 +1,159 @@
+"""config.json and weights: every spelling and variant is read, and whatever is wrong with a folder
+is one line.
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama
+from oracle.slow_llama import (AS_4, AS_5, BASE, IDS, INDEX, SCALED, random_checkpoint, reference,
+                               sizes)
+from test_clasp import passes, same
+from text.safetensors_file import save
+
+LLAMA3 = os.environ.get("CLASP_LLAMA3")
+with_llama3 = pytest.mark.skipif(not LLAMA3, reason="CLASP_LLAMA3 names no folder of Meta's files")
+
+
+def complaint(call, *args):
+    """What `call` says when it refuses: a ModelError of one line."""
+    with pytest.raises(llama.ModelError) as e:
+        call(*args)
+    assert str(e.value) and "\n" not in str(e.value)
+    return str(e.value)
+
+
+def configure(**overrides):
+    """A function that writes BASE with overrides into a folder; `...` takes a key away."""
+    c = {k: v for k, v in {**BASE, **overrides}.items() if v is not ...}
+    return lambda folder: (folder / "config.json").write_text(json.dumps(c))
+
+
+def config_of(folder, c):
+    configure(**c)(folder)
+    return llama.Config.load(folder)
+
+
+def test_both_spellings_of_the_8b_are_the_8b(tmp_path):
+    """Rejects a reader of one spelling only, which from the other gets theta 10000, no scaling."""
+    c = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+             intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=131072)
+    old = config_of(tmp_path, dict(c, rope_theta=5e5, rope_scaling=SCALED))
+    new = config_of(tmp_path, dict(c, rope_parameters=dict(SCALED, rope_theta=5e5), head_dim=128))
+    assert old == new == llama.Config(
+        L=32, D=4096, H=32, G=8, hd=128, ffn=14336, V=128256, eps=1e-5, context=131072, tied=False,
+        theta=5e5, scaling=(8.0, 1.0, 4.0, 64))
+    assert config_of(tmp_path, dict(rms_norm_eps=None)).eps == 1e-6          # Transformers' default
+
+
+@with_llama3
+def test_every_released_config_reads_the_same_from_both_spellings(tmp_path):
+    """Rejects a reader that misses a field of a released model in either spelling."""
+    path = Path(LLAMA3) / "llama3_configs.json"
+    old, new = json.loads(path.read_text(encoding="utf-8")).values()
+    assert old.keys() == new.keys() and len(old) > 5
+    for name, c in old.items():
+        cfg, scaled = config_of(tmp_path, c), "Meta-Llama-3-" not in name
+        assert cfg == config_of(tmp_path, new[name]) and (cfg.H, cfg.G, cfg.hd) == sizes(new[name])
+        assert (cfg.L, cfg.D, cfg.ffn) == tuple(
+            c[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+        factor = new[name]["rope_parameters"].get("factor")
+        assert cfg.theta == 5e5 and cfg.scaling == ((factor, 1.0, 4.0, 8192) if scaled else None)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weights_arrive_unchanged_from_one_file_or_shards(tmp_path, stored, shards):
+    """Rejects a loader that rounds or misplaces part of a fused matrix, or keeps the memory map."""
+    c, w = random_checkpoint(tmp_path, AS_5, dtype=stored, shards=shards)
+    model = llama.Llama.load(tmp_path, "cpu", torch.float64)
+    half = llama.Llama.load(tmp_path, dtype=torch.bfloat16)
+    assert llama.Llama.load(tmp_path).dtype == torch.float32
+    assert half.dtype == torch.bfloat16 and half.head(half.embed).dtype == torch.float32
+    was = [x.clone() for x in (half.embed, half.norm, *half.layers[1])]
+    random_checkpoint(tmp_path, AS_5, seed=1, dtype=stored, shards=shards)
+    assert all(map(torch.equal, was, (half.embed, half.norm, *half.layers[1])))
+    logits, _ = passes(model, model.cache(12), IDS, (12,))
+    assert same(logits, reference(c, w, IDS)[0])
+
+
+def put(name, content=None):
+    """A function that writes a file into a folder, or takes one away."""
+    def harm(folder):
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return harm
+
+
+def weights(edit):
+    """... that has one file of edited weights instead of the shards."""
+    def harm(folder):
+        (folder / INDEX).unlink()
+        w = {name: t.float() for name, t in random_checkpoint(folder)[1].items()}
+        edit(w)
+        save(w, folder / "model.safetensors", {"format": "pt"})
+    return harm
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
+    """Rejects a loader that is strict about a buffer which follows from config.json."""
+    random_checkpoint(tmp_path, shards=2)
+    weights(lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(
+        tmp_path)
+    assert llama.Llama.load(tmp_path)
+
+
+K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"
+SHARD = "model-2-of-2.safetensors"
+BROKEN = [
+    (configure(model_type="mistral"), "model_type = 'mistral' is not supported"),
+    (configure(architectures=["LlamaForSequenceClassification"]), "SequenceClassification"),
+    (configure(rope_scaling=dict(type="linear", factor=2.0)), "rope_type = 'linear'"),
+    (configure(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type = 'dynamic'"),
+    (configure(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_type = 'yarn'"),
+    (configure(rope_scaling=dict(factor=8.0)), "rope_type = None"),
+    (configure(rope_scaling="yarn"), "rope_type = 'yarn'"),
+    (configure(rope_scaling=dict(rope_type="llama3", factor=8)), "low_freq_factor is None"),
+    (configure(**{**AS_4, "rope_scaling": dict(SCALED, high_freq_factor=1.0)}), "do not fit"),
+    (configure(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    (configure(rope_parameters=dict(AS_5["rope_parameters"], partial_rotary_factor=0.5)),
+     "partial_rotary_factor = 0.5"),
+    (configure(attention_bias=True), "attention_bias"), (configure(mlp_bias=True), "mlp_bias"),
+    (configure(quantization_config=dict(bits=4)), "quantization_config"),
+    (configure(hidden_act="gelu"), "= 'gelu'"), (configure(model_type=...), "model_type = None"),
+    (configure(tie_word_embeddings="yes"), "tie_word_embeddings = 'yes'"),
+    *[(configure(**{k: v}), f"{k} is {v if v is not ... else None}, not a number above 0")
+      for v in (..., True, -1, 0, "wide", 2.5) for k in (
+          "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")],
+    (configure(rope_theta=[1]), "rope_theta is [1]"), (configure(vocab_size=math.inf), "is inf"),
+    (configure(head_dim=7), "do not fit"), (configure(num_key_value_heads=3), "do not fit"),
+    (put("config.json"), "config.json: cannot be read"), (put("config.json", "{]"), "cannot be"),
+    (put("config.json", "[1]"), "a JSON object"), (put("config.json", b"\xff\xfe"), "cannot be"),
+    (weights(lambda w: w.pop(NORM)), f"the weights lack {NORM}"),
+    (weights(lambda w: w.update(extra=torch.ones(2), more=torch.ones(1))),
+     "2 weights are not part of this model, such as extra"),
+    *[(weights(lambda w, x=x: w.update({NORM: x})), f"{NORM} has torch.float32, shape {[*x.shape]}"
+       ) for x in (torch.ones(31), torch.ones(1), torch.ones(32, 1))],
+    (weights(lambda w: w.update({K: w[K].T.contiguous()})), f"{K} has torch.float32, shape [32, "),
+    (weights(lambda w: w.update({K: w[K].to(torch.int8)})), f"{K} has torch.int8"),
+    *[(weights(lambda w, x=x: w[K].view(-1)[7:8].fill_(x)), f"{K} holds values that are not finite")
+      for x in (math.nan, math.inf, -math.inf)],
+    (put(SHARD), f"{SHARD}: missing, broken"), (put(SHARD, ""), f"{SHARD}: missing, broken"),
+    (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 9), f"{SHARD}: missing, broken"),
+    (put(SHARD, "<html>404</html>"), f"{SHARD}: missing, broken"),
+    (put(INDEX, "{}"), "the weights lack model.embed"), (put(INDEX), "model.safetensors: missing"),
+]
+
+
+@pytest.mark.parametrize("harm, said", BROKEN)
+def test_what_is_wrong_with_a_folder_is_named_in_one_line(tmp_path, harm, said):
+    """Rejects a traceback, a setting silently ignored, strict=False."""
+    random_checkpoint(tmp_path, shards=2)
+    assert llama.Llama.load(tmp_path)                  # it was whole before
+    harm(tmp_path)
+    assert said in complaint(llama.Llama.load, tmp_path)
