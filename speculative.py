@@ -166,11 +166,11 @@ class Fixed:
 
     def due(self, n: int) -> bool:
         """Are layers to be optimised after verification n?"""
-        return self.s.K != 0 and self.M > 0 and n % self.s.interval == 0
+        return self.watches(n) and n % self.s.interval == 0
 
     def watches(self, n: int) -> bool:
         """Might they be, then or within r verifications? Only then states are kept."""
-        return self.s.r > 1 or self.due(n)
+        return self.s.K != 0 and self.M > 0 and (self.s.r > 1 or n % self.s.interval == 0)
 
     def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
         """They were: h (r, D) the full model's last states, g (M+1, r, D) those of each budget."""
@@ -230,7 +230,8 @@ class Adaptive(Fixed):
             self.rejected = 0.98 * self.rejected + 1 - x
             self.expected = 0.98 * self.expected + self.risk[self.j]
             # One-sided CUSUM: log likelihood of twice the rate of rejections since the choice of
-            # layers, against that rate. A false alarm in exp(6) = 400 tokens at most (Lorden 1971).
+            # layers, against that rate. At 4 a false alarm in exp(4) = 55 tokens at most (Lorden
+            # 1971); seen were 2 in 4800.
             rate = min(max(self.lost / self.since, 0.02), 0.45)
             self.alarm = max(0.0, self.alarm + (1 - x) * math.log(2)
                              + x * math.log((1 - 2 * rate) / (1 - rate)))
@@ -248,7 +249,7 @@ class Adaptive(Fixed):
             self.rejected, self.expected = 1.0, 1.0
         elif self.s.interval is not None:
             return super().due(n)
-        return not self.rest and (self.probes == 0 or self.alarm > 6)
+        return not self.rest and (self.probes == 0 or self.alarm > 4)
 
     def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
         g, self.probes = g[list(self.risk)], self.probes + 1

@@ -1,0 +1,126 @@
+"""What passes cost, in plain steps (decoding one token by one pass): measured once, made into
+tables for speculative.Adaptive. A table that is kept gives a seed one text everywhere (--costs).
+
+    python bench/costs.py [FILE] [flags]       # prints them, with the risks of each budget on the
+                                               # questions of FILE: what a clasp.json holds
+"""
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from llama import ModelError, read_json  # noqa: E402
+from speculative import read  # noqa: E402
+from text.cli import answer  # noqa: E402
+
+
+def fill(points: dict[int, float], size: int) -> list[float]:
+    """Values at 0 .. size-1 from those at a few places: linear between them and beyond the last."""
+    places, out = sorted(points), []
+    for x in range(size):
+        b = next((i for i, place in enumerate(places) if place >= x and i), len(places) - 1)
+        lo, hi = places[b - 1], places[b]
+        out.append(points[lo] + (points[hi] - points[lo]) * (x - lo) / (hi - lo))
+    return [round(value, 3) for value in out]
+
+
+@torch.inference_mode()
+def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: int = 128,
+            repeats: int = 5) -> dict[str, Any]:
+    """draft[j] a draft step with j layers left out, verify[n] a verify of n rows (from 1 on),
+    optimise a choice of up to M layers by r tokens; after t tokens, medians of interleaved runs."""
+    L, cache, passes = model.cfg.L, model.cache(t + max(K + 2, (M + 1) * r)), {}
+    one = torch.zeros(1, dtype=torch.long, device=model.device)
+    _, h = read(model, [0] * t, 0, cache, last=r, states=True)
+
+    def draft(j: int) -> Callable[[], Any]:
+        skip = [(i + 1) * j // L > i * j // L for i in range(L)]            # evenly spread
+        return lambda: model.forward(one, cache.sequence(t, 1), cache, skip)[0]
+
+    def optimise() -> Any:
+        rows = cache.candidates(t - 1, M + 1, r)
+        choose(h, lambda i, g: model.layer(i, g.flatten(0, 1), rows, cache).view_as(g), M)
+        return model.head(h[-1].repeat(8, 1))          # of eight budgets
+
+    for j in sorted({1, L // 3, 2 * L // 3, L} - {0}):
+        passes["draft", j] = draft(j)
+    for n in sorted({1, 2, 4, 8, K + 1} & set(range(1, K + 2))):
+        passes["verify", n] = lambda n=n: read(model, [0] * n, t, cache, last=n)[0]
+    passes["optimise", 0] = optimise
+    times = {name: [] for name in passes}
+    for _ in range(1 + repeats):
+        for name, call in passes.items():
+            began = time.perf_counter()
+            call()[0].tolist()                         # waits for a GPU
+            times[name].append(time.perf_counter() - began)
+    took = {name: statistics.median(every[1:]) for name, every in times.items()}
+    cost = {name: seconds / took["verify", 1] for name, seconds in took.items()}
+    drafts = {0: 1.0} | {j: min(1.0, cost["draft", j]) for kind, j in cost if kind == "draft"}
+    verifies = {0: 1.0} | {n: max(1.0, cost["verify", n]) for kind, n in cost if kind == "verify"}
+    return dict(draft=fill(drafts, L + 1), verify=fill(verifies, K + 2),
+                optimise=round(cost["optimise", 0], 3))
+
+
+def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
+    """Tables from a file, alone or in the `settings` of what --json printed, or of a clasp.json;
+    for a model of L layers. Those of a shorter K are drawn out."""
+    where = "clasp.json"
+    if not isinstance(costs, dict):
+        where, costs = costs, read_json(Path(costs))
+    try:
+        costs = costs.get("settings", costs).get("costs", costs)
+        verify, sizes = costs["verify"], dict(draft=L + 1, verify=None, optimise=0, risk=L + 1)
+        for name, value in costs.items():
+            values = [value] if sizes[name] == 0 else value
+            if sizes[name] and len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
+                raise ValueError
+        verify = fill(dict(enumerate(verify)), K + 2)
+        return dict(draft=costs["draft"]) | costs | dict(verify=verify)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise ModelError(f"{where}: costs are \"draft\", {L + 1} numbers, \"verify\", 2 or more, "
+                         "\"optimise\", one, in plain steps, as --json prints them") from None
+
+
+def risks(job: Any, prompts: Sequence[list[int]]) -> list[float]:
+    """risk[j] for every budget j: how often a drafted token that was judged was rejected, at
+    temperature 1, with j layers left out; between twelfths of the layers linear."""
+    L, found = job.cfg.L, {0: 0.005}
+    for j in sorted({max(1, round(L * k / 12)) for k in range(1, 9)}):
+        kept = rejected = 0
+        for n, ids in enumerate(prompts):
+            s = replace(job.settings, temperature=1.0, K=6, M=j, exit_threshold=0.3, interval=32)
+            for r in job.run(ids, s, n):
+                kept, rejected = kept + r.accepted, rejected + (r.accepted < len(r.drafted))
+        found[j] = rejected / max(1, kept + rejected)
+    return [min(x, 1.0) for x in fill(found, L + 1)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def work() -> int:
+        import clasp_mini
+        from bench.spec_bench import read_questions
+        p = clasp_mini.parser()
+        p.usage = "python bench/costs.py [FILE] [flags]"
+        p.add_argument("file", nargs="?", default=str(clasp_mini.DEMO / "prompts.jsonl"))
+        job = clasp_mini.Job(p.parse_args(argv))
+        job.adaptive, job.costs = True, None           # measured anew, whatever the folder says
+        job.load()
+        prompts = [job.encode([dict(role="user", content=turns[0])])
+                   for _, turns in read_questions(job.a.file)]
+        job.costs["risk"] = risks(job, [job.fits(ids) for ids in prompts])
+        print(json.dumps(job.costs))
+        return 0
+    return answer(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The main command in several processes at once, as torchrun starts them: what its Job does
+otherwise there (`Ranked`), and how all of them end together.
+
+Every rank runs the whole command. All take the same decisions, for they have one seed and the same
+logits to the last bit. This is not left to hope: after each round they compare what they decided. A
+difference, a rank that is gone and one that does not answer end every rank with a line and status
+1: one that went on alone would wait forever in the next exchange.
+"""
+import argparse
+import io
+import json
+import os
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from clasp_mini import Job
+from gpu.parallel import Parallel
+from speculative import Round, Settings
+from text.cli import UsageError
+
+TIMEOUT = 600                # seconds: to find one another, to load, for a round
+
+
+class Ranked(Job):
+    """A Job of which each rank does its share; rank 0 alone reads stdin and writes a trace."""
+    Model = Parallel
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        super().__init__(a)
+        rank, n, local, here = (int(os.environ[name]) for name in (
+            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        c, cuda, gpus = self.cfg, self.device.type == "cuda", torch.cuda.device_count()
+        if c.G % n or c.ffn % n:
+            fit = [str(i) for i in range(1, c.G + 1) if c.G % i == c.ffn % i == 0]
+            raise UsageError(f"{n} processes cannot share {c.G} key/value heads and a feed-forward "
+                             f"width of {c.ffn} evenly; take {' or '.join(fit)}")
+        if cuda and here > gpus:
+            raise UsageError(f"{here} processes need a GPU each, and PyTorch sees {gpus}")
+        if cuda:
+            torch.cuda.set_device(local)
+            self.device = torch.device("cuda", local)
+        wait = timedelta(seconds=TIMEOUT)
+        self.rank, (self.store, *_) = rank, next(dist.rendezvous("env://", timeout=wait))
+        dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=rank,
+                                world_size=n, timeout=wait)
+
+    def same(self, name: str, value: bytes) -> bytes:
+        """Rank 0's value, on all ranks."""
+        if self.rank == 0:
+            self.store.set(name, value)
+        return self.store.get(name)
+
+    def prompt(self) -> list[int]:
+        if self.a.prompt == "-":
+            text = b"" if self.rank else sys.stdin.buffer.read()
+            sys.stdin = io.TextIOWrapper(io.BytesIO(self.same("prompt", text)))
+        return super().prompt()
+
+    def load(self) -> "Ranked":
+        super().load()
+        # All have measured what passes cost, but must decide by the same numbers.
+        self.costs = json.loads(self.same("costs", json.dumps(self.costs).encode()))
+        names, model = ("device", "dtype", "cache", "forward", "layer", "head"), self.model
+        self.model = SimpleNamespace(cfg=self.cfg, **{name: getattr(model, name) for name in names})
+        self.trace, self.a.trace = self.a.trace, None
+        return self
+
+    def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:
+        rounds = super().run(ids, s, seed)
+        if self.trace and self.rank == 0:
+            from oracle.trace import record
+            rounds = record(self, ids, self.trace)
+        return agreed(rounds, self.device)
+
+
+def agreed(rounds: Iterator[Round], device: torch.device) -> Iterator[Round]:
+    """The rounds of a run, each compared across ranks before it is yielded, and the end too."""
+    while True:
+        alarm = threading.Timer(TIMEOUT, lost, [f"no round ended within {TIMEOUT} seconds"])
+        alarm.daemon = True
+        alarm.start()
+        r = next(rounds, None)
+        told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.parents)
+        both = torch.tensor([1, -1], device=device) * zlib.crc32(repr(told).encode())
+        dist.all_reduce(both, dist.ReduceOp.MAX)       # the largest of all and minus the smallest
+        if both.sum() != 0:
+            lost("the ranks decided differently in this round, so none of them can be trusted")
+        alarm.cancel()
+        if r is None:
+            return
+        yield r
+
+
+def lost(why: str) -> None:
+    """End this process, whatever its threads and its GPU are waiting for."""
+    print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']}: {why}", file=sys.__stderr__,
+          flush=True)
+    os._exit(1)
+
+
+def together(work: Callable[[type[Job]], int]) -> int:
+    """Run the command as one rank: `work` is handed the kind of Job to make."""
+    first, err = os.environ["RANK"] == "0", sys.stderr
+    if not first:
+        sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")
+    try:
+        status = work(Ranked)
+        dist.destroy_process_group()
+        return status
+    except UsageError:                                 # all were asked for the same
+        if first:
+            raise
+        return 2
+    except RuntimeError as e:                          # of PyTorch: an exchange, or memory
+        lost(f"{str(e).partition(chr(10))[0].partition('. ')[0]} (did another rank end?)")
+    finally:
+        sys.stderr = err
