@@ -7,8 +7,8 @@ states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and ho
 
 In words: after the first i layers, of which j were left out, how close can we be to where the full
 model is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or
-it was skipped, and then one skip fewer had been spent before it. The answer for a budget of M
-stands in the last row, at j = M; the parents lead back from there to the set.
+it was skipped, and then one skip fewer had been spent before it. The parents lead back from the
+answer, in the last row at j = M, to the set.
 
 Glossary
     L, M     layers; layers to leave out
@@ -20,14 +20,12 @@ Glossary
              This file knows no more of the model.
     parents  (L+1, M+1) bits: True where the cell was reached by skipping
 
-Why at the same depth, and not h[L]: so a beginning can be judged before its end is known, and the
-next layer is handed what it was trained on. It is an approximation: each cell keeps one state, the
-nearest so far, although a farther one might have come out nearer in the end (§3.5, "approximate
-Markov").
+Why at the same depth, and not h[L]: so a beginning can be judged before its end is known. It is an
+approximation: each cell keeps one state, the nearest so far, although a farther one might have come
+out nearer in the end (§3.5, "approximate Markov").
 
-Run it on states you already have: a verify pass has just computed h. The cost is L calls of f, with
-at most M+1 candidates each. Column 0 skips nothing, so its cosines are 1 but for rounding. If they
-are not, the candidates do not see what the verify saw.
+The verify pass has just computed h. The cost is L calls of f with at most M+1 candidates. Column 0
+skips nothing: cosines other than 1 there say that candidates do not see what the verify saw.
 """
 import itertools
 import os
@@ -62,7 +60,6 @@ class Choice:
     def path(self, j: int | None = None) -> list[tuple[int, int]]:
         """The cells (i, j) from the last row, at budget j (default M), back to (0, 0)."""
         i, j = len(self.D) - 1, len(self.D[0]) - 1 if j is None else j
-        assert 0 <= j < len(self.D[0]), f"budget {j} in a table for 0..{len(self.D[0]) - 1}"
         cells = [(i, j)]
         while i:
             i, j = i - 1, j - self.parents[i][j]       # a skip was spent if layer i-1 was skipped
@@ -83,9 +80,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (...,
 
 
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
-    """The recurrence as it is written, a cell at a time: the reference for the fast one below, and
-    the version to read first. On ties, where the paper is silent, the layer is run: that choice
-    stands first, and `max` keeps the first."""
+    """The recurrence as it is written, a cell at a time: to read first, and the reference for the
+    fast one. On ties, where the paper is silent, the layer is run: `max` keeps the first."""
     L = len(h) - 1
     D, parents = ([[fill] * (M + 1) for _ in range(L + 1)] for fill in (NAN, False))
     D[0][0], g = 1.0, {(0, 0): h[0]}
@@ -103,15 +99,13 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
 
 
 def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
-    """The set for a budget of M, 0 <= M <= L, and for every smaller one: the same recurrence, a row
-    of the table at a time."""
+    """The set for a budget of M, 0 <= M <= L, and for every smaller one: by rows of the table."""
     return Choice.read(*table(h, run_layer, M))
 
 
 def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i of the table needs only row i-1, so all its cells go through layer i-1 in one call
-    (§3.6). Rows 1..L of D and of the parents, (L, M+1) each, and g[L]. No cell, and no layer, waits
-    for the host."""
+    """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
+    -> rows 1..L of D and of the parents, (L, M+1) each, and g[L]. Nothing waits for the host."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     g, rows = h[:1], []                                # g[i, 0..min(i, M)], here i = 0
@@ -133,8 +127,7 @@ def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor, Tenso
 # -------------------------------------------------------------------------- python dp_layer_skip.py
 
 def toy(L: int, width: int, seed: int) -> tuple[Tensor, RunLayer]:
-    """A network to watch: layer i adds a small nonlinear push of its own strength; every third
-    pushes less."""
+    """A network to watch: layer i adds a push of its own strength; every third pushes less."""
     gen = torch.Generator().manual_seed(seed)
     A = torch.randn(L, width, width, generator=gen, dtype=torch.float64) / width ** 0.5
     push = torch.rand(L, generator=gen, dtype=torch.float64) + 0.2

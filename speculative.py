@@ -10,9 +10,8 @@ probability q(d); the full model would have said p(d).
 The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this:
 
     - one function (`probabilities`) turns logits into p and into q, wherever they are needed;
-    - what is drafted is judged. To stop *after* a doubtful token is harmless: how many tokens are
-      judged together changes no token's chance. To throw it away is not: it was drawn with
-      probability q, and would come out less often than p says;
+    - what is drafted is judged. To stop *after* a doubtful token is harmless: how many are judged
+      together changes no token's chance. To throw it away would make it rarer than p says;
     - draft and verify see the same text: rejected tokens leave nothing behind that anyone reads.
 
 Glossary
@@ -57,9 +56,8 @@ class Settings:
 
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
-    """The one way from logits to the distribution that is sampled: temperature, then top-k, then
-    top-p, in float32 or wider. Greedy is one-hot, so that it needs no rule of its own anywhere
-    else. Ties: the smaller id first."""
+    """The one way from logits to the distribution that is sampled: temperature, top-k, top-p, in
+    float32 or wider. Greedy is one-hot and needs no rule of its own. Ties: the smaller id first."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -76,7 +74,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
     return torch.zeros_like(p).scatter_(-1, order, p / p.sum(-1, keepdim=True))
 
 
-# ---------------------------------------------------------------------- the sampler: three formulas
+# ---------------------------------------------------------------- the sampler: formulas, chance
 
 def overlap(p: Tensor, q: Tensor) -> Tensor:                        # (..., V), (..., V) -> (...)
     """sum(min(p, q)): the chance that a token drafted from q is accepted."""
@@ -84,8 +82,7 @@ def overlap(p: Tensor, q: Tensor) -> Tensor:                        # (..., V), 
 
 
 def acceptance(p: Tensor, q: Tensor) -> Tensor:
-    """min(1, p/q): how likely a drafted token is kept, from its probabilities under target and
-    draft (Leviathan et al. 2023, Algorithm 1)."""
+    """min(1, p/q): how likely a drafted token is kept (Leviathan et al. 2023, Algorithm 1)."""
     return (p.double() / q.double()).clamp(max=1)
 
 
@@ -120,8 +117,6 @@ def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int], chance: "Chanc
     return Verdict(*said, k, chance.draw(p[k]))
 
 
-# ------------------------------------------------------------------------------ chance
-
 class Chance:
     """A seeded generator, on the host: a seed means the same uniforms on every device."""
 
@@ -139,7 +134,7 @@ class Chance:
     def draw(self, p: Tensor) -> int:
         """A token drawn from p (V,): the first, in ascending id, at which the running sum exceeds u
         times the total, in float64."""
-        # Zero where p is: even where a parallel sum's rounding falls, no such token can be first.
+        # Zero where p is: even if a parallel sum's rounding falls, no such token can be first.
         cdf = torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0)
         return int((cdf > self.uniform() * cdf.amax()).int().argmax())
 
@@ -148,7 +143,7 @@ class Chance:
 
 class Fixed:
     """The paper's: up to K tokens with M layers left out, an end after one of low confidence, a new
-    choice of layers every `interval` verifications. These five methods are what the loop asks."""
+    choice of layers every `interval` verifications. The loop asks these methods."""
 
     def __init__(self, s: Settings) -> None:
         self.s, self.M, self.j = s, s.M, s.M           # left out at most, now
@@ -178,8 +173,7 @@ class Fixed:
 
 class Adaptive(Fixed):
     """Beyond the paper: what pays, by what passes cost and what was accepted; what settings name is
-    fixed. It decides from confidences, and from p and q where tokens were judged, and all that is
-    drawn is judged: the distribution stays the full model's.
+    fixed. It knows confidences, and p and q of what was judged, and drops nothing: still lossless.
 
     c[j], v[n]   cost of a draft step with j layers left out, of a verify of n rows, in plain steps
     o            of a layer optimisation. Unless the model's risks are given, the first one, which
@@ -283,13 +277,10 @@ class Round:
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
              choose: Callable[..., Any] | None = None, policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
-
-    What is emitted has exactly the distribution of sampling from the full model, whatever
-    the settings of the draft, `choose` and `policy` (default: `Fixed`). Raises FloatingPointError
-    if the prompt's logits are not finite."""
+    What is emitted has exactly the full model's distribution, whatever `choose` and `policy`
+    (default: `Fixed`) are. Raises FloatingPointError if the prompt's logits are not finite."""
     policy = policy or Fixed(s)
-    assert prompt, "an empty prompt has no last token to continue from"
-    assert s.temperature >= 0 and s.top_k >= 0 and 0 < s.top_p <= 1 and s.N > 0 < s.r, s
+    assert prompt and s.temperature >= 0 and s.top_k >= 0 and 0 < s.top_p <= 1 and s.N > 0 < s.r, s
     assert 0 <= (s.K or 0) < CHUNK and 0 <= policy.M <= model.cfg.L and s.interval != 0, s
     text, end, choice = list(prompt), len(prompt) + s.N, None
     recent, cache = [], model.cache(end + (policy.M + 1) * s.r)     # DP's scratch: behind the text

@@ -53,10 +53,10 @@ def saved(path: Path, p: Parser, names: Iterable[str]) -> dict:
             if name not in names:
                 raise UsageError(f"{name} is not one of {', '.join(names)}")
         a = p.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in own.items()
-                          if not isinstance(value, dict)])
+                          if not (name == "costs" and isinstance(value, dict))])
     except UsageError as e:
         raise ModelError(f"{path}: {e}") from None
-    return {name: v if isinstance(v, dict) else getattr(a, name) for name, v in own.items()}
+    return {name: getattr(a, name) or value for name, value in own.items()}
 
 
 def interruptible() -> None:

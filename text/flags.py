@@ -1,4 +1,5 @@
 """The flags of the main command; those of bench/ and oracle/ add their own."""
+import re
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ def parser() -> Parser:
     add("--chat", action="store_true", help="the chat format of the Instruct models")
     add("--system", metavar="TEXT", help="system turn, with --chat")
     add("--model", metavar="DIR", default=str(DEMO), help="a Hugging Face folder (the demo)")
-    add("--device", type=number(str, "cpu, cuda or cuda:N", lambda v: v in ("cpu", "cuda") or
-        v.startswith("cuda:") and v[5:].isdecimal()), metavar="NAME", help="cpu, cuda or cuda:N")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N", type=number(
+        str, "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d{1,3})?", v)))
     add("--dtype", choices=list(DTYPES), metavar="TYPE", help="float32, float64 or bfloat16")
     add("--threads", type=some, metavar="N", help="CPU threads (1 for a small model)")
     add("--eager", action="store_true", help="GPU: no CUDA graphs")

@@ -89,11 +89,14 @@ def terminal(run, monkeypatch):
 
 
 def process(*arguments, **options):
-    """The command in a process of its own, which Ctrl-C can reach even where it is ignored here."""
+    """The command in a process of its own, which Ctrl-C can reach even where it is ignored here,
+    and whose output is buffered even where Python is told not to."""
     command = [sys.executable, ROOT / "clasp_mini.py", *map(str, arguments)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                                **options)
     finally:
         signal.signal(signal.SIGINT, before)
 
