@@ -87,23 +87,25 @@ def agreed(rounds: Iterator[Round], device: torch.device) -> Iterator[Round]:
         alarm = threading.Timer(TIMEOUT, lost, [f"no round ended within {TIMEOUT} seconds"])
         alarm.daemon = True
         alarm.start()
-        r = next(rounds, None)
-        told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.parents)
-        both = torch.tensor([1, -1], device=device) * zlib.crc32(repr(told).encode())
-        dist.all_reduce(both, dist.ReduceOp.MAX)       # the largest of all and minus the smallest
-        if both.sum() != 0:
-            lost("the ranks decided differently in this round, so none of them can be trusted")
-        alarm.cancel()
+        try:
+            r = next(rounds, None)
+            told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.parents)
+            both = torch.tensor([1, -1], device=device) * zlib.crc32(repr(told).encode())
+            dist.all_reduce(both, dist.ReduceOp.MAX)   # the largest of all and minus the smallest
+            if both.sum() != 0:
+                lost("the ranks decided differently in this round, so none can be trusted")
+        finally:
+            alarm.cancel()
         if r is None:
             return
         yield r
 
 
-def lost(why: str) -> None:
+def lost(why: str, status: int = 1) -> None:
     """End this process, whatever its threads and its GPU are waiting for."""
     print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']}: {why}", file=sys.__stderr__,
           flush=True)
-    os._exit(1)
+    os._exit(status)
 
 
 def together(work: Callable[[type[Job]], int]) -> int:
@@ -119,6 +121,8 @@ def together(work: Callable[[type[Job]], int]) -> int:
         if first:
             raise
         return 2
+    except KeyboardInterrupt:
+        lost("interrupted", 130)
     except RuntimeError as e:                          # of PyTorch: an exchange, or memory
         lost(f"{str(e).partition(chr(10))[0].partition('. ')[0]} (did another rank end?)")
     finally:

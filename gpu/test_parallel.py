@@ -264,7 +264,8 @@ def decisions(job):
             for r in job.run(job.prompt(), job.settings, job.a.seed)]
 
 
-FIXED = ("--draft-length", 4, "--skip-layers", 2, "--draft-exit-threshold", 0.1, "--interval", 2)
+FIXED = ("--draft-length", 4, "--skip-layers", 2, "--draft-exit-threshold", 0.04, "--interval", 2)
+ALONE = ("--draft-length", 0, "--skip-layers", 0, "--draft-exit-threshold", 0, "--interval", 1)
 
 
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
@@ -372,11 +373,22 @@ def test_a_rank_that_dies_hangs_or_fails_ends_all_of_them_with_a_line(tmp_path, 
     assert act is not out_of_memory or "CUDA out of memory (" in results[1][2]
 
 
+def test_ctrl_c_ends_all_and_what_was_written_is_kept(tmp_path):
+    """Rejects a rank that hangs, aborts or loses its text when it is interrupted."""
+    def before(rank):
+        at_round(9, lambda token, p: os.kill(os.getpid(), signal.SIGINT))(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    (status, out, err), other = start(2, command(*ALONE, before=before), tmp_path)
+    assert (status, other, out.count(",")) == (130, (130, "", ""), 7), err
+    results = start(2, command(*FIXED, "--compare", before=before), tmp_path)
+    for rank, (status, _, err) in enumerate(results):
+        assert status == 130 and one_line(err, f"rank {rank}: interrupted"), err
+
+
 def another(token, p):
     return (token + 1) % len(p)
 
 
-ALONE = ("--draft-length", 0, "--skip-layers", 0, "--draft-exit-threshold", 0, "--interval", 1)
 
 
 @pytest.mark.parametrize("n", [1, 7, 12])
