@@ -116,8 +116,7 @@ class Rows(NamedTuple):
 
 
 class Cache:
-    """Keys and values of S slots for every layer, allocated once for a run: never grown nor copied.
-    It also tells rows what they have to know."""
+    """Keys and values of S slots for every layer, allocated once: never grown, never copied."""
 
     def __init__(self, cfg: Config, S: int, device: torch.device, dtype: torch.dtype) -> None:
         # Zeros, not `empty`: a masked slot gets weight 0, and 0 * NaN would still be NaN.
@@ -197,8 +196,8 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
 
 def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config,
                   eps: Tensor) -> Tensor:                                         # (T, D) -> (T, D)
-    """One decoder layer: attention, then the feed-forward part, each added to the residual stream
-    x. keys, values (G, S, hd) are the layer's part of the cache."""
+    """Attention, then the feed-forward part, each added to the residual stream x. keys, values
+    (G, S, hd): the layer's part of the cache. c.total: the sum over GPUs, of one the sum itself."""
     T, R, n = len(x), c.H // c.G, rows.bias.shape[-1]
     a = (rms_norm(x, w.attn_norm, eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
     qk, v = rotate(a[:, :c.H + c.G], rows), a[:, c.H + c.G:]                # the heads: H + G | G
@@ -220,8 +219,7 @@ def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor,
 
 
 class Llama:
-    """Weights and the functions that use them. Nothing changes after loading, so one model serves
-    any number of caches."""
+    """Weights and what uses them. Nothing changes after loading: one model serves many caches."""
 
     def __init__(self, cfg: Config, embed: Tensor, layers: list[Layer], norm: Tensor,
                  head: Tensor) -> None:
@@ -294,8 +292,7 @@ class Llama:
                   for p in (f"model.layers.{i}." for i in range(c.L))]
         head = embed if c.tied else take("lm_head.weight", c.V, c.D)
         if left:
-            raise ModelError(f"{folder}: {len(left)} weights are not part of this model, such as "
-                             f"{min(left)}")
+            raise ModelError(f"{folder}: {len(left)} weights are not part of it, such as {min(left)}")
         return cls(c, embed, layers, norm, head)
 
 

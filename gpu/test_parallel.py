@@ -3,6 +3,7 @@ starts them. What each rank holds, computes and decides is compared with one pro
 whole model.
 """
 import collections
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -50,6 +51,7 @@ def start(n, work, folder, timeout=60):
         port = s.getsockname()[1]
 
     def child(rank):
+        faulthandler.disable()                         # pytest's, which writes to pytest's stderr
         for fd, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
         sys.stdout = open(1, "w", closefd=False)
@@ -248,7 +250,7 @@ def test_the_table_of_sizes_is_that_of_the_released_models_and_of_the_readme(cap
     assert sizes.seconds(c, 1, 32, 9, free) == pytest.approx(weights, rel=1e-4)
     both = sizes.seconds(c, 2, 32, 1, free)
     assert both == pytest.approx(weights / 2 + 65 * 10e-6, rel=1e-3)
-    # With all kept, half left out (0.53 of a step), twelve drafts: 13 tokens for 12 * 0.53 + 1 + 0.13
+    # All kept, half left out (0.53 of a step), twelve drafts: 13 tokens for 12 * 0.53 + 1 + 0.13.
     assert sizes.speedup(c, 1, 0.5, 1.0, free) == (pytest.approx(13 / 7.53, rel=0.01), 12)
     assert sizes.speedup(c, 1, 0.5, 0.0, free) == (pytest.approx(1 / 1.545, rel=0.01), 1)
 
@@ -410,6 +412,16 @@ def test_so_does_a_wrong_set_of_layers(tmp_path):
             clasp_mini.choose_skip = lambda h, f, M: choose_skip(h.flip(0), f, M)
     for rank, (status, _, err) in enumerate(start(2, command(*FIXED, before=before), tmp_path)):
         assert status == 1 and one_line(err, f"rank {rank}: the ranks decided differently"), err
+
+
+def test_ranks_that_no_longer_run_the_same_passes_end_too(tmp_path):
+    """Rejects a hang and a status of 0 where an exchange of one rank meets another one's: here gloo
+    itself ends one of them, in its own words."""
+    def before(rank):
+        if rank == 1:
+            speculative.Fixed.goes_on = lambda self, confidence: False
+    (status, _, err), (status_1, _, err_1) = start(2, command(*FIXED, before=before), tmp_path)
+    assert 0 not in (status, status_1) and "did another rank end?" in err + err_1
 
 
 def test_what_cannot_be_shared_is_said_once_and_before_anything_is_read(tmp_path, monkeypatch):
