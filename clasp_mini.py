@@ -171,7 +171,7 @@ def write(job: Job, ids: list[int]) -> int:
             shown.append(text.add(r.emitted))
             if a.verbose:
                 print(err.round(n, r, tok), file=sys.stderr, flush=True)
-            if not (a.json or a.verbose and one_screen):        # there the rounds hold the text
+            elif not a.json:
                 print(shown[-1], end="", flush=True)
     except KeyboardInterrupt:                          # what has been made so far is kept
         status = 130
@@ -180,6 +180,8 @@ def write(job: Job, ids: list[int]) -> int:
         print(json.dumps(dict(prompt_ids=ids, ids=ids_of(rounds), settings=job.report(),
                               text="".join(shown) if tok else None, stats=figures(rounds))))
         return status
+    if a.verbose and not one_screen:                   # on one screen the rounds hold the text
+        shown = ["".join(shown)]
     print(shown[-1], end="\n" if sys.stdout.isatty() else "", flush=True)
     print(err.paint("dim", summary(figures(rounds), job.settings)), file=sys.stderr)
     return status

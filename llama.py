@@ -144,7 +144,7 @@ class Cache:
         of one candidate beside one another. Each has its token's position, writes a scratch slot
         behind t, and reads the slots before its token and its own. So the full model's entry for
         the token is neither read, or the token would be seen twice, nor harmed."""
-        assert t + J * r < self.S, f"{J * r} slots behind {t} in a cache of {self.S}"
+        assert r <= t + 1 and t + J * r < self.S, f"{J} x {r} slots behind {t} of {self.S}"
         position, seen = self.slot[t - r + 1:t + 1].repeat(J)[:, None], self.slot[:t + 1 + J * r]
         slots = seen[t + 1:]
         return self.rows(position[:, 0], slots, (seen < position) | (seen == slots[:, None]))
@@ -292,7 +292,7 @@ class Llama:
                   for p in (f"model.layers.{i}." for i in range(c.L))]
         head = embed if c.tied else take("lm_head.weight", c.V, c.D)
         if left:
-            raise ModelError(f"{folder}: {len(left)} weights are not part of it, such as {min(left)}")
+            raise ModelError(f"{folder}: {len(left)} weights too many, such as {min(left)}")
         return cls(c, embed, layers, norm, head)
 
 

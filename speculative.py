@@ -17,7 +17,7 @@ The sum is p, whatever q was: a bad draft costs time, never truth. Three things 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out (at most)
     p, q       target (full model) and draft distributions over V tokens
-    probe      the last r accepted tokens: their states choose the layers to leave out next
+    probe      the last r accepted tokens, whose states choose the layers to leave out next
     chance     answers "accept with probability a?" and "draw from p"
     policy     says how many layers to leave out, when to end a draft, when to choose anew
 
@@ -41,8 +41,7 @@ CHUNK = 512                  # rows of one prefill pass: scores take rows x slot
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. Only the first five change what comes out. None leaves a number to an
-    `Adaptive` policy."""
+    """What a user chooses; the first five make the distribution. None: `Adaptive` decides."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # above 0; 1 is off
@@ -139,11 +138,9 @@ class Chance:
         return int((cdf > self.uniform() * cdf.amax()).int().argmax())
 
 
-# ------------------------------------------------------------------------------ policies
-
 class Fixed:
     """The paper's: up to K tokens with M layers left out, an end after one of low confidence, a new
-    choice of layers every `interval` verifications. The loop asks these methods."""
+    choice of layers every `interval` rounds. The loop asks these methods."""
 
     def __init__(self, s: Settings) -> None:
         self.s, self.M, self.j = s, s.M, s.M           # left out at most, now
@@ -176,10 +173,10 @@ class Adaptive(Fixed):
     fixed. It knows confidences, and p and q of what was judged, and drops nothing: still lossless.
 
     c[j], v[n]   cost of a draft step with j layers left out, of a verify of n rows, in plain steps
-    o            of a layer optimisation. Unless the model's risks are given, the first one, which
-                 may be in vain, is made only where it costs at most 2 % of what is left
+    o            of a choice of layers; if no risks are given the first, which may be in vain, is
+                 made only where it costs at most 2 % of what is left
     risk[j]      chance that a drafted token is rejected: given, or 0.5 (j/L)^2; refined by probes
-    accept(j)    1 - risk[j] * rejected / expected: corrected by what was seen, the old fading
+    keep(j)      1 - risk[j] * rejected / expected: corrected by what was seen, the old fading
     gain(j)      tokens per plain step: max over k of (1 + a + .. + a^k) / (k c[j] + v[k+1])"""
 
     def __init__(self, s: Settings, draft: Sequence[float], verify: Sequence[float],
@@ -189,15 +186,16 @@ class Adaptive(Fixed):
         budgets = {max(1, round(L * k / 12)) for k in range(1, 9)} if s.M is None else {s.M}
         self.risk = {j: risk[j] if risk else 0.5 * (j / L) ** 2 for j in sorted(budgets)}
         self.K, self.M, self.j = len(verify) - 2 if s.K is None else s.K, max(budgets), max(budgets)
-        self.rejected, self.expected, self.probes, self.rest, self.wait = 1.0, 1.0, 0, 0, 64
+        self.rejected, self.expected = 1.0, 1.0        # seen, and foretold by the risks
         self.kept, self.seen = [0.0, 0.0], [0, 0]      # by confidence: below 0.5, from there on
-        self.bins, self.alarm, self.lost, self.since = [], 0.0, 0.0, 1
+        self.rest, self.wait, self.probes = 0, 64, 0   # rounds to decode plainly now, and next time
+        self.bins, self.alarm, self.lost, self.since = [], 0.0, 0.0, 1      # see `judged`
 
-    def accept(self, j: int) -> float:
+    def keep(self, j: int) -> float:
         return 1 - min(max(self.risk[j] * self.rejected / self.expected, 0.005), 0.99)
 
     def gain(self, j: int) -> float:
-        a, tokens, best = self.accept(j), 1.0, 0.0
+        a, tokens, best = self.keep(j), 1.0, 0.0
         for k in range(1, self.K + 1):
             tokens = 1 + a * tokens
             best = max(best, tokens / (k * self.c[j] + self.v[k + 1]))
@@ -208,7 +206,7 @@ class Adaptive(Fixed):
         return self.K if chosen and not self.rest else 0
 
     def goes_on(self, confidence: float) -> bool:
-        b, a, k = int(confidence >= 0.5), self.accept(self.j), len(self.bins) + 1
+        b, a, k = int(confidence >= 0.5), self.keep(self.j), len(self.bins) + 1
         self.bins.append(b)
         self.reach *= (self.kept[b] + 2 * (a + confidence ** 0.5)) / (self.seen[b] + 4)
         if self.s.exit_threshold is not None or k == self.K:
@@ -224,15 +222,17 @@ class Adaptive(Fixed):
             self.rejected = 0.98 * self.rejected + 1 - x
             self.expected = 0.98 * self.expected + self.risk[self.j]
             # One-sided CUSUM: log likelihood of twice the rate of rejections since the choice of
-            # layers, against that rate. At 4 a false alarm in exp(4) = 55 tokens at most (Lorden
-            # 1971); seen were 2 in 4800.
-            rate = min(max(self.lost / self.since, 0.02), 0.45)
-            self.alarm = max(0.0, self.alarm + (1 - x) * math.log(2)
-                             + x * math.log((1 - 2 * rate) / (1 - rate)))
+            # layers, against that. Above 4 choose anew: with a known rate, for no reason once in
+            # exp(4) = 55 tokens at most (Lorden 1971).
+            rate = max(self.lost / self.since, 0.02)
+            high = min(2 * rate, (1 + rate) / 2)
+            self.alarm = max(0.0, self.alarm + (1 - x) * math.log(high / rate)
+                             + x * math.log((1 - high) / (1 - rate)))
             self.lost, self.since = self.lost + 1 - x, self.since + 1
 
     def watches(self, n: int) -> bool:
-        return self.rest <= self.s.r and (self.probes > 0 or self.o <= 0.02 * (self.s.N - n))
+        tried = self.probes > 0 or self.o <= 0.02 * (self.s.N - n)
+        return self.K > 0 and self.rest <= self.s.r and tried
 
     def due(self, n: int) -> bool:
         if self.rest or not self.watches(n):
@@ -240,7 +240,7 @@ class Adaptive(Fixed):
         self.j = max(self.risk, key=self.gain)
         if self.s.M is None and self.gain(self.j) <= 1:             # nothing pays: decode plainly
             self.rest, self.wait = self.wait, 2 * self.wait         # for a while, then look afresh
-            self.rejected, self.expected = 1.0, 1.0
+            self.rejected, self.expected, self.alarm = 1.0, 1.0, math.inf
         elif self.s.interval is not None:
             return super().due(n)
         return not self.rest and (self.probes == 0 or self.alarm > 4)
@@ -251,7 +251,7 @@ class Adaptive(Fixed):
         for j, a in zip(self.risk, overlap(p, q.view(len(g), *p.shape)).mean(-1).tolist()):
             self.risk[j] += (1 - a - self.risk[j]) / (self.probes + 1)
         self.j = max(self.risk, key=self.gain)
-        self.alarm, self.lost, self.since = 0.0, 4 * (1 - self.accept(self.j)), 4
+        self.alarm, self.lost, self.since = 0.0, 4 * (1 - self.keep(self.j)), 4
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -301,7 +301,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
                 # temperature 1, unfiltered; and a doubtful token is judged like any other, only
                 # what would follow it is not drafted.
                 confidence.append(logits.softmax(-1).amax().item())
-                if drafted[-1] in s.stop_ids or not policy.goes_on(confidence[-1]):
+                if not policy.goes_on(confidence[-1]) or drafted[-1] in s.stop_ids:
                     break
         drafting = _clock(model)
 

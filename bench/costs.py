@@ -84,7 +84,7 @@ def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
             if sizes[name] and len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
                 raise ValueError
         verify = fill(dict(enumerate(verify)), K + 2)
-        return dict(draft=costs["draft"]) | costs | dict(verify=verify)
+        return dict(costs, draft=costs["draft"], verify=verify)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         raise ModelError(f"{where}: costs are \"draft\", {L + 1} numbers, \"verify\", 2 or more, "
                          "\"optimise\", one, in plain steps, as --json prints them") from None

@@ -26,7 +26,7 @@ def altered(module, *edits):
 
 
 DRAW, P = "drafted.append(chance.draw(q[-1]))", "p = probabilities(logits[-k - 1:], s)"
-EXIT = "if drafted[-1] in s.stop_ids or not policy.goes_on(confidence[-1]):"
+EXIT = "if not policy.goes_on(confidence[-1]) or drafted[-1] in s.stop_ids:"
 EMITTED = "emitted = drafted[:verdict.accepted] + [verdict.token]"
 VERIFY, DONE = "k = len(drafted) todo", "done = bool(stops)"
 LATE = [("text, end, choice = list(prompt), len(prompt) + s.N, None",
@@ -108,11 +108,11 @@ WRONG = {
                           "                        drafted.pop(), q.pop(), confidence.pop()")],
         "a policy looks at p before a token is judged": [
             ("verdict = judge(p, q, drafted, chance)",
-             "while drafted and p[len(drafted) - 1, drafted[-1]] < 0.2:\n            drafted.pop(), "
-             "q.pop()\n        p, k = p[:len(drafted) + 1], len(drafted)\n"
+             "while drafted and p[len(drafted) - 1, drafted[-1]] < 0.2:\n            drafted.pop()"
+             ", q.pop()\n        p, k = p[:len(drafted) + 1], len(drafted)\n"
              "        verdict = judge(p, q, drafted, chance)")],
-        "drafting goes on behind a stop token": [(EXIT, EXIT.replace("drafted[-1] in s.stop_ids or",
-                                                                     ""))],
+        "drafting goes on behind a stop token": [(EXIT, EXIT.replace(" or drafted[-1] in s.stop_id"
+                                                                     "s", ""))],
         "drafting ends at the threshold": [("confidence >= self.s.exit",
                                                "confidence > self.s.exit")],
         "the drafts' keys stay after a verify": [

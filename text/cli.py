@@ -53,10 +53,11 @@ def saved(path: Path, p: Parser, names: Iterable[str]) -> dict:
             if name not in names:
                 raise UsageError(f"{name} is not one of {', '.join(names)}")
         a = p.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in own.items()
-                          if not (name == "costs" and isinstance(value, dict))])
+                          if name != "costs" or not isinstance(value, dict)])
     except UsageError as e:
         raise ModelError(f"{path}: {e}") from None
-    return {name: getattr(a, name) or value for name, value in own.items()}
+    return {name: value if name == "costs" and isinstance(value, dict) else getattr(a, name)
+            for name, value in own.items()}
 
 
 def interruptible() -> None:

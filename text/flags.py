@@ -13,8 +13,8 @@ DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float6
 
 def parser() -> Parser:
     """All flags, in groups; their defaults are None where the model's folder or the run decides."""
-    some = number(int, "1 or more", lambda v: 1 <= v < 2 ** 31)
-    none = number(int, "0 or more", lambda v: 0 <= v < 2 ** 31)
+    positive = number(int, "1 or more", lambda v: 1 <= v < 2 ** 31)
+    natural = number(int, "0 or more", lambda v: 0 <= v < 2 ** 31)
     part = number(float, "0 to 1", lambda v: 0 <= v <= 1)
     p = Parser(allow_abbrev=False, usage="python %(prog)s [--prompt TEXT] [flags]",
                description="Self-speculative decoding with layers chosen in context (CLaSp). "
@@ -30,32 +30,32 @@ def parser() -> Parser:
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N", type=number(
         str, "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d{1,3})?", v)))
     add("--dtype", choices=list(DTYPES), metavar="TYPE", help="float32, float64 or bfloat16")
-    add("--threads", type=some, metavar="N", help="CPU threads (1 for a small model)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (1 for a small model)")
     add("--eager", action="store_true", help="GPU: no CUDA graphs")
     add("--no-compile", action="store_true", help="GPU: graphs of plain kernels")
     add("--trace", metavar="FILE", help="write every draw, verdict and table (oracle/TRACE.md)")
     add("--compare", action="store_true", help="time plain decoding and CLaSp, interleaved")
-    add("--repeats", type=some, default=5, metavar="N", help="pairs that --compare runs (5)")
+    add("--repeats", type=positive, default=5, metavar="N", help="pairs that --compare runs (5)")
     add("--verbose", action="store_true", help="a line per round: skip map, what became of tokens")
     add("--json", action="store_true", help="one JSON object on standard output")
     add("--version", action="version", version=f"clasp-mini {VERSION}")
     add = p.add_argument_group("what is written").add_argument
-    add("--max-new-tokens", type=some, default=128, metavar="N", help="128")
+    add("--max-new-tokens", type=positive, default=128, metavar="N", help="128")
     add("--temperature", type=number(float, "0 or more", lambda v: 0 <= v < float("inf")),
         default=0.0, metavar="T", help="0, greedy")
-    add("--top-k", type=none, default=0, metavar="K", help="0, off")
+    add("--top-k", type=natural, default=0, metavar="N", help="0, off")
     add("--top-p", type=number(float, "above 0, at most 1", lambda v: 0 < v <= 1), default=1.0,
         metavar="P", help="1, off")
     add("--seed", type=number(int, "0 to 2**32 - 1", lambda v: 0 <= v < 2 ** 32), default=0,
-        metavar="N", help="0")
+        metavar="N", help="0; one text for given --costs")
     add = p.add_argument_group("how it is drafted (speed alone)").add_argument
     add("--strategy", choices=["clasp", "ar"], default="clasp", metavar="NAME",
         help="clasp; or ar, plain decoding, a token per pass")
-    add("--skip-layers", type=none, metavar="M", help="layers that the draft leaves out")
+    add("--skip-layers", type=natural, metavar="M", help="layers that the draft leaves out")
     add("--draft-length", type=number(int, "0 to 511", lambda v: 0 <= v < 512), metavar="K",
         help="most tokens drafted per round")
     add("--draft-exit-threshold", type=part, metavar="P", help="no draft after a lower confidence")
-    add("--interval", type=some, metavar="N", help="verifications between two choices of layers")
+    add("--interval", type=positive, metavar="N", help="rounds between two choices of layers")
     add("--probe", type=number(int, "1 to 32", lambda v: 1 <= v <= 32), metavar="R",
         help="tokens whose states choose the layers (1, as the paper; 4 where rows are cheap)")
     add("--costs", metavar="FILE", help="what passes cost, as --json printed it; else measured")

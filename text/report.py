@@ -93,7 +93,7 @@ def summary(f: dict, s: Settings) -> str:
     head = (f"{f['emitted']} tokens in {f['seconds']:.2f} s: prefill {f['prefill_seconds']:.2f} s, "
             f"then {f['tokens_per_second']:.1f} tokens/s")
     if not f["drafted"]:
-        said = {0: "plain decoding", None: "nothing drafted: it would not pay"}
+        said = {0: "plain decoding", None: "nothing drafted: it would hardly pay"}
         return f"{head} | {said.get(s.K, 'nothing drafted')}"
     share = ", ".join(f"{name} {part:.0%}" for name, part in f["shares"].items())
     return (f"{head} | {f['tokens_per_verify']:.2f} tokens per verify | acceptance "

@@ -136,7 +136,7 @@ BROKEN = [
     (put("config.json", "[1]"), "a JSON object"), (put("config.json", b"\xff\xfe"), "cannot be"),
     (weights(lambda w: w.pop(NORM)), f"the weights lack {NORM}"),
     (weights(lambda w: w.update(extra=torch.ones(2), more=torch.ones(1))),
-     "2 weights are not part of it, such as extra"),
+     "2 weights too many, such as extra"),
     *[(weights(lambda w, x=x: w.update({NORM: x})), f"{NORM} has torch.float32, shape {[*x.shape]}"
        ) for x in (torch.ones(31), torch.ones(1), torch.ones(32, 1))],
     (weights(lambda w: w.update({K: w[K].T.contiguous()})), f"{K} has torch.float32, shape [32, "),
