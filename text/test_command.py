@@ -207,9 +207,9 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
 def test_a_text_ends_at_a_stop_token_which_is_not_printed(run, result, tmp_path):
     """Rejects a command that never stops, or prints what it stops at: a copy of the demo that says
     that a text ends at a token which the demo writes in the middle."""
-    prompt = ("--prompt", "x = ", *SHORT)
+    prompt = ("--prompt", "import os\n\ndef find_files(root, suffix):\n", *SHORT)
     ids = result(*prompt)["ids"]
-    end = next(n for n in range(8, 20) if ids[n] not in ids[:n])
+    end = next(n for n in range(5, 20) if ids[n] not in ids[:n])
     text = Tokenizer(DEMO).decode(ids[:end])
     folder = copy_of_the_demo(tmp_path, generation_config=dict(eos_token_id=[3841, ids[end]]))
     prompt = ("--model", folder, "--device", "cpu", *prompt)
@@ -707,3 +707,15 @@ def test_the_library_example_of_the_readme_runs_as_it_stands(monkeypatch, capsys
     exec(example, {"__name__": "example"})
     out, err = capsys.readouterr()
     assert len(out.splitlines()) > 3 and err == ""
+
+
+def test_the_algorithm_in_the_readme_chooses_what_the_program_chooses():
+    """Rejects a listing that has drifted from the recurrence, or never was it."""
+    listing, = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    for seed in range(8):
+        h, run_layer = dp_layer_skip.toy(9, 16, seed)
+        names = dict(h=h, L=9, M=4, layer=lambda i, x: run_layer(i, x[None])[0],
+                     cos=lambda a, b: dp_layer_skip.cosine(a, b).item())
+        exec(listing, names)
+        chosen = dp_layer_skip.choose_skip(h, run_layer, 4).skip()
+        assert names["left_out"] == {i for i, s in enumerate(chosen) if s}
