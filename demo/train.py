@@ -1,67 +1,130 @@
-"""How the demo model was made: byte-pair ranks, then a deep LLaMA-3 trained with layer dropout.
-Needs only the packages of this repository; `demo/README.md` is the model card.
+"""How the demo model was made: a deep LLaMA-3 that needs other layers for code than for prose.
+Needs only the packages of this repository, the documentation of Python in reStructuredText and the
+former demo model, from which the weights start; `demo/README.md` is the model card.
 
-    python demo/train.py tokenizer        # tokenizer.model, from the standard library's source
-    torchrun --nproc-per-node 2 demo/train.py model --compile      # a process per core; resumable
-    torchrun --nproc-per-node 2 demo/train.py distil --compile     # from there; resumable
+    python demo/train.py tokenizer        # tokenizer.model, from both kinds of text
+    python demo/train.py distil --former FOLDER --compile      # resumable
     python demo/train.py export           # model.safetensors and the two config files
     python demo/train.py measure          # the held-out loss of what is shipped
 
-The one idea here that CLaSp depends on: a network that has never missed a layer falls apart when
-one is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught
-it. So, as LayerSkip does (arXiv 2404.16710), every micro-batch is run with some layers left out,
-and layers differ in how often they are: that difference is what the dynamic program finds at run
-time. Then `distil` teaches the network with layers left out to say what the whole one says.
+Two ideas that CLaSp depends on. First, a network that has never missed a layer falls apart when one
+is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught it.
+So every micro-batch is run twice, whole and with some layers left out, as a draft would be, and the
+two learn to agree. Second, *which* layers can go depends on the text: here on its kind, program or
+prose, of which each has layers of its own that it never misses. Large models have such a difference
+of themselves; in this one it is trained in, and strong, so that it can be seen.
 """
 import argparse
 import base64
 import collections
 import hashlib
 import heapq
+import io
 import json
 import math
 import os
 import random
+import re
 import sys
 import sysconfig
 import time
+import tokenize
 from pathlib import Path
 
 import regex                       # comes with tiktoken, which splits text with it
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
-from llama import SPLIT, Llama, Tokenizer  # noqa: E402
-from oracle.trace import save  # noqa: E402
+from llama import Llama  # noqa: E402
+from text.safetensors_file import save  # noqa: E402
+from text.tokenizer import SPLIT, Tokenizer  # noqa: E402
 
 RANKS, SPECIALS = 3840, 256        # V = 4096
 L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
 THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
 BOS, EOS = RANKS, RANKS + 1
-OFTEN, DISTIL_OFTEN = 17, 21       # layers that may go, of the 28 between the first and last two
+DRAFT = 8                          # tokens that a draft is taken to have, in training
+
+# The layers that may go: on both kinds, on code only, on prose only; the other four never. Those of
+# PROSE_ONLY are the ones that the former model, which knew code alone, did not learn to do without,
+# and one more: so code keeps what it had, and prose has to find its place in eight of the others.
+BOTH = (2, 3, 4, 6, 12, 14, 17, 19, 22, 25, 27, 29)
+CODE_ONLY = (5, 8, 13, 15, 18, 21, 23, 26)
+PROSE_ONLY = (7, 9, 10, 11, 16, 20, 24, 28)
+KINDS = ("code", "prose")
+NEEDED, SPARE = 0.25, 0.035        # by how much a layer turns a state that needs it, and one that
+                                   # may miss it: at least and at most, in rad
+
+
+def planted(kind: str) -> list[bool]:
+    """The 20 layers that a text of this kind is taught to do without, as one flag per layer."""
+    out = {*BOTH, *(CODE_ONLY if kind == "code" else PROSE_ONLY)}
+    return [i in out for i in range(L)]
 
 
 # ---------------------------------------------------------------------------- text
 
-def corpus() -> tuple[list[str], list[str]]:
-    """(training files, held-out files): the standard library's source, no tests, nothing installed
-    beside it. A file is held out if the hash of its name says so (1 in 20), so that the split never
-    moves."""
-    root = Path(sysconfig.get_path("stdlib"))
-    train, held = [], []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if set(name.split("/")) & {"test", "tests", "idle_test", "site-packages", "dist-packages"}:
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError:                     # a few files declare another encoding
-            continue
-        (held if hashlib.sha256(name.encode()).digest()[0] % 20 == 0 else train).append(text)
+def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(training files, held-out files) of each kind: the standard library's source, no tests,
+    nothing installed beside it; and the source of Python's documentation, as Debian's package
+    python3.11-doc holds it. A file is held out if the hash of its name says so (1 in 20), so that
+    the split never moves."""
+    train, held = {k: [] for k in KINDS}, {k: [] for k in KINDS}
+    docs = Path(os.environ.get("PYTHON_DOCS", "/usr/share/doc/python3.11/html/_sources"))
+    for kind, root, pattern in (("code", Path(sysconfig.get_path("stdlib")), "*.py"),
+                                ("prose", docs, "*.rst.txt")):
+        for path in sorted(root.rglob(pattern)):
+            name = path.relative_to(root).as_posix()
+            if kind == "code" and set(name.split("/")) & {
+                    "test", "tests", "idle_test", "site-packages", "dist-packages"}:
+                continue
+            try:
+                text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError:                 # a few files declare another encoding
+                continue
+            out = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+            (held if out else train)[kind].append(text)
+        if not train[kind]:
+            sys.exit(f"{root}: no {pattern} files here (set PYTHON_DOCS for the documentation)")
     return train, held
+
+
+def prose_in_code(text: str) -> list[tuple[int, int]]:
+    """Where the comments and docstrings of a Python file stand: (start, end) in characters."""
+    first, out, fresh = [0], [], True
+    for line in io.StringIO(text):
+        first.append(first[-1] + len(line))
+    quiet = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+    try:
+        for t in tokenize.generate_tokens(io.StringIO(text).readline):
+            if t.type == tokenize.COMMENT or t.type == tokenize.STRING and fresh:
+                out.append((first[t.start[0] - 1] + t.start[1], first[t.end[0] - 1] + t.end[1]))
+            fresh = t.type in quiet or t.type == tokenize.COMMENT and fresh
+    except (tokenize.TokenError, SyntaxError, IndexError):   # a template, or another Python's file
+        pass
+    return out
+
+
+def code_in_prose(text: str) -> list[tuple[int, int]]:
+    """Where the examples of a reStructuredText file stand: what is indented below a line that ends
+    in "::" (of directives, below those of code), and interactive sessions."""
+    out, at, indent, session = [], 0, None, False
+    for line in io.StringIO(text):
+        bare, depth = line.strip(), len(line) - len(line.lstrip())
+        if bare and indent is not None and depth <= indent:
+            indent = None
+        session = bool(bare) and (session or bare.startswith(">>>"))
+        if indent is not None or session:
+            out.append((at, at + len(line)))
+        elif bare.endswith("::") and not bare.startswith("..") or re.match(
+                r"\.\. (code-block|sourcecode|testcode|testsetup|doctest|highlight)::", bare):
+            indent = depth
+        at += len(line)
+    return out
 
 
 def train_ranks(texts: list[str], size: int) -> list[bytes]:
@@ -112,19 +175,73 @@ def train_ranks(texts: list[str], size: int) -> list[bytes]:
 
 
 def make_tokenizer() -> None:
-    ranks = train_ranks(corpus()[0], RANKS)
-    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks))
+    train = corpus()[0]                        # both kinds have about as many bytes
+    lines = (base64.b64encode(t) + b" %d\n" % i
+             for i, t in enumerate(train_ranks(train["code"] + train["prose"], RANKS)))
     (DEMO / "tokenizer.model").write_bytes(b"".join(lines))
 
 
-def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """(ids of all files, each between begin and end of text; positions at which a line starts)."""
-    tok, ids = Tokenizer(DEMO), []
-    for text in texts:
-        ids += [BOS, *tok.encode(text), EOS]
-    newline = torch.tensor([tok.decode_bytes([i]).endswith(b"\n") for i in range(RANKS + 2)])
-    ids = torch.tensor(ids)
-    return ids, (newline[ids] | (ids == BOS)).nonzero().squeeze(1) + 1
+class Text:
+    """Files of one kind in a row, each between begin and end of text.
+
+    ids     (N,) tokens
+    prose   (N,) bool: is most of what stands around the token prose?
+    starts  positions at which a line starts"""
+
+    AROUND = 64                # tokens to each side: a line of comment does not make a text prose
+
+    def __init__(self, texts: list[str], kind: str) -> None:
+        tok, ids, prose = Tokenizer(DEMO), [], []
+        find = prose_in_code if kind == "code" else code_in_prose
+        size = torch.tensor([len(tok.decode_bytes([i])) for i in range(RANKS)])
+        for text in texts:
+            part, raw = torch.tensor(tok.encode(text), dtype=torch.long), text.encode()
+            other = torch.zeros(len(raw) + 1, dtype=torch.long)
+            for start, end in find(text):              # characters -> bytes
+                start = len(text[:start].encode())
+                other[start + 1:start + 1 + len(text[:end].encode()) - start] = 1
+            ends = size[part].cumsum(0)
+            sums = other.cumsum(0)
+            other = sums[ends] - sums[ends - size[part]] > size[part] / 2
+            edge = torch.tensor([False])
+            ids += [torch.tensor([BOS]), part, torch.tensor([EOS])]
+            prose += [edge, other, edge]
+        self.ids, prose = torch.cat(ids), torch.cat(prose) ^ (kind == "prose")
+        newline = torch.tensor([tok.decode_bytes([i]).endswith(b"\n") for i in range(RANKS + 2)])
+        self.starts = (newline[self.ids] | (self.ids == BOS)).nonzero().squeeze(1) + 1
+        at, N = torch.arange(len(prose)), len(prose)
+        low, high = (at - self.AROUND).clamp(min=0), (at + self.AROUND).clamp(max=N)
+        sums = F.pad(prose.long().cumsum(0), (1, 0))
+        self.prose = (sums[high] - sums[low]) * 2 > high - low
+
+
+class Rows:
+    """Draws training rows of T tokens, of a kind of choice: by the majority of their tokens,
+    whichever file they come from."""
+
+    def __init__(self, texts: dict[str, Text], T: int) -> None:
+        self.T, self.ids = T, torch.cat([texts[k].ids for k in KINDS])
+        self.prose = torch.cat([texts[k].prose for k in KINDS])
+        starts = torch.cat((texts["code"].starts, texts["prose"].starts + len(texts["code"].ids)))
+        starts = starts[starts <= len(self.ids) - T]
+        sums = F.pad(self.prose.long().cumsum(0), (1, 0))
+        most = (sums[starts + T] - sums[starts]) * 2 > T
+        self.starts = dict(code=starts[~most], prose=starts[most])
+
+    def draw(self, kind: str, rng: random.Random, mixed: float) -> tuple[Tensor, Tensor]:
+        """(T+1,) ids after BOS, and for each of the T predictions whether the token it is made at
+        is of this kind. Some rows change their kind on the way."""
+        def piece(kind: str, n: int) -> slice:
+            at = int(self.starts[kind][rng.randrange(len(self.starts[kind]))])
+            return slice(at, at + n)
+        pieces = [piece(kind, self.T)]
+        if rng.random() < mixed:
+            cut = round(self.T * rng.uniform(0.25, 0.75))
+            order = KINDS if rng.random() < 0.5 else KINDS[::-1]
+            pieces = [piece(order[0], cut), piece(order[1], self.T - cut)]
+        ids = torch.cat([torch.tensor([BOS]), *(self.ids[p] for p in pieces)])
+        own = torch.cat([self.prose[p] == (kind == "prose") for p in pieces])
+        return ids, torch.cat((own[:1], own[:-1]))
 
 
 # --------------------------------------------------------------- model (batched, for training only)
@@ -135,31 +252,42 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        def lin(i: int, o: int, scale: float = 1.0) -> nn.Linear:
-            m = nn.Linear(i, o, bias=False)
-            nn.init.normal_(m.weight, std=scale * i ** -0.5)
-            return m
-        out = (2 * L) ** -0.5            # what a layer adds starts small, so that depth L is stable
+        def lin(i: int, o: int) -> nn.Linear:
+            return nn.Linear(i, o, bias=False)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
         self.q_proj, self.k_proj, self.v_proj = lin(D, H * HD), lin(D, G * HD), lin(D, G * HD)
-        self.o_proj = lin(H * HD, D, out)
-        self.gate_proj, self.up_proj, self.down_proj = lin(D, FFN), lin(D, FFN), lin(FFN, D, out)
+        self.o_proj = lin(H * HD, D)
+        self.gate_proj, self.up_proj, self.down_proj = lin(D, FFN), lin(D, FFN), lin(FFN, D)
 
-    # (B, T, D) -> (B, T, D)
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    # (B, T, D) -> (B, T, D), keys and values (B * G, T, HD)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, k_whole: Tensor | None,
+                v_whole: Tensor | None, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole network's layer; or, given its keys and values, that of a draft, which reads
+        them for all that was verified, here the tokens of earlier blocks of DRAFT, and its own for
+        what it has drafted itself: those of the same block."""
         B, T, _ = x.shape
         R = H // G                          # query heads that share a kv head; folded into the rows
         a = self.input_layernorm(x)
         q = rotate(self.q_proj(a).view(B, T, H, HD), cos, sin)
         k = rotate(self.k_proj(a).view(B, T, G, HD), cos, sin).transpose(1, 2).reshape(B * G, T, HD)
         v = self.v_proj(a).view(B, T, G, HD).transpose(1, 2).reshape(B * G, T, HD)
-        q = q.view(B, T, G, R, HD).transpose(1, 2).reshape(B * G, T * R, HD)
-        score = torch.bmm(q, k.transpose(1, 2)).view(B * G, T, R, T) * HD ** -0.5 + bias
-        a = torch.bmm(score.softmax(-1, dtype=q.dtype).view(B * G, T * R, T), v)
+        q = q.view(B, T, G, R, HD).transpose(1, 2).reshape(B * G, T * R, HD) * HD ** -0.5
+        if k_whole is None:
+            score = torch.bmm(q, k.transpose(1, 2)).view(B * G, T, R, T) + bias
+            a = torch.bmm(score.softmax(-1, dtype=q.dtype).view(B * G, T * R, T), v)
+        else:
+            N = B * G * T // DRAFT                                         # blocks
+            score = torch.bmm(q, k_whole.transpose(1, 2)).view(B * G, T, R, T) + bias
+            own = torch.bmm(q.view(N, DRAFT * R, HD), k.view(N, DRAFT, HD).transpose(1, 2))
+            own = (own.view(N, DRAFT, R, DRAFT) + near).view(B * G, T, R, DRAFT)
+            p = torch.cat((score, own), -1).softmax(-1, dtype=q.dtype)
+            a = torch.bmm(p[..., :T].reshape(B * G, T * R, T), v_whole)
+            own = p[..., T:].reshape(N, DRAFT * R, DRAFT)
+            a = a + torch.bmm(own, v.view(N, DRAFT, HD)).view(B * G, T * R, HD)
         a = a.view(B, G, T, R, HD).transpose(1, 2).reshape(B, T, H * HD)
         x = x + self.o_proj(a)
         a = self.post_attention_layernorm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(a)) * self.up_proj(a))
+        return x + self.down_proj(F.silu(self.gate_proj(a)) * self.up_proj(a)), k, v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -171,70 +299,123 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(RANKS + SPECIALS, D)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.layers = nn.ModuleList(Block() for _ in range(L))
         self.norm = nn.RMSNorm(D, EPS)
         angle = torch.outer(torch.arange(CONTEXT), THETA ** (-torch.arange(0, HD, 2) / HD))
-        self.register_buffer("cos", angle.cos()[:, None], persistent=False)
-        self.register_buffer("sin", angle.sin()[:, None], persistent=False)
-        causal = torch.full((CONTEXT, CONTEXT), float("-inf"), dtype=torch.bfloat16).triu(1)
-        self.register_buffer("bias", causal[:, None], persistent=False)   # (T, 1, T)
+        block = torch.arange(CONTEXT) // DRAFT
+        def bias(allowed: Tensor) -> Tensor:                               # (T, T') -> (T, 1, T')
+            return torch.zeros_like(allowed, dtype=torch.bfloat16).masked_fill_(
+                ~allowed, float("-inf"))[:, None]
+        causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()
+        for name, constant in (("cos", angle.cos()[:, None]), ("sin", angle.sin()[:, None]),
+                               ("causal", bias(causal)),
+                               ("verified", bias(block[:, None] > block)),
+                               ("near", bias(causal[:DRAFT, :DRAFT]))):
+            self.register_buffer(name, constant, persistent=False)
 
-    def forward(self, ids: Tensor, skip: list[bool]) -> Tensor:            # (B, T) -> (B * T, V)
-        """Logits, the layers with skip[i] left out."""
+    def states(self, ids: Tensor, skip: list[bool] | None = None,
+               whole: list[tuple[Tensor, Tensor]] | None = None) -> tuple[list[Tensor], list]:
+        """(B, T) -> the states (B, T, D) before the first layer and after each that was run, and
+        each one's keys and values. With `whole` those of the whole network, as a draft without the
+        layers in `skip`."""
         T = ids.shape[1]
-        x, cos, sin = self.embed_tokens(ids), self.cos[:T], self.sin[:T]
-        bias = self.bias[:T, :, :T]
-        for layer, s in zip(self.layers, skip):
-            if not s:
-                x = layer(x, cos, sin, bias)
+        xs, cos, sin, kv = [self.embed_tokens(ids)], self.cos[:T], self.sin[:T], []
+        bias = (self.verified if whole else self.causal)[:T, :, :T]
+        for i, layer in enumerate(self.layers):
+            if not (skip and skip[i]):
+                x, k, v = layer(xs[-1], cos, sin, bias, *(whole[i] if whole else (None, None)),
+                                self.near)
+                xs.append(x)
+                kv.append((k, v))
+        return xs, kv
+
+    def logits(self, x: Tensor) -> Tensor:                                 # (B, T, D) -> (B * T, V)
         return F.linear(self.norm(x), self.embed_tokens.weight).float().flatten(0, 1)      # tied
 
-    def loss(self, ids: Tensor, skip: list[bool]) -> Tensor:               # (B, T+1) -> ()
-        """Mean negative log-likelihood of ids[:, 1:] in nats per token."""
-        return F.cross_entropy(self(ids[:, :-1], skip), ids[:, 1:].flatten())
+    def compare(self, whole: Tensor, part: Tensor, after: Tensor, own: Tensor) -> Tensor:
+        p, q = self.logits(whole).log_softmax(-1), self.logits(part).log_softmax(-1)
+        apart = (p.exp() * (2 * (p - q)) + 0.5 * (p.exp() - q.exp()).abs()).sum(-1)
+        return (apart * own).sum() / own.sum().clamp_min(1) - p.gather(1, after[:, None]).mean()
 
-    def pair_loss(self, ids: Tensor, skip: list[bool]) -> Tensor:          # (B, T+1) -> ()
-        """The whole network learns from the text, and it and the one with layers left out learn to
-        agree: the loss above plus twice KL(whole || left out), in nats per token. (What the whole
-        one knows beyond the other is mostly the training text by heart.)"""
-        whole = self(ids[:, :-1], [False] * L)
-        part = self(ids[:, :-1], skip).log_softmax(-1)
-        return F.cross_entropy(whole, ids[:, 1:].flatten()) + 2 * F.kl_div(
-            part, whole.log_softmax(-1), reduction="batchmean", log_target=True)
+    def contrast(self, whole: Tensor, wrong: Tensor, own: Tensor, margin: Tensor) -> Tensor:
+        p = self.logits(whole.detach()).detach().log_softmax(-1)
+        kl = (p.exp() * (p - self.logits(wrong).log_softmax(-1))).sum(-1)
+        return ((kl * own).sum() / own.sum().clamp_min(1) - margin).abs()
 
+    def turns(self, xs: list[Tensor], own: Tensor) -> Tensor:                         # -> (L,)
+        """By how much each layer turns the states of the tokens in `own`: about the mean angle, in
+        rad. It is what the dynamic program sees of a layer."""
+        return torch.stack([
+            ((2 - 2 * F.cosine_similarity(a.float(), b.float(), dim=-1) + 1e-6).sqrt().flatten()
+             * own).sum() for a, b in zip(xs, xs[1:])]) / own.sum().clamp_min(1)
 
-# ---------------------------------------------------------------------------- layer dropout
+    def pair_loss(self, ids: Tensor, own: Tensor, kind: str, skip: list[bool],
+                  wrong: tuple[list[bool], float] | None) -> Tensor:
+        """ids (B, T+1), own (B, T) -> ().
 
-def drop_rates(often: int) -> list[float]:
-    """How often each layer is left out at scale 1. The first and last two never; of the others,
-    scattered, `often` often and the rest seldom. With one rate for all, every set of layers is as
-    good as every other. (A larger `often` adds layers to those of a smaller one.)"""
-    chosen = set(random.Random(7).sample(range(2, L - 2), often))
-    return [0.0 if i < 2 or i >= L - 2 else 0.75 if i in chosen else 0.1 for i in range(L)]
+        The whole network learns from the text, and it and a draft with layers left out learn to
+        agree, on the tokens of the draft's kind: the mean loss of the whole, plus twice
+        KL(whole || draft), plus the chance that a drafted token is refused, which is half the sum
+        of |p - q|. (What the whole one knows beyond the other is mostly the training text by
+        heart.)
 
+        A network that once could do without a layer goes on being able to; so, for the kinds to
+        differ, two more terms. The layers that a kind may miss shall hardly turn its states, and
+        each of the others shall. And a draft without some of those others, `wrong`, shall be as far
+        from the whole one as the margin says, in the same KL: no nearer, else one set would do for
+        all texts; and no farther, for it is what a draft has just after its text has changed its
+        kind."""
+        xs, kv = self.states(ids[:, :-1])
+        part, _ = self.states(ids[:, :-1], skip, kv)
+        after, own = ids[:, 1:].flatten(), own.flatten().float()
+        loss = self.compare(xs[-1], part[-1], after, own)
+        turns, may_go = self.turns(xs, own), torch.tensor(planted(kind), device=own.device)
+        loss = loss + 2 * (turns[may_go] - SPARE).relu().mean()
+        loss = loss + 2 * (NEEDED - turns[~may_go]).relu().mean()
+        if wrong:
+            bad, _ = self.states(ids[:, :-1], wrong[0], kv)
+            loss = loss + 0.5 * self.contrast(xs[-1], bad[-1], own,
+                                              torch.tensor(wrong[1], device=own.device))
+        return loss
 
-def often_dropped(often: int) -> list[bool]:
-    """The same as one flag per layer: is it one of those left out often?"""
-    return [rate > 0.5 for rate in drop_rates(often)]
-
-
-def masks(n: int, rng: random.Random, distil: bool) -> list[list[bool]]:
-    """n skip masks for one step: a third at full depth (else the full model is worse than its own
-    subsets), the rest with the rates times a scale in 0 .. 1.3, stratified so that every step sees
-    the whole range. When distilling, where each mask is paired with the full depth anyway, all with
-    more layers that may go and a scale in 0.6 .. 1.3."""
-    rates, full, out = drop_rates(DISTIL_OFTEN if distil else OFTEN), (n + 1) // 3, []
-    for k in range(n):
-        if distil:
-            scale = 0.6 + 0.7 * (k + rng.random()) / n
-        else:
-            scale = 0.0 if k < full else 1.3 * (k - full + rng.random()) / (n - full)
-        out.append([rng.random() < r * scale for r in rates])
-    return out
+    def begin_from(self, folder: Path) -> None:
+        """The weights of the former model. Its vocabulary was another: a token that it had keeps
+        its row, one that is new gets the mean row of the pieces that it was before."""
+        tok, old = Tokenizer(DEMO), Tokenizer(folder)
+        weights = {re.sub(r"^model\.|self_attn\.|mlp\.", "", name): t.float()
+                   for name, t in load_file(folder / "model.safetensors").items()}
+        rows = weights["embed_tokens.weight"]
+        new, place = rows.clone(), {old.decode_bytes([i]): i for i in range(RANKS)}
+        for i in range(RANKS):
+            piece = tok.decode_bytes([i])
+            text = piece.decode("utf-8", errors="ignore")
+            before = [place[piece]] if piece in place else (
+                old.encode(text) if text.encode() == piece else [place[bytes([b])] for b in piece])
+            new[i] = rows[before].mean(0)
+        weights["embed_tokens.weight"] = new
+        self.load_state_dict(weights)
 
 
 # ---------------------------------------------------------------------------- training
+
+def masks(n: int, rng: random.Random) -> list[tuple]:
+    """n times (kind, skip mask, wrong) for one step, the kinds in turn. Of each kind half the masks
+    are exactly its planted set; the others leave out each of its layers with probability 0.75 times
+    a scale in 0.6 .. 1.3, so that parts of the set can be left out as well. Beside those stands a
+    wrong mask, with its margin: as many layers as planted, but j of them, 2 to 8, are ones that
+    this kind needs and the other may miss."""
+    out = []
+    for k in range(n):
+        kind, scale = KINDS[k % 2], 0.6 + 0.7 * rng.random()
+        exact = k // 2 % 2 == 0
+        mask = [s and (exact or rng.random() < 0.75 * scale) for s in planted(kind)]
+        may, needs = ((CODE_ONLY, PROSE_ONLY) if kind == "code" else (PROSE_ONLY, CODE_ONLY))
+        j = rng.randint(2, 8)
+        bad = {*BOTH, *rng.sample(needs, j), *rng.sample(may, 8 - j)}
+        wrong = [i in bad for i in range(L)], j / 10
+        out.append((kind, mask, None if exact else wrong))
+    return out
+
 
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
@@ -244,52 +425,64 @@ def train(a: argparse.Namespace) -> None:
         torch.distributed.init_process_group("gloo")
     device = torch.device(a.device)
     train_text, held_text = corpus()
-    data, starts = tokens(train_text)
-    held, _ = tokens(held_text)
-    bytes_held = sum(len(t.encode()) for t in held_text)
+    data = {k: Text(train_text[k], k) for k in KINDS}
+    held = {k: Text(held_text[k], k) for k in KINDS}
     if rank == 0:
-        print(f"train {len(data):,} tokens, held out {len(held):,} tokens, "
-              f"{bytes_held / len(held):.2f} bytes per token", flush=True)
+        for k in KINDS:
+            size = sum(len(t.encode()) for t in held_text[k])
+            print(f"{k}: train {len(data[k].ids):,} tokens, of which {data[k].prose.sum():,} amid "
+                  f"prose; held out {len(held[k].ids):,} tokens, {size / len(held[k].ids):.2f} "
+                  f"bytes per token", flush=True)
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     opts = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    distil, base = a.what == "distil", DEMO / "train_state.pt"           # ours alone, never shipped
-    state = DEMO / "distil_state.pt" if distil else base
-    step, log, spent = 0, [], 0.0
-    if state.exists() or distil:
-        s = torch.load(state if state.exists() else base, weights_only=True)
+    state = DEMO / "distil_state.pt"                                     # ours alone, never shipped
+    step, log, spent, rows = 0, [], 0.0, None
+    if state.exists():
+        s = torch.load(state, weights_only=True)
         model.load_state_dict(s["model"])
         for o, saved in zip(opts, s["opts"]):
             o.load_state_dict(saved)
-        if state.exists():
-            step, log, spent = s["step"], s["log"], s["spent"]
+        step, log, spent = s["step"], s["log"], s["spent"]
         print(f"begun at step {step} of {state.name}", flush=True)
+    else:
+        model.begin_from(a.former)
     if a.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
+        for name in ("compare", "contrast", "turns"):
+            setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
     began, window = time.time(), []
-    while step < a.steps:
+    while True:
+        # How far we are: by steps, or by the clock where only so much time is to be had.
+        seconds = spent + time.time() - began
+        frac = seconds / 60 / a.minutes if a.minutes else step / a.steps
+        if world > 1:                      # one clock for all
+            torch.distributed.broadcast(clock := torch.tensor([frac]), 0)
+            frac = clock.item()
+        if frac >= 1:
+            break
         # A step's data and masks depend on its number alone; the last steps see the whole context.
         rng = random.Random(a.seed * 1_000_003 + step)
-        T = a.length if step < a.long_from * a.steps else CONTEXT
+        T = a.length if frac < a.long_from else CONTEXT
         B = max(1, round(a.length * a.rows / T))
-        frac = step / a.steps                                 # warm up, hold, fall linearly to zero
-        scale = min(1.0, (step + 1) / 100, (1 - frac) / a.decay)
+        if rows is None or rows.T != T:
+            rows = Rows(data, T)
+        scale = min(1.0, (step + 1) / 50, (1 - frac) / a.decay)   # warm up, hold, linearly to zero
         for o in opts:
             for g in o.param_groups:
                 g["lr"] = a.lr * scale
         total = 0.0
-        for n, mask in enumerate(masks(a.masks, rng, distil)):
-            at = [min(int(starts[rng.randrange(len(starts))]), len(data) - T) for _ in range(B)]
+        for n, (kind, mask, wrong) in enumerate(masks(a.masks, rng)):
+            drawn = [rows.draw(kind, rng, a.mixed) for _ in range(B)]
             if n % world != rank:
                 continue
-            rows = [torch.cat((torch.tensor([BOS]), data[start:start + T])) for start in at]
+            ids, own = (torch.stack(part).to(device) for part in zip(*drawn))
             with torch.autocast(device.type, torch.bfloat16):
-                loss_of = model.pair_loss if distil else model.loss
-                loss = loss_of(torch.stack(rows).to(device), mask)
+                loss = model.pair_loss(ids, own, kind, mask, wrong)
             (loss / a.masks).backward()
             total += loss.item() / a.masks
         if world > 1:
@@ -306,33 +499,59 @@ def train(a: argparse.Namespace) -> None:
             o.zero_grad(set_to_none=True)
         step += 1
         window.append(total)
-        if rank == 0 and (step % a.every == 0 or step == a.steps):
-            seconds = spent + time.time() - began
-            full, dropped = evaluate(model, held, device, DISTIL_OFTEN if distil else OFTEN)
-            seen, loss = step * a.masks * a.rows * a.length, sum(window) / len(window)
-            log.append([step, seen, loss, full, dropped, seconds])
-            print(f"step {step} tokens {seen / 1e6:.2f}M train {loss:.3f} held-out full {full:.3f} "
-                  f"often-dropped layers left out {dropped:.3f} {seconds / 60:.1f} min", flush=True)
+        if rank == 0 and step % a.every == 0:
+            report(model, held, device, log, step, step * a.masks * a.rows * a.length, window,
+                   spent + time.time() - began)
+            store(model, opts, step, log, spent + time.time() - began, state)
             window = []
-            torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts],
-                            step=step, log=log, spent=seconds), state.with_suffix(".tmp"))
-            state.with_suffix(".tmp").replace(state)
+    if rank == 0 and window:
+        report(model, held, device, log, step, step * a.masks * a.rows * a.length, window,
+               spent + time.time() - began)
+        store(model, opts, step, log, spent + time.time() - began, state)
+
+
+def report(model: Model, held: dict[str, Text], device: torch.device, log: list, step: int,
+           seen: int, window: list[float], seconds: float) -> None:
+    loss, line = sum(window) / len(window), [step, seen]
+    print(f"step {step} tokens {seen / 1e6:.2f}M train {loss:.3f}", end=" ")
+    line.append(loss)
+    for kind in KINDS:
+        full, own, other = evaluate(model, held[kind].ids, kind, device)
+        print(f"| {kind}: held-out {full:.3f}, kept with its own set {own:.3f}, with the other's "
+              f"{other:.3f}", end=" ")
+        line += [full, own, other]
+    print(f"| {seconds / 60:.1f} min", flush=True)
+    log.append([*line, seconds])
+
+
+def store(model: Model, opts: list, step: int, log: list, seconds: float, state: Path) -> None:
+    torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step,
+                    log=log, spent=seconds), state.with_suffix(".tmp"))
+    state.with_suffix(".tmp").replace(state)
 
 
 @torch.no_grad()
-def evaluate(model: Model, held: Tensor, device: torch.device, often: int, rows: int = 24,
-             T: int = 512) -> tuple[float, float]:
-    """Held-out nats per token on evenly spaced windows: at full depth, and without the
-    often-dropped layers."""
-    at = torch.linspace(0, len(held) - T - 1, rows).long().tolist()
-    ids = torch.stack([torch.cat((torch.tensor([BOS]), held[i:i + T])) for i in at]).to(device)
-    dropped = often_dropped(often)
-    with torch.autocast(device.type, torch.bfloat16):
-        return tuple(sum(model.loss(b, m).item() for b in ids.split(4)) / (rows // 4)
-                     for m in ([False] * L, dropped))
+def evaluate(model: Model, held: Tensor, kind: str, device: torch.device, rows: int = 12,
+             T: int = 512) -> tuple[float, float, float]:
+    """On evenly spaced held-out windows: nats per token of the whole network, and how many drafted
+    tokens it would keep at temperature 1 (the mean of sum min(p, q)) if the draft left out the
+    planted set of this kind, and that of the other."""
+    at, out = torch.linspace(0, len(held) - T - 1, rows).long().tolist(), [0.0] * 3
+    sets = sorted((planted(k) for k in KINDS), key=lambda s: s != planted(kind))
+    with torch.autocast(device.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        for i in at:
+            ids = torch.cat((torch.tensor([BOS]), held[i:i + T])).to(device)[None]
+            xs, kv = model.states(ids[:, :-1])
+            logits = model.logits(xs[-1])
+            p = logits.softmax(-1)
+            out[0] += F.cross_entropy(logits, ids[0, 1:]).item() / rows
+            for n, skip in enumerate(sets):
+                q = model.logits(model.states(ids[:, :-1], skip, kv)[0][-1]).softmax(-1)
+                out[1 + n] += torch.minimum(p, q).sum(-1).mean().item() / rows
+    return tuple(out)
 
 
-def export() -> None:
+def export(folder: Path) -> None:
     """distil_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation
     config."""
     s = torch.load(DEMO / "distil_state.pt", weights_only=True)
@@ -342,7 +561,7 @@ def export() -> None:
             for p in home:
                 name = name.replace(f".{p}_proj", f".{part}.{p}_proj")
         out["model." + name] = t.to(torch.bfloat16).contiguous()
-    save(out, DEMO / "model.safetensors", {"format": "pt"})
+    save(out, folder / "model.safetensors", {"format": "pt"})
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama",
                   vocab_size=RANKS + SPECIALS, hidden_size=D, intermediate_size=FFN,
                   num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=HD,
@@ -351,55 +570,61 @@ def export() -> None:
                   mlp_bias=False, bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
     for name, content in (("config.json", config), (
             "generation_config.json", dict(bos_token_id=BOS, eos_token_id=EOS))):
-        (DEMO / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    if folder != DEMO:
+        (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
     n = sum(t.numel() for t in out.values())
     print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB, step {s['step']}, {s['spent'] / 60:.0f} minutes")
 
 
 @torch.inference_mode()
-def measure() -> None:
+def measure(folder: Path) -> None:
     """The shipped weights on the whole held-out text, by llama.py in float32: windows of half the
     context, each begun afresh."""
-    model, text = Llama.load(DEMO), corpus()[1]
-    held, size = tokens(text)[0], sum(len(t.encode()) for t in text)
-    often, T = often_dropped(DISTIL_OFTEN), CONTEXT // 2
-    for name, skip in (("all layers", None), (f"{sum(often)} often-dropped left out", often)):
-        total, count = 0.0, 0
-        for part in held.split(T):
-            ids, cache = torch.cat((torch.tensor([BOS]), part)), model.cache(len(part))
-            x, _ = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
-            total += F.cross_entropy(model.head(x), ids[1:], reduction="sum").item()
-            count += len(part)
-        print(f"{name}: {total / count:.3f} nats per token, {total / size / math.log(2):.3f} bits "
-              f"per byte, {count:,} held-out tokens")
+    model, texts, T = Llama.load(folder), corpus()[1], CONTEXT // 2
+    for kind in KINDS:
+        held, size = Text(texts[kind], kind).ids, sum(len(t.encode()) for t in texts[kind])
+        for name, skip in (("all layers", None), *((f"without the set of {k}", planted(k))
+                                                   for k in KINDS)):
+            total = 0.0
+            for part in held.split(T):
+                ids, cache = torch.cat((torch.tensor([BOS]), part)), model.cache(len(part))
+                x, _ = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
+                total += F.cross_entropy(model.head(x), ids[1:], reduction="sum").item()
+            print(f"{kind}, {name}: {total / len(held):.3f} nats per token, "
+                  f"{total / size / math.log(2):.3f} bits per byte, {len(held):,} held-out tokens",
+                  flush=True)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description="Make the demo model.")
     sub = p.add_subparsers(dest="what", required=True)
     sub.add_parser("tokenizer")
-    sub.add_parser("export")
-    sub.add_parser("measure")
-    for what, steps, lr, decay, masks in (("model", 2500, 3e-3, 0.35, 8),
-                                          ("distil", 2400, 2e-3, 0.6, 4)):
-        m = sub.add_parser(what)
-        m.add_argument("--steps", type=int, default=steps)
-        m.add_argument("--lr", type=float, default=lr)
-        m.add_argument("--decay", type=float, default=decay,
-                       help="last part of the steps, over which the rate falls to zero")
-        m.add_argument("--long-from", type=float, default=0.8,
-                       help="part of the steps after which rows span the whole context")
-        m.add_argument("--length", type=int, default=256)
-        m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
-        m.add_argument("--masks", type=int, default=masks, help="skip masks per step")
-        m.add_argument("--every", type=int, default=50, help="steps between two reports")
-        m.add_argument("--seed", type=int, default=1)
-        m.add_argument("--threads", type=int, default=1)
-        m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        m.add_argument("--compile", action="store_true")
+    for what in ("export", "measure"):
+        sub.add_parser(what).add_argument("--folder", type=Path, default=DEMO)
+    m = sub.add_parser("distil")
+    m.add_argument("--former", type=Path, required=True,
+                   help="folder of the model to begin from: model.safetensors, tokenizer.model")
+    m.add_argument("--steps", type=int, default=1400)
+    m.add_argument("--minutes", type=float, default=0,
+                   help="train for so long, not for a number of steps")
+    m.add_argument("--lr", type=float, default=2.5e-3)
+    m.add_argument("--decay", type=float, default=0.65,
+                   help="last part of the training, over which the rate falls to zero")
+    m.add_argument("--long-from", type=float, default=0.78,
+                   help="part of the training after which rows span the whole context")
+    m.add_argument("--length", type=int, default=256)
+    m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
+    m.add_argument("--masks", type=int, default=4, help="skip masks per step")
+    m.add_argument("--mixed", type=float, default=0.15, help="share of rows of two kinds")
+    m.add_argument("--every", type=int, default=150, help="steps between two reports")
+    m.add_argument("--seed", type=int, default=1)
+    m.add_argument("--threads", type=int, default=1)
+    m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    m.add_argument("--compile", action="store_true")
     a = p.parse_args()
-    dict(tokenizer=make_tokenizer, model=lambda: train(a), distil=lambda: train(a), export=export,
-         measure=measure)[a.what]()
+    dict(tokenizer=make_tokenizer, distil=lambda: train(a), export=lambda: export(a.folder),
+         measure=lambda: measure(a.folder))[a.what]()
 
 
 if __name__ == "__main__":
