@@ -79,7 +79,7 @@ class Job:
                   file=sys.stderr)
         self.dtype = DTYPES[dtype]
         self.K = 12 if a.draft_length is None else a.draft_length        # at most, whoever decides
-        self.M = max(1, round(L * 2 / 3)) if a.skip_layers is None else a.skip_layers
+        self.M = Adaptive.budgets(L)[-1] if a.skip_layers is None else a.skip_layers
         draft = PLAIN if a.strategy == "ar" else dict(
             K=a.draft_length, M=a.skip_layers, exit_threshold=a.draft_exit_threshold,
             interval=a.interval)

@@ -18,8 +18,7 @@ Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out (at most)
     p, q       target (full model) and draft distributions over V tokens
     probe      the last r accepted tokens, whose states choose the layers to leave out next
-    chance     answers "accept with probability a?" and "draw from p"
-    policy     says how many layers to leave out, when to end a draft, when to choose anew
+    chance     answers "accept with probability a?" and "draw from p"; policy: what and how to draft
 
 This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
 forward, layer and head as in llama.py; a chooser is called as dp_layer_skip.choose_skip is.
@@ -183,13 +182,17 @@ class Adaptive(Fixed):
                  optimise: float = 0.0, risk: Sequence[float] | None = None) -> None:
         L, self.s, self.c, self.v = len(draft) - 1, s, draft, verify
         self.o = 0.0 if risk else optimise
-        budgets = {max(1, round(L * k / 12)) for k in range(1, 9)} if s.M is None else {s.M}
-        self.risk = {j: risk[j] if risk else 0.5 * (j / L) ** 2 for j in sorted(budgets)}
+        budgets = self.budgets(L) if s.M is None else [s.M]
+        self.risk = {j: risk[j] if risk else 0.5 * (j / L) ** 2 for j in budgets}
         self.K, self.M, self.j = len(verify) - 2 if s.K is None else s.K, max(budgets), max(budgets)
         self.rejected, self.expected = 1.0, 1.0        # seen, and foretold by the risks
         self.kept, self.seen = [0.0, 0.0], [0, 0]      # by confidence: below 0.5, from there on
         self.rest, self.wait, self.probes = 0, 64, 0   # rounds to decode plainly now, and next time
         self.bins, self.alarm, self.lost, self.since = [], 0.0, 0.0, 1      # see `judged`
+
+    @staticmethod
+    def budgets(L: int) -> list[int]:      # sixteenths of the layers, up to the paper's 60 %
+        return sorted({max(1, round(L * k / 16)) for k in range(1, 11)})
 
     def keep(self, j: int) -> float:
         return 1 - min(max(self.risk[j] * self.rejected / self.expected, 0.005), 0.99)
@@ -254,11 +257,9 @@ class Adaptive(Fixed):
         self.alarm, self.lost, self.since = 0.0, 4 * (1 - self.keep(self.j)), 4
 
 
-# ------------------------------------------------------------------------------ the loop
-
 @dataclass(frozen=True)
 class Round:
-    """What happened in one round; in round 0, the prefill, nothing is drafted."""
+    """One round; in round 0, the prefill, nothing is drafted."""
     start: int                  # tokens of text before it
     skip: tuple[bool, ...]      # layers that the draft left out
     drafted: list[int]          # d1..dk
@@ -359,8 +360,6 @@ def _clock(model: Any) -> float:
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
 
-
-# ------------------------------------------------------------------------ python speculative.py
 
 def main() -> None:
     p, q = torch.tensor([[.50, .25, .15, .07, .03], [.20, .40, .15, .05, .20]], dtype=torch.float64)

@@ -16,10 +16,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch  # noqa: E402
-
-from llama import ModelError, read_json  # noqa: E402
-from speculative import read  # noqa: E402
+from llama import ModelError, read_json, torch  # noqa: E402
+from speculative import Adaptive, read  # noqa: E402
 from text.cli import answer  # noqa: E402
 
 
@@ -49,7 +47,7 @@ def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: i
     def optimise() -> Any:
         rows = cache.candidates(t - 1, M + 1, r)
         choose(h, lambda i, g: model.layer(i, g.flatten(0, 1), rows, cache).view_as(g), M)
-        return model.head(h[-1].repeat(8, 1))          # of eight budgets
+        return model.head(h[-1].repeat(10, 1))         # of the policy's budgets
 
     for j in sorted({1, L // 3, 2 * L // 3, L} - {0}):
         passes["draft", j] = draft(j)
@@ -92,9 +90,9 @@ def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
 
 def risks(job: Any, prompts: Sequence[list[int]]) -> list[float]:
     """risk[j] for every budget j: how often a drafted token that was judged was rejected, at
-    temperature 1, with j layers left out; between twelfths of the layers linear."""
+    temperature 1, with j layers left out; between the policy's budgets linear."""
     L, found = job.cfg.L, {0: 0.005}
-    for j in sorted({max(1, round(L * k / 12)) for k in range(1, 9)}):
+    for j in Adaptive.budgets(L):
         kept = rejected = 0
         for n, ids in enumerate(prompts):
             s = replace(job.settings, temperature=1.0, K=6, M=j, exit_threshold=0.3, interval=32)

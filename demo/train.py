@@ -589,8 +589,9 @@ def measure(folder: Path) -> None:
             total = 0.0
             for part in held.split(T):
                 ids, cache = torch.cat((torch.tensor([BOS]), part)), model.cache(len(part))
-                x, _ = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
-                total += F.cross_entropy(model.head(x), ids[1:], reduction="sum").item()
+                logits, _ = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip,
+                                          last=len(part))
+                total += F.cross_entropy(logits, ids[1:], reduction="sum").item()
             print(f"{kind}, {name}: {total / len(held):.3f} nats per token, "
                   f"{total / size / math.log(2):.3f} bits per byte, {len(held):,} held-out tokens",
                   flush=True)
