@@ -254,7 +254,7 @@ class Adaptive(Fixed):
         for j, a in zip(self.risk, overlap(p, q.view(len(g), *p.shape)).mean(-1).tolist()):
             self.risk[j] += (1 - a - self.risk[j]) / (self.probes + 1)
         self.j = max(self.risk, key=self.gain)
-        self.alarm, self.lost, self.since = 0.0, 4 * (1 - self.keep(self.j)), 4
+        self.alarm, self.lost, self.since = 0.0, 16 * (1 - self.keep(self.j)), 16
 
 
 @dataclass(frozen=True)
