@@ -398,7 +398,7 @@ class Model(nn.Module):
 
 # ---------------------------------------------------------------------------- training
 
-def masks(n: int, rng: random.Random) -> list[tuple]:
+def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | None]]:
     """n times (kind, skip mask, wrong) for one step, the kinds in turn. Of each kind half the masks
     are exactly its planted set; the others leave out each of its layers with probability 0.75 times
     a scale in 0.6 .. 1.3, so that parts of the set can be left out as well. Beside those stands a
@@ -606,13 +606,13 @@ def main() -> None:
     m = sub.add_parser("distil")
     m.add_argument("--former", type=Path, required=True,
                    help="folder of the model to begin from: model.safetensors, tokenizer.model")
-    m.add_argument("--steps", type=int, default=1400)
+    m.add_argument("--steps", type=int, default=3275)
     m.add_argument("--minutes", type=float, default=0,
                    help="train for so long, not for a number of steps")
     m.add_argument("--lr", type=float, default=2.5e-3)
-    m.add_argument("--decay", type=float, default=0.65,
+    m.add_argument("--decay", type=float, default=0.56,
                    help="last part of the training, over which the rate falls to zero")
-    m.add_argument("--long-from", type=float, default=0.78,
+    m.add_argument("--long-from", type=float, default=0.86,
                    help="part of the training after which rows span the whole context")
     m.add_argument("--length", type=int, default=256)
     m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
