@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     if "LOCAL_RANK" in os.environ:                     # torchrun has started several of us
         from gpu.ranks import together
-        return answer(lambda: together(work))
+        return answer(lambda: together(work, Job))
     return answer(work)
 
 

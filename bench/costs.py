@@ -16,7 +16,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama import ModelError, read_json, torch  # noqa: E402
+from dp_layer_skip import Choice  # noqa: E402
+from llama import ModelError, Tensor, read_json, torch  # noqa: E402
 from speculative import Adaptive, read  # noqa: E402
 from text.cli import answer  # noqa: E402
 
@@ -31,6 +32,19 @@ def fill(points: dict[int, float], size: int) -> list[float]:
     return [round(value, 3) for value in out]
 
 
+def spread(L: int, j: int) -> list[bool]:
+    """j of L layers, evenly spread: for passes whose cost alone matters."""
+    return [(i + 1) * j // L > i * j // L for i in range(L)]
+
+
+def chosen(model: Any, choose: Callable[..., Choice], cache: Any, h: Tensor, t: int,
+           M: int) -> Choice:
+    """What `choose` makes of the states h (L+1, r, D) of r tokens, the last at position t, as in
+    speculative.generate."""
+    rows = cache.candidates(t, M + 1, h.shape[1])
+    return choose(h, lambda i, g: model.layer(i, g.flatten(0, 1), rows, cache).view_as(g), M)
+
+
 @torch.inference_mode()
 def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: int = 128,
             repeats: int = 5) -> dict[str, Any]:
@@ -41,12 +55,10 @@ def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: i
     _, h = read(model, [0] * t, 0, cache, last=r, states=True)
 
     def draft(j: int) -> Callable[[], Any]:
-        skip = [(i + 1) * j // L > i * j // L for i in range(L)]            # evenly spread
-        return lambda: model.forward(one, cache.sequence(t, 1), cache, skip)[0]
+        return lambda: model.forward(one, cache.sequence(t, 1), cache, spread(L, j))[0]
 
     def optimise() -> Any:
-        rows = cache.candidates(t - 1, M + 1, r)
-        choose(h, lambda i, g: model.layer(i, g.flatten(0, 1), rows, cache).view_as(g), M)
+        chosen(model, choose, cache, h, t - 1, M)
         return model.head(h[-1].repeat(10, 1))         # of the policy's budgets
 
     for j in sorted({1, L // 3, 2 * L // 3, L} - {0}):

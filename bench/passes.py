@@ -3,7 +3,7 @@
     python bench/passes.py
     python bench/passes.py --model synthetic-8b --draft-length 7 --repeats 20       # on a GPU
 
-Takes the main command's flags: --skip-layers and --draft-length (at most: 2/3 of the layers and 12)
+Takes the main command's flags: --skip-layers and --draft-length (at most: 5/8 of the layers, 12)
 and --probe add passes of their own, medians are over --repeats. Calls are queued one behind another
 and waited for once, as many as fill a fiftieth of a second; the kinds of pass take turns, so that a
 machine that slows down does so for all. On a GPU the passes are the recorded ones; each length of a
@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 import torch  # noqa: E402
+from bench.costs import chosen, spread  # noqa: E402
 from llama import Cache, Llama  # noqa: E402
 from speculative import read  # noqa: E402
 from text.cli import UsageError, answer  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 CONTEXT = 1000                                         # tokens read before, where as many fit
 COPY = {"cpu": 2 ** 28, "cuda": 2 ** 30}               # bytes, far more than any cache holds
@@ -61,22 +61,14 @@ def passes(job: clasp_mini.Job) -> dict[str, tuple[int, Callable[[], object]]]:
         return lambda: read(fast, ids[t:t + T], t, slots, last=T)
 
     def draft(m: int) -> Callable[[], object]:
-        skip = [(i + 1) * m // c.L > i * m // c.L for i in range(c.L)]      # evenly spread
-        return lambda: model.forward(one, cache.sequence(t, 1), cache, skip)
+        return lambda: model.forward(one, cache.sequence(t, 1), cache, spread(c.L, m))
 
     def optimise(r: int) -> Callable[[], object]:
         fast, choose, slots = model, job.choose, cache
         if model is not plain and r != job.settings.r:
             fast, choose, slots = recorded_for(0, M, r)
         _, h = read(fast, ids[t:t + r], t, slots, last=r, states=True)              # (L+1, r, D)
-
-        def call() -> object:
-            rows = slots.candidates(t + r - 1, M + 1, r)
-
-            def run_layer(i: int, g: Tensor) -> Tensor:
-                return fast.layer(i, g.flatten(0, 1), rows, slots).view_as(g)
-            return choose(h, run_layer, M)
-        return call
+        return lambda: chosen(fast, choose, slots, h, t + r - 1, M)
 
     for T in lengths:
         out["plain step" if T == 1 else f"verify, {T} rows"] = c.L * layer + head, verify(T)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
+from bench.costs import chosen  # noqa: E402
 from bench.spec_bench import first_turns, job_for, read_questions  # noqa: E402
-from dp_layer_skip import Choice, choose_skip, torch  # noqa: E402
+from dp_layer_skip import choose_skip, torch  # noqa: E402
 from llama import Cache, Llama  # noqa: E402
 from speculative import Settings, overlap, probabilities, read  # noqa: E402
 from text.cli import UsageError, answer, numbers  # noqa: E402
@@ -38,12 +39,6 @@ def first_tokens(model: Llama, cache: Cache, ids: Tensor, t: int
     p, h = model.forward(ids, cache.sequence(t, n), cache, last=n, states=True)
     return p, h, lambda skip: model.forward(
         ids, cache.candidates(t + n - 1, 1, n), cache, skip, last=n)[0]
-
-
-def chosen(model: Llama, cache: Cache, h: Tensor, t: int, M: int) -> Choice:
-    """What the dynamic program makes of the states h (L+1, r, D) of r tokens, the last at t."""
-    rows = cache.candidates(t, M + 1, h.shape[1])
-    return choose_skip(h, lambda i, g: model.layer(i, g.flatten(0, 1), rows, cache).view_as(g), M)
 
 
 def one_set(model: Llama, texts: Sequence[tuple[list[int], list[int]]], M: int,
@@ -76,7 +71,7 @@ def walk(model: Llama, prompt: list[int], new: list[int], budgets: Sequence[int]
     cache = model.cache(t + len(new) + (M + 1) * r)
     _, h = read(model, prompt, 0, cache, r, states=True)
     for ids in torch.tensor(new).split(EVERY):
-        choices = {r: chosen(model, cache, h[:, -r:], t - 1, M) for r in PROBES}
+        choices = {r: chosen(model, choose_skip, cache, h[:, -r:], t - 1, M) for r in PROBES}
         programs = {f"the dynamic program, {r} token(s)": {j: [c.skip(j)] for j in budgets}
                     for r, c in choices.items()}
         p, states, draft = first_tokens(model, cache, ids, t)

@@ -64,8 +64,8 @@ def settings(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
 
 
 def sets(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
-    """Accepted / drafted tokens by who chose the layers, two thirds of them (or as many as
-    --skip-layers says) and half."""
+    """Accepted / drafted tokens by who chose the layers, as many of them as the policy may
+    leave out (or --skip-layers says) and half."""
     L = job.cfg.L
 
     def one(skip: tuple[bool, ...]) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from clasp_mini import Job
 from gpu.parallel import Parallel
 from speculative import Round, Settings
 from text.cli import UsageError
@@ -30,8 +29,9 @@ from text.cli import UsageError
 TIMEOUT = 600                # seconds: to find one another, to load, for a round
 
 
-class Ranked(Job):
-    """A Job of which each rank does its share; rank 0 alone reads stdin and writes a trace."""
+class Ranked:
+    """What makes of the command's Job one of which each rank does its share (`together` puts it in
+    front); rank 0 alone reads stdin and writes a trace."""
     Model = Parallel
 
     def __init__(self, a: argparse.Namespace) -> None:
@@ -109,13 +109,13 @@ def lost(why: str, status: int = 1) -> None:
     os._exit(status)
 
 
-def together(work: Callable[[type[Job]], int]) -> int:
-    """Run the command as one rank: `work` is handed the kind of Job to make."""
+def together(work: Callable[[type], int], job: type) -> int:
+    """Run the command as one rank: `work` is handed the kind of `job` to make."""
     first, err = os.environ["RANK"] == "0", sys.stderr
     if not first:
         sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")
     try:
-        status = work(Ranked)
+        status = work(type("RankedJob", (Ranked, job), {}))
         dist.destroy_process_group()
         return status
     except UsageError:                                 # all were asked for the same

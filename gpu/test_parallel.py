@@ -287,7 +287,7 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
     for flags in (FIXED, (*FIXED, "--temperature", 0.8, "--top-p", 0.9, "--probe", 2),
                   ("--temperature", 1, "--seed", 5)):
         together = sys.modules["gpu.ranks"].together
-        assert_all_well(start(2, lambda rank: together(check), tmp_path))
+        assert_all_well(start(2, lambda rank: together(check, clasp_mini.Job), tmp_path))
 
 
 def command(*flags, before=lambda rank: None):
