@@ -66,6 +66,10 @@ class Ranked:
         return super().prompt()
 
     def load(self) -> "Ranked":
+        if self.device.type == "cuda" and not (self.a.eager or recordable(self.device)):
+            self.a.eager = True
+            print("clasp_mini.py: note: passes run eagerly, for what these GPUs exchange cannot be "
+                  "part of a CUDA graph", file=sys.stderr)
         super().load()
         # All have measured what passes cost, but must decide by the same numbers.
         self.costs = json.loads(self.same("costs", json.dumps(self.costs).encode()))
@@ -80,6 +84,22 @@ class Ranked:
             from oracle.trace import record
             rounds = record(self, ids, self.trace)
         return agreed(rounds, self.device)
+
+
+def recordable(device: torch.device) -> bool:
+    """Can a CUDA graph hold an exchange? Not with every NCCL and every link, so each rank tries;
+    True if all could: one that runs eagerly while another replays would be a difference."""
+    x = torch.ones(1, device=device)
+    dist.all_reduce(x)                                 # connects, which no graph can hold
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            dist.all_reduce(x)
+    except RuntimeError:
+        x.fill_(0)
+    else:
+        x.fill_(1)
+    dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x.item() == 1
 
 
 def agreed(rounds: Iterator[Round], device: torch.device) -> Iterator[Round]:

@@ -3,6 +3,7 @@ starts them. What each rank holds, computes and decides is compared with one pro
 whole model.
 """
 import collections
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -52,6 +53,8 @@ def start(n, work, folder, timeout=60):
 
     def child(rank):
         faulthandler.disable()                         # pytest's, which writes to pytest's stderr
+        if hasattr(os, "sched_setaffinity"):           # one core passes from rank to rank faster
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})         # than another wakes up
         for fd, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
         sys.stdout = open(1, "w", closefd=False)
@@ -202,6 +205,34 @@ def test_recorded_passes_hold_their_exchanges(tmp_path):
             assert (a.skip, a.drafted, a.emitted) == (b.skip, b.drafted, b.emitted)
             assert a.choice is None or a.choice.parents == b.choice.parents
     assert_all_well(start(2, connected(check), tmp_path))
+
+
+def test_passes_run_eagerly_on_all_ranks_where_one_cannot_record_an_exchange(tmp_path):
+    """Rejects a rank that replays while another runs eagerly, one that decides by itself, silence,
+    and a note where nothing is amiss or eager passes were asked for. CUDA is played."""
+    @contextlib.contextmanager
+    def graph(recording):
+        yield
+        if fails and os.environ["RANK"] == "1":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    def check(kind):
+        torch.cuda.CUDAGraph, torch.cuda.graph = object, graph
+        clasp_mini.Job.load, job = lambda self: setattr(self, "costs", {}), job_of(kind, *flags)
+        job.device, job.model, tried = types.SimpleNamespace(type="cuda"), job, []
+        job.dtype = job.cache = job.forward = job.layer = job.head = None
+        module = sys.modules["gpu.ranks"]
+        real, module.recordable = module.recordable, lambda _: tried.append(0) or real("cpu")
+        assert job.load().a.eager == (fails or bool(flags)) and len(tried) == (not flags)
+        return 0
+
+    for fails, flags in ((False, ()), (True, ()), (True, ("--eager",))):
+        together = sys.modules["gpu.ranks"].together
+        results = start(2, lambda rank: together(check, clasp_mini.Job), tmp_path)
+        assert_all_well(results)
+        note = [err for *_, err in results]
+        assert note[1] == "" and "passes run eagerly" in note[0] if fails and not flags else \
+            note == ["", ""]
 
 
 def test_a_rank_reads_holds_and_exchanges_what_the_table_of_sizes_counts(tmp_path, monkeypatch):
@@ -473,6 +504,12 @@ WRONG_RANKS = {
     "a trace has the sizes of a share": (
         test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model,
         "cfg=self.cfg, **{", "cfg=model.cfg, **{"),
+    "a rank runs eagerly by itself": (
+        test_passes_run_eagerly_on_all_ranks_where_one_cannot_record_an_exchange,
+        "dist.all_reduce(x, dist.ReduceOp.MIN)", "pass"),
+    "eager passes without a word": (
+        test_passes_run_eagerly_on_all_ranks_where_one_cannot_record_an_exchange,
+        'print("clasp_mini.py: note', 'str("clasp_mini.py: note'),
     "every rank prints": (
         test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model,
         "if not first:", "if False:"),
