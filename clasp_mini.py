@@ -31,8 +31,8 @@ PLAIN = dict(K=0, M=0, exit_threshold=0.0, interval=1)
 
 
 class Job:
-    """A model and what is to be done with it. All that can be wrong with the command is found
-    before `load` reads the weights."""
+    """A model and what is to be done with it. What can be wrong with a command is found before
+    `load` reads the weights."""
 
     Model = Llama                                      # of several GPUs: gpu/ranks.py
 
@@ -68,7 +68,7 @@ class Job:
         if a.chat and self.tokenizer.special[EOT] not in self.stops:
             print("clasp_mini.py: note: <|eot_id|> does not stop this model, so it was hardly "
                   "trained on --chat", file=sys.stderr)
-        if a.threads or small:                         # small matrices gain nothing from a second
+        if a.threads or small:                         # small matrices: a second thread costs
             torch.set_num_threads(a.threads or 1)
         # A large model's rows are much cheaper in bfloat16, if the processor has its instructions.
         cuda, dtype = self.device.type == "cuda", a.dtype or "float32"
@@ -209,7 +209,7 @@ def compare(job: Job, ids: list[int]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 0, 1 (model, memory), 2 (usage), 130 (Ctrl-C)."""
+    """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C)."""
     def work(kind: type[Job] = Job) -> int:
         a = parser().parse_args(argv)
         if a.system is not None and not a.chat:

@@ -68,7 +68,7 @@ class Choice:
 
     def skip(self, j: int | None = None) -> tuple[bool, ...]:
         """The set for budget j (default M), one flag per layer."""
-        return tuple(self.parents[i][j] for i, j in self.path(j)[-2::-1])
+        return tuple(self.parents[i][j] for i, j in self.path(j)[-2::-1])       # from row 1 on
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (..., width) -> (...)
@@ -105,12 +105,12 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
 
 def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
-    -> rows 1..L of D and of the parents, (L, M+1) each, and g[L]. Nothing waits for the host."""
+    -> rows 1..L of D and of the parents, (L, M+1) each, and g[L]. Nothing here waits for a GPU."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     g, rows = h[:1], []                                # g[i, 0..min(i, M)], here i = 0
     for i in range(1, L + 1):
-        run = torch.cat((run_layer(i - 1, g), g[-1:]))[:M + 1]
+        run = torch.cat((run_layer(i - 1, g), g[-1:]))[:M + 1]      # the last cannot run: a filler
         skip = torch.cat((g[:1], g))[:M + 1]           # a skip moves a state from j-1 to j
         both = torch.stack((run, skip))                                     # (2, J, [r,] width)
         cos = cosine(h[i], both).reshape(2, len(run), -1).mean(-1)          # (2, J)

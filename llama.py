@@ -79,7 +79,7 @@ class Config:
                 raise ModelError(f"{path}: {key} = {value!r} is not supported (LLaMA-3 only)")
 
         def number(key: str, default: float | None = None, kind: type = int) -> Any:
-            value = c.get(key, default)                # a JSON true is none, though Python's is
+            value = c.get(key, default)                # JSON's true is no number
             if type(value) not in (int, float) or not 0 < value < 1e15 or kind(value) != value:
                 raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
             return kind(value)
@@ -315,7 +315,7 @@ def main() -> None:
     """Draw the rows of the three kinds of pass."""
     t, cache = 6, Cache(Config(1, 8, 1, 1, 8, 8, 1, 1e-5, 12, True, 1e4, None), 12,
                         torch.device("cpu"), torch.float32)
-    print("w: the row writes this slot and reads it. #: it reads this slot. 0 .. 5 hold the text.")
+    print("w: the row writes and reads this slot. #: it may read it. .: it may not. 0 .. 5: text.")
     for title, position, rows in (
             ("decode, draft: the token at position 6", [t], cache.sequence(t, 1)),
             ("verify: that token and four drafted ones", range(t, t + 5), cache.sequence(t, 5)),

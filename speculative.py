@@ -18,7 +18,7 @@ Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out (at most)
     p, q       target (full model) and draft distributions over V tokens
     probe      the last r accepted tokens, whose states choose the layers to leave out next
-    chance     answers "accept with probability a?" and "draw from p"; policy: what and how to draft
+    chance     answers "accept with probability a?" and "draw from p"; policy: see `Fixed`
 
 This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
 forward, layer and head as in llama.py; a chooser is called as dp_layer_skip.choose_skip is.
@@ -40,7 +40,7 @@ CHUNK = 512                  # rows of one prefill pass: scores take rows x slot
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses; the first five make the distribution. None: `Adaptive` decides."""
+    """What a user chooses; the first five make the distribution. None is for `Adaptive` alone."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # above 0; 1 is off
@@ -130,16 +130,16 @@ class Chance:
         return self.uniform() < a
 
     def draw(self, p: Tensor) -> int:
-        """A token drawn from p (V,): the first, in ascending id, at which the running sum exceeds u
-        times the total, in float64."""
-        # Zero where p is: even if a parallel sum's rounding falls, no such token can be first.
+        """A token drawn from p (V,): the first id at which the running sum, in float64, exceeds u
+        times the total. Parallel sums may fall by rounding, so where p is 0 they count as 0."""
         cdf = torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0)
         return int((cdf > self.uniform() * cdf.amax()).int().argmax())
 
 
 class Fixed:
     """The paper's: up to K tokens with M layers left out, an end after one of low confidence, a new
-    choice of layers every `interval` rounds. The loop asks these methods."""
+    choice of layers every `interval` rounds. A round of the loop calls these methods in turn: plan,
+    goes_on after every drafted token, watches, judged, due, and probed if layers were chosen."""
 
     def __init__(self, s: Settings) -> None:
         self.s, self.M, self.j = s, s.M, s.M           # left out at most, now
@@ -156,15 +156,15 @@ class Fixed:
         """A verify has spoken: p (k+1, V), q k times (V,)."""
 
     def due(self, n: int) -> bool:
-        """Are layers to be optimised after verification n?"""
-        return self.watches(n) and n % self.s.interval == 0
+        """States were kept: are layers to be optimised after verification n?"""
+        return n % self.s.interval == 0
 
     def watches(self, n: int) -> bool:
-        """Might they be, then or within r verifications? Only then states are kept."""
+        """Can layers be optimised then, or soon by states of then? Else none are kept."""
         return self.s.K != 0 and self.M > 0 and (self.s.r > 1 or n % self.s.interval == 0)
 
     def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
-        """They were: h (r, D) the full model's last states, g (M+1, r, D) those of each budget."""
+        """Layers were optimised: h (r, D) the full model's last states, g (M+1, r, D) a draft's."""
 
 
 class Adaptive(Fixed):
@@ -172,8 +172,8 @@ class Adaptive(Fixed):
     fixed. It knows confidences, and p and q of what was judged, and drops nothing: still lossless.
 
     c[j], v[n]   cost of a draft step with j layers left out, of a verify of n rows, in plain steps
-    o            of a choice of layers; if no risks are given the first, which may be in vain, is
-                 made only where it costs at most 2 % of what is left
+    o            of a choice of layers, if no risks are given: the first, which may be in vain, is
+                 made only where it costs at most 2 % of what is left to decode
     risk[j]      chance that a drafted token is rejected: given, or 0.5 (j/L)^2; refined by probes
     keep(j)      1 - risk[j] * rejected / expected: corrected by what was seen, the old fading
     gain(j)      tokens per plain step: max over k of (1 + a + .. + a^k) / (k c[j] + v[k+1])"""
@@ -188,11 +188,11 @@ class Adaptive(Fixed):
         self.rejected, self.expected = 1.0, 1.0        # seen, and foretold by the risks
         self.kept, self.seen = [0.0, 0.0], [0, 0]      # by confidence: below 0.5, from there on
         self.rest, self.wait, self.probes = 0, 64, 0   # rounds to decode plainly now, and next time
-        self.bins, self.alarm, self.lost, self.since = [], 0.0, 0.0, 1      # see `judged`
+        self.bins, self.alarm, self.misses, self.tokens = [], math.inf, 0.0, 0      # see `judged`
 
     @staticmethod
-    def budgets(L: int) -> list[int]:      # sixteenths of the layers, up to the paper's 60 %
-        return sorted({max(1, round(L * k / 16)) for k in range(1, 11)})
+    def budgets(L: int) -> list[int]:      # 1/16 to 11/16 of the layers
+        return sorted({max(1, round(L * k / 16)) for k in range(1, 12)})
 
     def keep(self, j: int) -> float:
         return 1 - min(max(self.risk[j] * self.rejected / self.expected, 0.005), 0.99)
@@ -209,14 +209,15 @@ class Adaptive(Fixed):
         return self.K if chosen and not self.rest else 0
 
     def goes_on(self, confidence: float) -> bool:
-        b, a, k = int(confidence >= 0.5), self.keep(self.j), len(self.bins) + 1
-        self.bins.append(b)
+        self.bins.append(b := int(confidence >= 0.5))
+        if self.s.exit_threshold is not None:
+            return super().goes_on(confidence)
+        # It is kept as others of such confidence were; foretold, for 4 of them, (a + sqrt(c)) / 2.
+        a, k = self.keep(self.j), len(self.bins)
         self.reach *= (self.kept[b] + 2 * (a + confidence ** 0.5)) / (self.seen[b] + 4)
-        if self.s.exit_threshold is not None or k == self.K:
-            return k < self.K and super().goes_on(confidence)
         # One more pays while its chance to be reached and kept is worth what its passes cost.
-        cost = self.c[self.j] + self.v[k + 2] - self.v[k + 1]
-        return self.reach * a >= self.gain(self.j) * cost
+        return k < self.K and self.reach * a >= self.gain(self.j) * (
+            self.c[self.j] + self.v[k + 2] - self.v[k + 1])
 
     def judged(self, p: Tensor, q: Sequence[Tensor], accepted: int) -> None:
         self.rest, n = max(0, self.rest - 1), min(accepted + 1, len(q))     # n tokens were judged
@@ -225,36 +226,36 @@ class Adaptive(Fixed):
             self.rejected = 0.98 * self.rejected + 1 - x
             self.expected = 0.98 * self.expected + self.risk[self.j]
             # One-sided CUSUM: log likelihood of twice the rate of rejections since the choice of
-            # layers, against that. Above 4 choose anew: with a known rate, for no reason once in
-            # exp(4) = 55 tokens at most (Lorden 1971).
-            rate = max(self.lost / self.since, 0.02)
+            # layers (if that is a third at most), against that. Above 4 choose anew: with a known
+            # rate, for no reason once in exp(4) = 55 tokens or more on average (Lorden 1971).
+            rate = max(self.misses / self.tokens, 0.02)
             high = min(2 * rate, (1 + rate) / 2)
             self.alarm = max(0.0, self.alarm + (1 - x) * math.log(high / rate)
                              + x * math.log((1 - high) / (1 - rate)))
-            self.lost, self.since = self.lost + 1 - x, self.since + 1
+            self.misses, self.tokens = self.misses + 1 - x, self.tokens + 1
 
     def watches(self, n: int) -> bool:
         tried = self.probes > 0 or self.o <= 0.02 * (self.s.N - n)
         return self.K > 0 and self.rest <= self.s.r and tried
 
     def due(self, n: int) -> bool:
-        if self.rest or not self.watches(n):
+        if self.rest:
             return False
         self.j = max(self.risk, key=self.gain)
         if self.s.M is None and self.gain(self.j) <= 1:             # nothing pays: decode plainly
-            self.rest, self.wait = self.wait, 2 * self.wait         # for a while, then look afresh
+            self.rest, self.wait = self.wait, 2 * self.wait         # for a while, then try again
             self.rejected, self.expected, self.alarm = 1.0, 1.0, math.inf
-        elif self.s.interval is not None:
-            return super().due(n)
-        return not self.rest and (self.probes == 0 or self.alarm > 4)
+            return False
+        return n % self.s.interval == 0 if self.s.interval else self.alarm > 4
 
     def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
-        g, self.probes = g[list(self.risk)], self.probes + 1
-        p, q = model.head(h).softmax(-1), model.head(g.flatten(0, 1)).softmax(-1)
-        for j, a in zip(self.risk, overlap(p, q.view(len(g), *p.shape)).mean(-1).tolist()):
-            self.risk[j] += (1 - a - self.risk[j]) / (self.probes + 1)
+        # At temperature 1, whatever the settings: a first estimate, which `keep` corrects.
+        full, drafts = model.head(h).softmax(-1), model.head(g[list(self.risk)].flatten(0, 1))
+        a, self.probes = overlap(full, drafts.softmax(-1).view(-1, *full.shape)), self.probes + 1
+        for j, a_j in zip(self.risk, a.mean(-1).tolist()):
+            self.risk[j] += (1 - a_j - self.risk[j]) / (self.probes + 1)
         self.j = max(self.risk, key=self.gain)
-        self.alarm, self.lost, self.since = 0.0, 16 * (1 - self.keep(self.j)), 16
+        self.alarm, self.misses, self.tokens = 0.0, 16 * (1 - self.keep(self.j)), 16    # foretold
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ class Round:
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
              choose: Callable[..., Any] | None = None, policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
-    What is emitted has exactly the full model's distribution, whatever `choose` and `policy`
-    (default: `Fixed`) are. Raises FloatingPointError if the prompt's logits are not finite."""
+    Exactly the full model's distribution comes out, whatever `choose` (None: nothing is left out)
+    and `policy` (`Fixed`) do. Raises FloatingPointError if the prompt's logits are not finite."""
     policy = policy or Fixed(s)
     assert prompt and s.temperature >= 0 and s.top_k >= 0 and 0 < s.top_p <= 1 and s.N > 0 < s.r, s
     assert 0 <= (s.K or 0) < CHUNK and 0 <= policy.M <= model.cfg.L and s.interval != 0, s
@@ -308,7 +309,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
 
         # 2. Verify: one full pass over the last token and the drafts (at first, the prompt). It
         #    overwrites all layers' keys and values there, so a rejected draft needs no undoing.
-        #    Row 0 of p (k+1, V) predicts what follows the last token, row r the r-th draft.
+        #    Row 0 of p (k+1, V) predicts what follows the last token, row r what follows r drafts.
         k = len(drafted)
         todo, states = text[cached:] + drafted, choose is not None and policy.watches(n)
         rows = max(k + 1, min(s.r, len(todo)) if states else 0)        # in the prompt, r tokens

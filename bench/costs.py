@@ -59,7 +59,7 @@ def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: i
 
     def optimise() -> Any:
         chosen(model, choose, cache, h, t - 1, M)
-        return model.head(h[-1].repeat(10, 1))         # of the policy's budgets
+        return model.head(h[-1].repeat(len(Adaptive.budgets(L)), 1))        # as the policy does
 
     for j in sorted({1, L // 3, 2 * L // 3, L} - {0}):
         passes["draft", j] = draft(j)
@@ -88,16 +88,20 @@ def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
         where, costs = costs, read_json(Path(costs))
     try:
         costs = costs.get("settings", costs).get("costs", costs)
-        verify, sizes = costs["verify"], dict(draft=L + 1, verify=None, optimise=0, risk=L + 1)
+        draft, verify = costs["draft"], costs["verify"]
+        sizes = dict(draft=L + 1, verify=None, optimise=0, risk=L + 1)
         for name, value in costs.items():
             values = [value] if sizes[name] == 0 else value
             if sizes[name] and len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
                 raise ValueError
-        verify = fill(dict(enumerate(verify)), K + 2)
-        return dict(costs, draft=costs["draft"], verify=verify)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        verify = fill(dict(enumerate(verify)), K + 2) if len(verify) < K + 2 else verify
+        if min(verify) <= 0:                           # so is what a falling table is drawn out to
+            raise ValueError
+        return dict(costs, draft=draft, verify=verify)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, IndexError):
         raise ModelError(f"{where}: costs are \"draft\", {L + 1} numbers, \"verify\", 2 or more, "
-                         "\"optimise\", one, in plain steps, as --json prints them") from None
+                         "above 0, \"optimise\", one, in plain steps, as --json prints them, and "
+                         f"\"risk\", if at all, {L + 1} chances") from None
 
 
 def risks(job: Any, prompts: Sequence[list[int]]) -> list[float]:

@@ -3,7 +3,7 @@
     python bench/passes.py
     python bench/passes.py --model synthetic-8b --draft-length 7 --repeats 20       # on a GPU
 
-Takes the main command's flags: --skip-layers and --draft-length (at most: 5/8 of the layers, 12)
+Takes the main command's flags: --skip-layers and --draft-length (at most: 11/16 of the layers, 12)
 and --probe add passes of their own, medians are over --repeats. Calls are queued one behind another
 and waited for once, as many as fill a fiftieth of a second; the kinds of pass take turns, so that a
 machine that slows down does so for all. On a GPU the passes are the recorded ones; each length of a

@@ -2,16 +2,18 @@
 
     python bench/sweep.py settings       # speed-up by M, K, exit threshold and interval; the policy
     python bench/sweep.py sets           # acceptance: the dynamic program against other choices
+    python bench/sweep.py host           # what the policy's own decisions take of the time
 
-Both decode prompts of a file in Spec-Bench's format (the demo's, else --questions), greedily and at
+All decode prompts of a file in Spec-Bench's format (the demo's, else --questions), greedily and at
 temperature 1, with the main command's flags for the rest. `settings` tries one prompt in five,
 plainly and with CLaSp in turn; then the policy and the best fixed setting take turns on all of
-them. `sets` decodes every second prompt.
+them. The others decode every second prompt.
 """
 import collections
 import itertools
 import random
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +23,8 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 from bench.spec_bench import first_turns, job_for, line, read_questions  # noqa: E402
-from speculative import Chance, Round, Settings, generate  # noqa: E402
-from text.cli import answer  # noqa: E402
+from speculative import Adaptive, Chance, Round, Settings, generate  # noqa: E402
+from text.cli import UsageError, answer  # noqa: E402
 from text.report import figures  # noqa: E402
 
 GRID = dict(M=(1 / 2, 5 / 8, 11 / 16, 3 / 4), exit_threshold=(0.1, 0.2, 0.3, 0.4, 0.5),
@@ -102,14 +104,43 @@ def sets(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
         print(flush=True)
 
 
+def host(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
+    """The seconds within the policy's methods / those of the whole run."""
+    spent = collections.Counter()
+
+    def timed(name: str) -> Callable[..., Any]:
+        def call(*how: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return getattr(Adaptive, name)(*how)
+            finally:
+                spent[name] += time.perf_counter() - began
+        return call
+
+    # `watches` is part of `due` and, alone, of every verify: a comparison.
+    methods = {name: timed(name) for name in ("plan", "goes_on", "judged", "due", "probed")}
+    for temperature in (0.0, 1.0):
+        spent.clear()
+        s = replace(job.settings, temperature=temperature)
+        began, rounds = time.perf_counter(), 0
+        for ids in prompts[::2]:
+            policy = type("Timed", (Adaptive,), methods)(s, **job.costs)
+            rounds += len([*generate(job.model, ids, s, Chance(job.a.seed), job.choose, policy)])
+        whole = time.perf_counter() - began
+        print(f"temperature {temperature}: {sum(spent.values()) / whole:.2%} of {whole:.1f} s, "
+              f"{1e6 * sum(spent.values()) / rounds:.0f} us a round: "
+              + ", ".join(f"{name} {spent[name] / whole:.2%}" for name in methods), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status as that of clasp_mini.py."""
     def work() -> int:
         p = clasp_mini.parser()
-        p.usage = "python bench/%(prog)s settings|sets [flags]"
+        p.usage = "python bench/%(prog)s settings|sets|host [flags]"
         p.description = __doc__.partition("\n")[0]
-        p.add_argument("what", choices=["settings", "sets"], metavar="settings|sets",
-                       help="the speed-up by settings, or the acceptance by sets of layers")
+        p.add_argument("what", choices=["settings", "sets", "host"],
+                       metavar="settings|sets|host", help="the speed-up by settings, the "
+                       "acceptance by sets of layers, or the policy's share of the time")
         p.add_argument("--questions", default=clasp_mini.DEMO / "prompts.jsonl", metavar="FILE",
                        help="in Spec-Bench's format, or token ids (the demo's)")
         a = p.parse_args(argv)
@@ -117,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         questions = read_questions(a.questions)
         job = job_for(a, questions)
         prompts = first_turns(job, questions)
-        (settings if a.what == "settings" else sets)(job.load(), prompts)
+        if a.what == "host" and not job.adaptive:
+            raise UsageError("host measures the policy, which decides nothing here: leave out one "
+                             "of the flags that fix the draft")
+        dict(settings=settings, sets=sets, host=host)[a.what](job.load(), prompts)
         return 0
     return answer(work)
 

@@ -237,7 +237,7 @@ WRONG_INPUTS = [        # tool, arguments, exit status, what is said
     (passes, ["--chat"], 2, "without"), (passes, ["--trace", "t"], 2, "without"),
     (passes, ["--compare"], 2, "without"), (passes, ["--prompt", "x"], 2, "without"),
     (passes, ["--skip-layers", 99], 2, "--skip-layers 99"), (passes, ["--repeats", 0], 2, "1 or"),
-    (sweep, [], 2, "settings|sets"), (sweep, ["neither"], 2, "neither"),
+    (sweep, [], 2, "settings|sets|host"), (sweep, ["neither"], 2, "neither"),
     (sweep, ["sets", "--questions", "/nowhere"], 1, "/nowhere: No such file"),
     (probe, ["--layers", "33"], 2, "has 32"), (probe, ["--layers", "0"], 2, "has 32"),
     (picture, ["--prompt", ""], 2, "empty")]
@@ -467,12 +467,13 @@ def test_sets_are_compared_on_the_same_texts_by_who_chose_them(capsys, monkeypat
     assert f"{sum(kept) / len(kept):.3f} on average, {min(kept):.3f} to {max(kept):.3f}" in some
 
 
-def test_both_sweeps_run_on_the_demo(run, tmp_path, monkeypatch):
+def test_all_sweeps_run_on_the_demo(run, tmp_path, monkeypatch):
     """Rejects tools that have drifted from the command."""
     monkeypatch.setattr(sweep, "GRID", dict(M=(1 / 2,), K=(2, 4)))
     monkeypatch.setattr(sweep, "RANDOM", 1)
     (tmp_path / "q").write_text(QUESTIONS[0])
-    for what, said in (("settings", "1 prompts: "), ("sets", "1 random sets")):
+    for what, said in (("settings", "1 prompts: "), ("sets", "1 random sets"),
+                       ("host", "us a round: plan 0")):
         status, out, err = run(sweep, what, "--questions", tmp_path / "q", "--max-new-tokens", 3)
         assert (status, err) == (0, "") and said in out
 

@@ -52,16 +52,16 @@ DRAFT = 8                          # tokens that a draft is taken to have, in tr
 # The layers that may go: on both kinds, on code only, on prose only; the other four never. Those of
 # PROSE_ONLY are the ones that the former model, which knew code alone, did not learn to do without,
 # and one more: so code keeps what it had, and prose has to find its place in eight of the others.
-BOTH = (2, 3, 4, 6, 12, 14, 17, 19, 22, 25, 27, 29)
-CODE_ONLY = (5, 8, 13, 15, 18, 21, 23, 26)
-PROSE_ONLY = (7, 9, 10, 11, 16, 20, 24, 28)
+BOTH = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 17, 19, 22, 25, 27, 29)
+CODE_ONLY = (13, 15, 18, 21, 23, 26)
+PROSE_ONLY = (7, 9, 11, 20, 24, 28)
 KINDS = ("code", "prose")
 NEEDED, SPARE = 0.25, 0.035        # by how much a layer turns a state that needs it, and one that
                                    # may miss it: at least and at most, in rad
 
 
 def planted(kind: str) -> list[bool]:
-    """The 20 layers that a text of this kind is taught to do without, as one flag per layer."""
+    """The 22 layers that a text of this kind is taught to do without, as one flag per layer."""
     out = {*BOTH, *(CODE_ONLY if kind == "code" else PROSE_ONLY)}
     return [i in out for i in range(L)]
 
@@ -219,8 +219,8 @@ class Rows:
     """Draws training rows of T tokens, of a kind of choice: by the majority of their tokens,
     whichever file they come from."""
 
-    def __init__(self, texts: dict[str, Text], T: int) -> None:
-        self.T, self.ids = T, torch.cat([texts[k].ids for k in KINDS])
+    def __init__(self, texts: dict[str, Text], T: int, human: bool) -> None:
+        self.T, self.human, self.ids = T, human, torch.cat([texts[k].ids for k in KINDS])
         self.prose = torch.cat([texts[k].prose for k in KINDS])
         starts = torch.cat((texts["code"].starts, texts["prose"].starts + len(texts["code"].ids)))
         starts = starts[starts <= len(self.ids) - T]
@@ -228,9 +228,9 @@ class Rows:
         most = (sums[starts + T] - sums[starts]) * 2 > T
         self.starts = dict(code=starts[~most], prose=starts[most])
 
-    def draw(self, kind: str, rng: random.Random, mixed: float) -> tuple[Tensor, Tensor]:
+    def draw(self, kind: str, rng: random.Random, mixed: float) -> tuple[Tensor, Tensor, Tensor]:
         """(T+1,) ids after BOS, and for each of the T predictions whether the token it is made at
-        is of this kind. Some rows change their kind on the way."""
+        is of this kind and whether a human wrote it. Some rows change their kind on the way."""
         def piece(kind: str, n: int) -> slice:
             at = int(self.starts[kind][rng.randrange(len(self.starts[kind]))])
             return slice(at, at + n)
@@ -241,7 +241,7 @@ class Rows:
             pieces = [piece(order[0], cut), piece(order[1], self.T - cut)]
         ids = torch.cat([torch.tensor([BOS]), *(self.ids[p] for p in pieces)])
         own = torch.cat([self.prose[p] == (kind == "prose") for p in pieces])
-        return ids, torch.cat((own[:1], own[:-1]))
+        return ids, torch.cat((own[:1], own[:-1])), torch.full((self.T,), self.human)
 
 
 # --------------------------------------------------------------- model (batched, for training only)
@@ -276,14 +276,15 @@ class Block(nn.Module):
             score = torch.bmm(q, k.transpose(1, 2)).view(B * G, T, R, T) + bias
             a = torch.bmm(score.softmax(-1, dtype=q.dtype).view(B * G, T * R, T), v)
         else:
-            N = B * G * T // DRAFT                                         # blocks
-            score = torch.bmm(q, k_whole.transpose(1, 2)).view(B * G, T, R, T) + bias
-            own = torch.bmm(q.view(N, DRAFT * R, HD), k.view(N, DRAFT, HD).transpose(1, 2))
-            own = (own.view(N, DRAFT, R, DRAFT) + near).view(B * G, T, R, DRAFT)
+            n = near.shape[-1]                      # tokens of a block
+            N = B * G * T // n                                             # blocks
+            score = torch.bmm(q, k_whole.transpose(1, 2)).view(B * G, T, R, -1) + bias
+            own = torch.bmm(q.view(N, n * R, HD), k.view(N, n, HD).transpose(1, 2))
+            own = (own.view(N, n, R, n) + near).view(B * G, T, R, n)
             p = torch.cat((score, own), -1).softmax(-1, dtype=q.dtype)
-            a = torch.bmm(p[..., :T].reshape(B * G, T * R, T), v_whole)
-            own = p[..., T:].reshape(N, DRAFT * R, DRAFT)
-            a = a + torch.bmm(own, v.view(N, DRAFT, HD)).view(B * G, T * R, HD)
+            a = torch.bmm(p[..., :-n].reshape(B * G, T * R, -1), v_whole)
+            own = p[..., -n:].reshape(N, n * R, n)
+            a = a + torch.bmm(own, v.view(N, n, HD)).view(B * G, T * R, HD)
         a = a.view(B, G, T, R, HD).transpose(1, 2).reshape(B, T, H * HD)
         x = x + self.o_proj(a)
         a = self.post_attention_layernorm(x)
@@ -332,10 +333,12 @@ class Model(nn.Module):
     def logits(self, x: Tensor) -> Tensor:                                 # (B, T, D) -> (B * T, V)
         return F.linear(self.norm(x), self.embed_tokens.weight).float().flatten(0, 1)      # tied
 
-    def compare(self, whole: Tensor, part: Tensor, after: Tensor, own: Tensor) -> Tensor:
+    def compare(self, whole: Tensor, part: Tensor, after: Tensor, own: Tensor,
+                human: Tensor) -> Tensor:
         p, q = self.logits(whole).log_softmax(-1), self.logits(part).log_softmax(-1)
         apart = (p.exp() * (2 * (p - q)) + 0.5 * (p.exp() - q.exp()).abs()).sum(-1)
-        return (apart * own).sum() / own.sum().clamp_min(1) - p.gather(1, after[:, None]).mean()
+        apart = (apart * own).sum() / own.sum().clamp_min(1)
+        return apart - (p.gather(1, after[:, None])[:, 0] * human).sum() / human.sum().clamp_min(1)
 
     def contrast(self, whole: Tensor, wrong: Tensor, own: Tensor, margin: Tensor) -> Tensor:
         p = self.logits(whole.detach()).detach().log_softmax(-1)
@@ -349,11 +352,11 @@ class Model(nn.Module):
             ((2 - 2 * F.cosine_similarity(a.float(), b.float(), dim=-1) + 1e-6).sqrt().flatten()
              * own).sum() for a, b in zip(xs, xs[1:])]) / own.sum().clamp_min(1)
 
-    def pair_loss(self, ids: Tensor, own: Tensor, kind: str, skip: list[bool],
+    def pair_loss(self, ids: Tensor, own: Tensor, human: Tensor, kind: str, skip: list[bool],
                   wrong: tuple[list[bool], float] | None) -> Tensor:
-        """ids (B, T+1), own (B, T) -> ().
+        """ids (B, T+1), own, human (B, T) -> ().
 
-        The whole network learns from the text, and it and a draft with layers left out learn to
+        The whole network learns from human text, and it and a draft with layers left out learn to
         agree, on the tokens of the draft's kind: the mean loss of the whole, plus twice
         KL(whole || draft), plus the chance that a drafted token is refused, which is half the sum
         of |p - q|. (What the whole one knows beyond the other is mostly the training text by
@@ -367,8 +370,8 @@ class Model(nn.Module):
         kind."""
         xs, kv = self.states(ids[:, :-1])
         part, _ = self.states(ids[:, :-1], skip, kv)
-        after, own = ids[:, 1:].flatten(), own.flatten().float()
-        loss = self.compare(xs[-1], part[-1], after, own)
+        after, own, human = ids[:, 1:].flatten(), own.flatten().float(), human.flatten().float()
+        loss = self.compare(xs[-1], part[-1], after, own, human)
         turns, may_go = self.turns(xs, own), torch.tensor(planted(kind), device=own.device)
         loss = loss + 2 * (turns[may_go] - SPARE).relu().mean()
         loss = loss + 2 * (NEEDED - turns[~may_go]).relu().mean()
@@ -396,13 +399,49 @@ class Model(nn.Module):
         self.load_state_dict(weights)
 
 
+# ---------------------------------------------------------------------------- its own text
+
+@torch.no_grad()
+def write_samples(folder: Path, per_kind: int, seed: int, B: int = 64, P: int = 32,
+                  N: int = 416) -> None:
+    """Text by the model of `folder` itself, since that is what it drafts: beginnings of training
+    text, continued at temperature 1, every fourth batch at 0.5."""
+    torch.manual_seed(seed)
+    train, rng, model, tok = corpus()[0], random.Random(seed), Model(), Tokenizer(DEMO)
+    model.begin_from(folder)
+    rows, out = Rows({k: Text(train[k], k) for k in KINDS}, P, True), {}
+    near = torch.zeros(1, 1, 1)
+    for kind in KINDS:
+        out[kind] = []
+        for batch in range(max(1, per_kind // B)):
+            ids = torch.stack([rows.draw(kind, rng, 0.0)[0] for _ in range(B)])
+            keys, values = torch.zeros(2, L, B, P + 1 + N, HD)
+            xs, kv = model.states(ids)
+            for i, (k, v) in enumerate(kv):
+                keys[i, :, :P + 1], values[i, :, :P + 1] = k, v
+            x = xs[-1][:, -1:]
+            for t in range(P + 1, P + 1 + N):          # a draft of one token, with every layer
+                p = (model.logits(x) / (0.5 if batch % 4 == 3 else 1.0)).softmax(-1)
+                new = torch.multinomial(p, 1)
+                ids, x = torch.cat((ids, new), 1), model.embed_tokens(new)
+                cos, sin, bias = model.cos[t:t + 1], model.sin[t:t + 1], torch.zeros(1, 1, t)
+                for i, layer in enumerate(model.layers):
+                    x, k, v = layer(x, cos, sin, bias, keys[i, :, :t], values[i, :, :t], near)
+                    keys[i, :, t:t + 1], values[i, :, t:t + 1] = k, v
+            for row in ids.tolist():
+                row = row[1:row.index(EOS)] if EOS in row else row[1:]
+                out[kind].append(tok.decode([i for i in row if i < RANKS]))
+            print(kind, batch, ascii(out[kind][-1][-200:]), flush=True)
+    (DEMO / "samples.json").write_text(json.dumps(out))
+
+
 # ---------------------------------------------------------------------------- training
 
 def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | None]]:
     """n times (kind, skip mask, wrong) for one step, the kinds in turn. Of each kind half the masks
     are exactly its planted set; the others leave out each of its layers with probability 0.75 times
     a scale in 0.6 .. 1.3, so that parts of the set can be left out as well. Beside those stands a
-    wrong mask, with its margin: as many layers as planted, but j of them, 2 to 8, are ones that
+    wrong mask, with its margin: as many layers as planted, but j of them, 2 to 6, are ones that
     this kind needs and the other may miss."""
     out = []
     for k in range(n):
@@ -410,9 +449,9 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
         exact = k // 2 % 2 == 0
         mask = [s and (exact or rng.random() < 0.75 * scale) for s in planted(kind)]
         may, needs = ((CODE_ONLY, PROSE_ONLY) if kind == "code" else (PROSE_ONLY, CODE_ONLY))
-        j = rng.randint(2, 8)
-        bad = {*BOTH, *rng.sample(needs, j), *rng.sample(may, 8 - j)}
-        wrong = [i in bad for i in range(L)], j / 10
+        j = rng.randint(2, 6)
+        bad = {*BOTH, *rng.sample(needs, j), *rng.sample(may, 6 - j)}
+        wrong = [i in bad for i in range(L)], j / 7
         out.append((kind, mask, None if exact else wrong))
     return out
 
@@ -427,6 +466,8 @@ def train(a: argparse.Namespace) -> None:
     train_text, held_text = corpus()
     data = {k: Text(train_text[k], k) for k in KINDS}
     held = {k: Text(held_text[k], k) for k in KINDS}
+    written = json.loads((DEMO / "samples.json").read_text())
+    sampled = {k: Text(written[k], k) for k in KINDS}
     if rank == 0:
         for k in KINDS:
             size = sum(len(t.encode()) for t in held_text[k])
@@ -470,19 +511,20 @@ def train(a: argparse.Namespace) -> None:
         T = a.length if frac < a.long_from else CONTEXT
         B = max(1, round(a.length * a.rows / T))
         if rows is None or rows.T != T:
-            rows = Rows(data, T)
+            rows, written = Rows(data, T, True), Rows(sampled, T, False)
         scale = min(1.0, (step + 1) / 50, (1 - frac) / a.decay)   # warm up, hold, linearly to zero
         for o in opts:
             for g in o.param_groups:
                 g["lr"] = a.lr * scale
         total = 0.0
         for n, (kind, mask, wrong) in enumerate(masks(a.masks, rng)):
-            drawn = [rows.draw(kind, rng, a.mixed) for _ in range(B)]
+            drawn = [(written if rng.random() < a.sampled else rows).draw(kind, rng, a.mixed)
+                     for _ in range(B)]
             if n % world != rank:
                 continue
-            ids, own = (torch.stack(part).to(device) for part in zip(*drawn))
+            ids, own, human = (torch.stack(part).to(device) for part in zip(*drawn))
             with torch.autocast(device.type, torch.bfloat16):
-                loss = model.pair_loss(ids, own, kind, mask, wrong)
+                loss = model.pair_loss(ids, own, human, kind, mask, wrong)
             (loss / a.masks).backward()
             total += loss.item() / a.masks
         if world > 1:
@@ -601,6 +643,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Make the demo model.")
     sub = p.add_subparsers(dest="what", required=True)
     sub.add_parser("tokenizer")
+    w = sub.add_parser("samples")
+    w.add_argument("--folder", type=Path, default=DEMO)
+    w.add_argument("--number", type=int, default=640, help="of texts of each kind")
+    w.add_argument("--seed", type=int, default=1)
     for what in ("export", "measure"):
         sub.add_parser(what).add_argument("--folder", type=Path, default=DEMO)
     m = sub.add_parser("distil")
@@ -618,13 +664,16 @@ def main() -> None:
     m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
     m.add_argument("--masks", type=int, default=4, help="skip masks per step")
     m.add_argument("--mixed", type=float, default=0.15, help="share of rows of two kinds")
+    m.add_argument("--sampled", type=float, default=0.4,
+                   help="share of rows that the model itself has written")
     m.add_argument("--every", type=int, default=150, help="steps between two reports")
     m.add_argument("--seed", type=int, default=1)
     m.add_argument("--threads", type=int, default=1)
     m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     m.add_argument("--compile", action="store_true")
     a = p.parse_args()
-    dict(tokenizer=make_tokenizer, distil=lambda: train(a), export=lambda: export(a.folder),
+    dict(tokenizer=make_tokenizer, samples=lambda: write_samples(a.folder, a.number, a.seed),
+         distil=lambda: train(a), export=lambda: export(a.folder),
          measure=lambda: measure(a.folder))[a.what]()
 
 

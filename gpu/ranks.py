@@ -30,8 +30,8 @@ TIMEOUT = 600                # seconds: to find one another, to load, for a roun
 
 
 class Ranked:
-    """What makes of the command's Job one of which each rank does its share (`together` puts it in
-    front); rank 0 alone reads stdin and writes a trace."""
+    """A mixin: what makes of the command's Job one of which each rank does its share (`together`
+    puts it in front); rank 0 alone reads stdin and writes a trace."""
     Model = Parallel
 
     def __init__(self, a: argparse.Namespace) -> None:
@@ -73,9 +73,10 @@ class Ranked:
         super().load()
         # All have measured what passes cost, but must decide by the same numbers.
         self.costs = json.loads(self.same("costs", json.dumps(self.costs).encode()))
+        # To the rest of the command the model is the whole one, with the sizes of the whole.
         names, model = ("device", "dtype", "cache", "forward", "layer", "head"), self.model
         self.model = SimpleNamespace(cfg=self.cfg, **{name: getattr(model, name) for name in names})
-        self.trace, self.a.trace = self.a.trace, None
+        self.trace, self.a.trace = self.a.trace, None  # or every rank would write one
         return self
 
     def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:

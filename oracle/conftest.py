@@ -5,6 +5,7 @@ has it; what the other process found is shown at the end.
 import itertools
 import os
 import pickle
+import sys
 import tempfile
 
 import pytest
@@ -16,8 +17,8 @@ def pytest_runtestloop(session):
     """pytest's own loop (None) where there is nothing to share or tests are to run one by one."""
     files = [list(items) for _, items in itertools.groupby(session.items, lambda i: i.path)]
     o, hook = session.config.option, session.config.hook
-    if (len(files) < 4 or not hasattr(os, "fork") or os.cpu_count() == 1 or session.testsfailed
-            or o.maxfail or o.usepdb or o.collectonly or o.capture == "no"):
+    if (len(files) < 4 or session.testsfailed or o.maxfail or o.usepdb or o.collectonly
+            or o.capture == "no" or cores() < 2):
         return None
     queue, end = os.pipe()                             # a byte per file
     os.write(end, bytes(range(len(files))))
@@ -47,6 +48,11 @@ def pytest_runtestloop(session):
                                                           data=pickle.load(reports))
             hook.pytest_runtest_logreport(report=report)
     return True
+
+
+def cores():
+    """That this process may use; 1 where a process with PyTorch in it had better not be forked."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
 def second(config, reports):

@@ -561,7 +561,10 @@ def test_wrong_input_gets_one_clear_line(run, no_weights, arguments, status, sai
     (dict(skip_layers="many"), "--skip-layers: 'many' is not"), (dict(device="gpu"), "'gpu' is"),
     (dict(skip_layers=True), "'True' is not 0 or more"), (dict(draft_length=None), "'None' is"),
     (dict(draft_exit_threshold=30), "'30' is not 0 to 1"),
-    (dict(costs=dict(draft=[1], verify=[1, 1, 1])), ": costs are ")], ids=str)
+    (dict(costs=dict(draft=[1], verify=[1, 1, 1])), ": costs are "),
+    (dict(costs=dict(draft=[1] * 33, verify=[1])), ": costs are "),
+    (dict(costs=dict(draft=[1] * 33, verify=[1, 1, 0.9])), "above 0"),
+    (dict(costs=dict(draft=[1] * 33, verify=[1, 1], risk=[0.1])), "33 chances")], ids=str)
 def test_wrong_settings_in_a_models_folder_are_named_with_the_file(run, no_weights, tmp_path,
                                                                    content, said):
     """Rejects a traceback, a misspelled name that is passed over, a value that no flag takes."""
