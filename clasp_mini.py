@@ -22,6 +22,7 @@ from pathlib import Path  # noqa: E402
 from dp_layer_skip import choose_skip, torch  # noqa: E402
 from llama import Config, Llama, ModelError  # noqa: E402
 from speculative import Adaptive, Chance, Round, Settings, generate  # noqa: E402
+from text import costs  # noqa: E402
 from text.cli import UsageError, answer, interruptible, saved  # noqa: E402
 from text.flags import DEMO, DTYPES, VERSION, parser  # noqa: E402, F401
 from text.report import Terminal, Text, compared, comparison, figures, ids_of, summary  # noqa: E402
@@ -87,8 +88,7 @@ class Job:
                                  r=a.probe or (4 if cuda else 1), **draft)
         self.adaptive, self.costs = None in draft.values(), None
         if self.adaptive and a.costs:
-            from bench.costs import load
-            self.costs = load(a.costs, L, self.K)
+            self.costs = costs.load(a.costs, L, self.K)
 
     def load(self) -> "Job":
         """Read the weights; on a GPU also record the passes."""
@@ -98,8 +98,7 @@ class Job:
             self.model, self.choose = recorded(self.model, self.K, self.M, self.settings.r,
                                                not self.a.no_compile)
         if self.adaptive and not self.costs:
-            from bench.costs import measure
-            self.costs = measure(self.model, self.choose, self.K, self.M, self.settings.r)
+            self.costs = costs.measure(self.model, self.choose, self.K, self.M, self.settings.r)
         interruptible()                                # from here on the text is kept
         return self
 
@@ -137,6 +136,9 @@ class Job:
 
     def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:
         """Rounds, by the paper's policy where the settings name all four of its numbers."""
+        if self.a.trace:
+            from oracle.trace import record
+            return record(self, ids, self.a.trace)
         policy = None
         if None in (s.K, s.M, s.exit_threshold, s.interval):
             policy = Adaptive(s, **self.costs)
@@ -159,9 +161,6 @@ def write(job: Job, ids: list[int]) -> int:
     a, tok, rounds, shown, status = job.a, job.tokenizer, [], [], 0
     text, err, run = Text(tok, job.stops), Terminal(sys.stderr), job.run(ids, job.settings, a.seed)
     one_screen = sys.stdout.isatty() and sys.stderr.isatty()
-    if a.trace:
-        from oracle.trace import record
-        run = record(job, ids, a.trace)
     if one_screen and tok and not (a.json or a.verbose or a.chat):
         prompt = tok.decode(ids[ids[0] == tok.bos:])
         print(err.paint("dim", prompt), end="", file=sys.stderr, flush=True)

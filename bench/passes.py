@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 import torch  # noqa: E402
-from bench.costs import chosen, spread  # noqa: E402
 from llama import Cache, Llama  # noqa: E402
 from speculative import read  # noqa: E402
 from text.cli import UsageError, answer  # noqa: E402
+from text.costs import chosen, spread  # noqa: E402
 
 CONTEXT = 1000                                         # tokens read before, where as many fit
 COPY = {"cpu": 2 ** 28, "cuda": 2 ** 30}               # bytes, far more than any cache holds

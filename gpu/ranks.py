@@ -48,6 +48,8 @@ class Ranked:
         if cuda:
             torch.cuda.set_device(local)
             self.device = torch.device("cuda", local)
+        if rank:
+            a.trace = None
         wait = timedelta(seconds=TIMEOUT)
         self.rank, (self.store, *_) = rank, next(dist.rendezvous("env://", timeout=wait))
         dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=rank,
@@ -76,15 +78,10 @@ class Ranked:
         # To the rest of the command the model is the whole one, with the sizes of the whole.
         names, model = ("device", "dtype", "cache", "forward", "layer", "head"), self.model
         self.model = SimpleNamespace(cfg=self.cfg, **{name: getattr(model, name) for name in names})
-        self.trace, self.a.trace = self.a.trace, None  # or every rank would write one
         return self
 
     def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:
-        rounds = super().run(ids, s, seed)
-        if self.trace and self.rank == 0:
-            from oracle.trace import record
-            rounds = record(self, ids, self.trace)
-        return agreed(rounds, self.device)
+        return agreed(super().run(ids, s, seed), self.device)
 
 
 def recordable(device: torch.device) -> bool:

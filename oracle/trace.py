@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from clasp_mini import VERSION as PROGRAM_VERSION
 from llama import Config, Llama, torch
 from speculative import CHUNK, Adaptive, Chance, Round, Settings, generate
+from text.flags import VERSION as PROGRAM_VERSION
 
 VERSION = 2                  # of the format
 PROGRAM = "clasp-mini"
