@@ -1,5 +1,5 @@
-"""What a model's passes cost (text/costs.py) and how risky it is to leave out so many layers: what a
-clasp.json in its folder holds, so that a seed means one text on every machine.
+"""What a model's passes cost (text/costs.py), and how often a token that is drafted with so many of
+its layers left out is rejected: what a clasp.json holds, for a seed to mean one text everywhere.
 
     python bench/costs.py [FILE] [flags]       # the risks by the questions of FILE (the demo's)
 """
