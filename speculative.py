@@ -215,8 +215,8 @@ class Adaptive(Fixed):
         # It is kept as others of such confidence were; foretold, for 4 of them, (a + sqrt(c)) / 2.
         a, k = self.keep(self.j), len(self.bins)
         self.reach *= (self.kept[b] + 2 * (a + confidence ** 0.5)) / (self.seen[b] + 4)
-        # One more pays while its chance to be reached and kept is worth what its passes cost.
-        return k < self.K and self.reach * a >= self.gain(self.j) * (
+        # Per cost one more has to bring nine tenths of `gain`, which takes all tokens to be alike.
+        return k < self.K and self.reach * a >= 0.9 * self.gain(self.j) * (
             self.c[self.j] + self.v[k + 2] - self.v[k + 1])
 
     def judged(self, p: Tensor, q: Sequence[Tensor], accepted: int) -> None:

@@ -481,7 +481,7 @@ def numbers(job: clasp_mini.Job, kinds: Sequence[str], prompts: Sequence[list[in
             ) -> Iterator[tuple[str, str, str, list[Row], Callable[..., None], int, float]]:
     """(name, title, caption, rows, how to draw them, panels, inches) of each figure."""
     L, model, costs, s = job.cfg.L, job.model, job.costs, job.settings
-    M = round(L * 5 / 8)
+    M = round(L * 11 / 16)
     base = replace(s, K=min(12, len(costs["verify"]) - 2), M=M, exit_threshold=0.3, interval=32)
     human = human_texts(job.tokenizer.bos, job.tokenizer.encode,
                         pieces(Path(sysconfig.get_path("stdlib"))))
