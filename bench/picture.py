@@ -1,7 +1,7 @@
 """Draw a real run as SVG: a line per round, a cell per layer, then the tokens that were kept, the
 rejected ones and the full model's own. Takes the main command's flags.
 
-    python bench/picture.py --interval 8 > demo/run.svg
+    python bench/picture.py --temperature 0.8 --seed 10 --skip-layers 22 --interval 8 > demo/run.svg
 """
 import shlex
 import sys
@@ -15,7 +15,7 @@ from speculative import Round  # noqa: E402
 from text.cli import answer  # noqa: E402
 from text.report import fates  # noqa: E402
 
-CELL, LINE, MOST = 9, 20, 24                           # width, height; rounds shown
+CELL, LINE, MOST = 9, 20, 28                           # width, height; rounds shown
 COLOUR = dict(kept="#1a7f37", rejected="#cf222e", own="#0550ae", dim="#656d76", run="#424a53",
               skip="#e6e9ec")
 STYLE = dict(rejected=' text-decoration="line-through"', own=' font-weight="bold"')
