@@ -26,8 +26,11 @@ def test_the_search_finds_the_layers_that_both_kinds_may_miss(monkeypatch):
     size: planted in the model are 16 layers for both kinds."""
     monkeypatch.setattr(kinds, "STALE", 6)
     job = clasp_mini.Job(clasp_mini.parser().parse_args(["--skip-layers", "10"])).load()
-    texts = dict(code=["import os\n\nclass A:\n    def"], prose=["The :mod:`json` module"])
+    texts = dict(code=["import os\n\nclass A:\n    def"], prose=["The :mod:`json` module"] * 2)
     prompts = {kind: [job.encode([dict(content=text)]) for text in of]
                for kind, of in texts.items()}
+    asked, overlap = [], kinds.overlap
+    monkeypatch.setattr(kinds, "overlap", lambda p, q: asked.append(len(p)) or overlap(p, q))
     found = kinds.best_for_both(job, prompts, 10)
     assert sum(found) == 10 and sum(found[i] for i in train.BOTH) >= 9
+    assert asked == [128, 256] * (len(asked) // 2)     # tokens of code, of prose, each time
