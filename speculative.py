@@ -226,8 +226,8 @@ class Adaptive(Fixed):
             self.rejected = 0.98 * self.rejected + 1 - x
             self.expected = 0.98 * self.expected + self.risk[self.j]
             # One-sided CUSUM: log likelihood of twice the rate of rejections since the choice of
-            # layers (if that is a third at most), against that. Above 4 choose anew: with a known
-            # rate, for no reason once in exp(4) = 55 tokens or more on average (Lorden 1971).
+            # layers (up to a third), against that. Above 2 choose anew: where one token in ten is
+            # rejected, for no reason once in 190; where that triples, after 15 (simulated).
             rate = max(self.misses / self.tokens, 0.02)
             high = min(2 * rate, (1 + rate) / 2)
             self.alarm = max(0.0, self.alarm + (1 - x) * math.log(high / rate)
@@ -246,7 +246,7 @@ class Adaptive(Fixed):
             self.rest, self.wait = self.wait, 2 * self.wait         # for a while, then try again
             self.rejected, self.expected, self.alarm = 1.0, 1.0, math.inf
             return False
-        return n % self.s.interval == 0 if self.s.interval else self.alarm > 4
+        return n % self.s.interval == 0 if self.s.interval else self.alarm > 2
 
     def probed(self, model: Any, h: Tensor, g: Tensor) -> None:
         # At temperature 1, whatever the settings: a first estimate, which `keep` corrects.

@@ -4,9 +4,7 @@ That it changes no distribution is shown in test_clasp.py.
 import itertools
 import types
 
-import torch
-
-from speculative import Adaptive
+from speculative import Adaptive, torch
 from test_clasp import adaptive, decode, tiny_llama
 
 
