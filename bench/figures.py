@@ -13,7 +13,6 @@ model's table of costs (its clasp.json, or --costs; else measured first), so loa
 """
 import ast
 import csv
-import hashlib
 import math
 import statistics
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 from bench.spec_bench import first_turns, job_for, read_questions  # noqa: E402
+from demo.train import FOREIGN, kept_back  # noqa: E402
 from dp_layer_skip import Choice, choose_skip, cosine, torch  # noqa: E402
 from llama import Llama  # noqa: E402
 from speculative import (Adaptive, Chance, Fixed, Round, Settings, generate, overlap,  # noqa: E402
@@ -59,13 +59,12 @@ def kind_of(category: str) -> str:
 
 
 def pieces(root: Path) -> Iterator[tuple[str, str]]:
-    """(code, prose) of Python files below `root` that train.py keeps back, by the hash of the name:
-    the code without its docstrings, and the longest of these. Longest prose first."""
+    """(code, prose) of Python files below `root` that train.py keeps back: the code
+    without its docstrings, and the longest of these. Longest prose first."""
     found = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if (hashlib.sha256(name.encode()).digest()[0] % 20 or set(name.split("/"))
-                & {"test", "tests", "idle_test", "site-packages", "dist-packages"}):
+        if not kept_back(name) or FOREIGN & set(name.split("/")):
             continue
         try:
             text = path.read_text(encoding="utf-8")

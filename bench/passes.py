@@ -61,7 +61,8 @@ def passes(job: clasp_mini.Job) -> dict[str, tuple[int, Callable[[], object]]]:
         return lambda: read(fast, ids[t:t + T], t, slots, last=T)
 
     def draft(m: int) -> Callable[[], object]:
-        return lambda: model.forward(one, cache.sequence(t, 1), cache, spread(c.L, m))
+        skip = spread(c.L, m)
+        return lambda: model.forward(one, cache.sequence(t, 1), cache, skip)
 
     def optimise(r: int) -> Callable[[], object]:
         fast, choose, slots = model, job.choose, cache

@@ -65,13 +65,15 @@ def settings(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
               flush=True)
 
 
+def always(skip: Sequence[bool]) -> Callable[..., Any]:
+    """A chooser that has one set, whatever the states are."""
+    return lambda *_: SimpleNamespace(skip=lambda j: skip, states=None)
+
+
 def sets(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
     """Accepted / drafted tokens by who chose the layers, as many of them as the policy may
     leave out (or --skip-layers says) and half."""
     L = job.cfg.L
-
-    def one(skip: tuple[bool, ...]) -> Callable[..., Any]:
-        return lambda *_: SimpleNamespace(skip=lambda j: skip, states=None)
 
     def report(name: str, s: Settings, choosers: Sequence[Callable[..., Any]]) -> None:
         each = []
@@ -97,10 +99,10 @@ def sets(job: clasp_mini.Job, prompts: list[list[int]]) -> None:
         for r in (1, 4):
             report(f"the dynamic program, {r} token(s)", replace(s, r=r), [noted])
         report("the set it chose most often, for every text", s,
-               [one(chosen.most_common(1)[0][0])])
+               [always(chosen.most_common(1)[0][0])])
         drawn = [random.Random(seed).sample(range(L), M) for seed in range(RANDOM)]
         report(f"{RANDOM} random sets, each for every text", s,
-               [one(tuple(i in out for i in range(L))) for out in drawn])
+               [always(tuple(i in out for i in range(L))) for out in drawn])
         print(flush=True)
 
 

@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 DEMO = Path(__file__).resolve().parent
 sys.path[0] = str(DEMO.parent)
 import clasp_mini  # noqa: E402
 import torch  # noqa: E402
 from bench.figures import kind_of  # noqa: E402
-from bench.spec_bench import first_turns, read_questions  # noqa: E402
+from bench.probe import flags  # noqa: E402
+from bench.spec_bench import first_turns, line, read_questions  # noqa: E402
+from bench.sweep import always  # noqa: E402
 from demo import train  # noqa: E402
 from speculative import Chance, Settings, generate, overlap  # noqa: E402
 from text.cli import UsageError, answer  # noqa: E402
@@ -32,19 +33,13 @@ EACH, RANDOM = 25, 20                                  # prompts of a kind; sets
 STALE = 80                                             # exchanges in a row without a gain end it
 
 
-def flags(out: Sequence[int]) -> Skip:
-    return tuple(i in out for i in range(train.L))
-
-
 def kept(job: clasp_mini.Job, prompts: Sequence[list[int]], s: Settings, choose: Callable
          ) -> tuple[float, float]:
     """Acceptance and tokens per verify."""
     every = [figures([*generate(job.model, ids, s, Chance(n), choose)])
              for n, ids in enumerate(prompts)]
-    def total(key: str) -> int:
-        return sum(of[key] for of in every)
-    return (total("accepted") / total("drafted"),
-            (total("emitted") - len(every)) / total("verifies"))
+    of = line([*zip(every, every)])                    # counts only: nothing to compare with
+    return of["acceptance"] or 0.0, of["tokens_per_verify"]
 
 
 @torch.inference_mode()
@@ -63,7 +58,8 @@ def best_for_both(job: clasp_mini.Job, prompts: dict[str, list[list[int]]], M: i
         whole[kind] = ids, model.logits(xs[-1]).softmax(-1), kv
 
     def score(out: set[int]) -> float:
-        return sum(overlap(p, model.logits(model.states(ids, flags(out), kv)[0][-1]).softmax(-1))
+        skip = flags(train.L, out)
+        return sum(overlap(p, model.logits(model.states(ids, skip, kv)[0][-1]).softmax(-1))
                    .mean().item() for ids, p, kv in whole.values()) / len(whole)
 
     rng, found = random.Random(1), []
@@ -79,7 +75,7 @@ def best_for_both(job: clasp_mini.Job, prompts: dict[str, list[list[int]]], M: i
             if (now := score(other)) > best:
                 out, best, stale = other, now, 0
         found.append((best, sorted(out)))
-    return flags(max(found)[1])
+    return flags(train.L, max(found)[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"M = {s.M}, K = {s.K}, exit threshold {s.exit_threshold}, interval {s.interval}, "
               f"temperature {s.temperature}, {[len(of) for of in prompts.values()]} prompts\n")
 
-        def line(name: str, choose: dict[str, list[Callable]], s: Settings = s) -> None:
+        def row(name: str, choose: dict[str, list[Callable]], s: Settings = s) -> None:
             cells = {}
             for kind, of in prompts.items():
                 each = [kept(job, of, s, who) for who in choose[kind]]
@@ -106,21 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                                             for kind, (a, n) in cells.items())
                   + f"   mean {sum(a for a, _ in cells.values()) / len(cells):.3f}", flush=True)
 
-        def fixed(*sets: Skip) -> list[Callable]:
-            return [lambda *_, skip=skip: SimpleNamespace(skip=lambda j: skip, states=None)
-                    for skip in sets]
-
         for r in (1, 4):
-            line(f"the dynamic program, probe of {r} token{'s' * (r > 1)}",
-                 dict.fromkeys(prompts, [job.choose]), replace(s, r=r))
+            row(f"the dynamic program, probe of {r} token{'s' * (r > 1)}",
+                dict.fromkeys(prompts, [job.choose]), replace(s, r=r))
         both = best_for_both(job, {kind: of[:12] for kind, of in prompts.items()}, s.M)
-        line("the best one set for both that a search found", dict.fromkeys(prompts, fixed(both)))
-        code, prose = (fixed(tuple(train.planted(kind))) for kind in train.KINDS)
+        row("the best one set for both that a search found",
+            dict.fromkeys(prompts, [always(both)]))
+        code, prose = ([always(tuple(train.planted(kind)))] for kind in train.KINDS)
         if s.M == sum(train.planted("code")):
-            line("the set that training gave the kind", dict(code=code, prose=prose))
-            line("the set of the other kind", dict(code=prose, prose=code))
-        drawn = [flags(random.Random(n).sample(INNER, s.M)) for n in range(RANDOM)]
-        line(f"{RANDOM} random sets, mean", dict.fromkeys(prompts, fixed(*drawn)))
+            row("the set that training gave the kind", dict(code=code, prose=prose))
+            row("the set of the other kind", dict(code=prose, prose=code))
+        drawn = [flags(train.L, random.Random(n).sample(INNER, s.M)) for n in range(RANDOM)]
+        row(f"{RANDOM} random sets, mean", dict.fromkeys(prompts, [*map(always, drawn)]))
         return 0
     return answer(work)
 

@@ -69,26 +69,31 @@ def planted(kind: str) -> list[bool]:
 
 # ---------------------------------------------------------------------------- text
 
+FOREIGN = {"test", "tests", "idle_test", "site-packages", "dist-packages"}     # folders
+
+
+def kept_back(name: str) -> bool:
+    """Is a file held out? The hash of its name says so (1 in 20), so that the split never moves."""
+    return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+
+
 def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """(training files, held-out files) of each kind: the standard library's source, no tests,
     nothing installed beside it; and the source of Python's documentation, as Debian's package
-    python3.11-doc holds it. A file is held out if the hash of its name says so (1 in 20), so that
-    the split never moves."""
+    python3.11-doc holds it."""
     train, held = {k: [] for k in KINDS}, {k: [] for k in KINDS}
     docs = Path(os.environ.get("PYTHON_DOCS", "/usr/share/doc/python3.11/html/_sources"))
     for kind, root, pattern in (("code", Path(sysconfig.get_path("stdlib")), "*.py"),
                                 ("prose", docs, "*.rst.txt")):
         for path in sorted(root.rglob(pattern)):
             name = path.relative_to(root).as_posix()
-            if kind == "code" and set(name.split("/")) & {
-                    "test", "tests", "idle_test", "site-packages", "dist-packages"}:
+            if kind == "code" and FOREIGN & set(name.split("/")):
                 continue
             try:
                 text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError:                 # a few files declare another encoding
                 continue
-            out = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
-            (held if out else train)[kind].append(text)
+            (held if kept_back(name) else train)[kind].append(text)
         if not train[kind]:
             sys.exit(f"{root}: no {pattern} files here (set PYTHON_DOCS for the documentation)")
     return train, held

@@ -45,7 +45,8 @@ def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: i
     _, h = read(model, [0] * t, 0, cache, last=r, states=True)
 
     def draft(j: int) -> Callable[[], Any]:
-        return lambda: model.forward(one, cache.sequence(t, 1), cache, spread(L, j))[0]
+        skip = spread(L, j)
+        return lambda: model.forward(one, cache.sequence(t, 1), cache, skip)[0]
 
     def optimise() -> Any:
         chosen(model, choose, cache, h, t - 1, M)
