@@ -13,24 +13,19 @@ answer, in the last row at j = M, to the set.
 Glossary
     L, M     layers; layers to leave out
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width).
-             Or of r tokens, (L+1, r, width): then a cell holds r states, and its value is the mean
-             of their cosines. The paper has r = 1.
-    D, g     (L+1, M+1) best cosines found; (M+1, [r,] width) the states behind one row of D
+             Or, beyond the paper, of r tokens: (L+1, r, width). Then a cell holds r states.
+    D, g     (L+1, M+1) best cosines found (see `nearness`); (M+1, [r,] width) the states of a row
     f_i      (run_layer) layer i on J independent candidates: (J, [r,] width) -> the same.
-             This file knows no more of the model.
     parents  (L+1, M+1) bits: True where the cell was reached by skipping
 
-Why at the same depth, and not h[L]: so a beginning can be judged before its end is known. It is an
-approximation: each cell keeps one state, the nearest so far, although a farther one might have come
-out nearer in the end (§3.5, "approximate Markov").
+Why at the same depth: a beginning can be judged before its end is known. Why approximate (§3.5): a
+cell keeps one state, the nearest so far, although a farther one might come out nearer in the end.
 
 The verify pass has just computed h. The cost is L calls of f with at most M+1 candidates. Column 0
 skips nothing: cosines other than 1 there say that candidates do not see what the verify saw.
 """
 import itertools
-import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +74,19 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (...,
     return (a * b).sum(-1) / norms.clamp_min(torch.finfo(wide).tiny)
 
 
+def nearness(h: Tensor, i: int, g: Tensor) -> Tensor:          # (..., [r,] width) -> (...)
+    """How near the states g come to the full model's after i layers. Of one token the paper's
+    cos(h[i], g). Of r > 1, ours: the mean of cos(h[L], h[L] + g - h[i]), which is where g comes out
+    if the layers after i add to it what they added to h[i]. So an error counts by its size at the
+    end, not by its angle at depth i; and one token's accident is not taken for a rule."""
+    if h.dim() < 3:
+        return cosine(h[i], g)
+    if h.shape[1] == 1:
+        return cosine(h[i], g).mean(-1)
+    end = h[-1].to(torch.promote_types(h.dtype, torch.float32))
+    return cosine(end, end + (g.to(end.dtype) - h[i])).mean(-1)
+
+
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
     """The recurrence as it is written, a cell at a time: to read first, and the reference for the
     fast one. On ties, where the paper is silent, the layer is run: `max` keeps the first."""
@@ -92,8 +100,8 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int) -> Choice:
                 choices.append((False, run_layer(i - 1, g[i - 1, j][None])[0]))
             if j > 0:
                 choices.append((True, g[i - 1, j - 1]))
-            parents[i][j], g[i, j] = max(choices, key=lambda c: cosine(h[i], c[1]).mean().item())
-            D[i][j] = cosine(h[i], g[i, j]).mean().item()
+            parents[i][j], g[i, j] = max(choices, key=lambda c: nearness(h, i, c[1]).item())
+            D[i][j] = nearness(h, i, g[i, j]).item()
         g[i, 0] = h[i]                                 # nothing skipped: the full model's own state
     return Choice(D, parents, torch.stack([g[L, j] for j in range(M + 1)]))
 
@@ -113,7 +121,7 @@ def table(h: Tensor, run_layer: RunLayer, M: int) -> tuple[Tensor, Tensor, Tenso
         run = torch.cat((run_layer(i - 1, g), g[-1:]))[:M + 1]      # the last cannot run: a filler
         skip = torch.cat((g[:1], g))[:M + 1]           # a skip moves a state from j-1 to j
         both = torch.stack((run, skip))                                     # (2, J, [r,] width)
-        cos = cosine(h[i], both).reshape(2, len(run), -1).mean(-1)          # (2, J)
+        cos = nearness(h, i, both)                                          # (2, J)
         cos[0, i:] = cos[1, :1] = -INF                 # cell i only skips, cell 0 only runs
         best, skipped = cos.max(0)                     # of equals the first: the layer is run
         g = both[skipped, torch.arange(len(run), device=h.device)]
@@ -150,37 +158,29 @@ def run_set(h: Tensor, run_layer: RunLayer, skip: tuple[bool, ...]) -> float:
     return cosine(h[-1], x[0]).item()
 
 
-def show(choice: Choice, colour: bool) -> str:
-    """The table D as a heat strip, a row per depth, the path back marked."""
+def show(choice: Choice) -> str:
+    """The table D, a row per depth, the path back marked."""
     path = dict(choice.path())                         # i -> j
-    low = min(v for row in choice.D for v in row if v == v)
     out = ["        j = " + "".join(f"{j:^7}" for j in range(len(choice.D[0])))]
     for i, row in enumerate(choice.D):
-        cells = []
-        for j, v in enumerate(row):
-            text = f" {v:.3f}{'*' if path[i] == j else ' '}" if v == v else "   .   "
-            if colour and v == v:
-                heat = 232 + round(20 * min(1, (v - low) / (1 - low or 1)))   # greys, dark to light
-                text = f"\033[48;5;{heat}m\033[38;5;{16 if heat > 243 else 231}m{text}\033[0m"
-            cells.append(text)
+        cells = [f" {v:.3f}{'*' if path[i] == j else ' '}" if v == v else "   .   "
+                 for j, v in enumerate(row)]
         did = f"  layer {i - 1:2} {'SKIPPED' if choice.parents[i][path[i]] else 'run'}" if i else ""
         out.append(f"  i = {i:2}    " + "".join(cells) + did)
     return "\n".join(out)
 
 
 def main() -> None:
-    colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-              and os.environ.get("TERM") != "dumb")
     print("D[i,j] is the best cosine with the full model after i layers, j of them left out; *\n"
           "marks the way back from the end. Three layers add (0,3), (-1,1), (1,-4) to (4,0):\n")
     add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
-    print(show(choose_skip(h, lambda i, x: x + add[i], 2), colour), end="\n\nHere it shows that it "
+    print(show(choose_skip(h, lambda i, x: x + add[i], 2)), end="\n\nHere it shows that it "
           "is approximate: leaving out layers 0 and 2 would have 0.949 in the end.\n")
     choice = choose_skip(*toy(9, 16, seed=3), 3)
     chosen = [i for i, s in enumerate(choice.skip()) if s]
     print("\nA toy of 9 layers, of which 1, 4 and 7 do little; 3 are to be left out.\n\n"
-          f"{show(choice, colour)}\n\nLeft out: {chosen}. The last row has every smaller budget.\n"
+          f"{show(choice)}\n\nLeft out: {chosen}. The last row has every smaller budget.\n"
           "\nHow good is it? Cosine with h[L] of the chosen set when run, and of all sets: near\n"
           "the best, and not always there.\n"
           "  toy    L   M       DP     best    mean of all    rank of the DP's set")

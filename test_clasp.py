@@ -96,6 +96,11 @@ def cos(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a, b, dim=-1, eps=0.0).mean().item()
 
 
+def near(h: Tensor, i: int, g: Tensor) -> float:
+    """What a cell is worth: of several tokens, where an error of this size comes out."""
+    return cos(h[-1], h[-1] + g - h[i]) if h[0].numel() > h.shape[-1] else cos(h[i], g)
+
+
 def flags(L: int, chosen: tuple[int, ...]) -> tuple[bool, ...]:
     return tuple(i in chosen for i in range(L))
 
@@ -146,9 +151,12 @@ def test_on_a_tie_the_layer_is_run(dp=dp_layer_skip):
 
 @judges
 def test_a_cosine_is_float32_or_wider_and_0_for_a_zero_state(dp=dp_layer_skip):
-    """Rejects a cosine in the states' own dtype, whose 8 bits let 0.999 tie with 1, and 0 / 0."""
+    """Rejects a cosine in the states' own dtype, whose 8 bits let 0.999 tie with 1, likewise an
+    error that is added to the last states in it, and 0 / 0."""
     a, b = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     b = a + b / 16
+    h = torch.stack((a, b, 4 * b))
+    assert dp.nearness(h, 0, b).item() == pytest.approx(near(h.double(), 0, b.double()), abs=1e-6)
     want = [cos(u.double(), v.double()) for u, v in zip(a, b)]
     assert dp.cosine(a, b).tolist() == pytest.approx(want, abs=1e-6)
     assert dp.cosine(a, 0 * b).tolist() == [0, 0, 0]
@@ -172,9 +180,9 @@ def test_planted_idle_layers_are_exactly_the_ones_skipped(dp=dp_layer_skip):
 
 @judges
 def test_every_cell_is_the_better_of_its_two_choices(dp=dp_layer_skip):
-    """Rejects tables that do not say what their sets do, and of several tokens the cosine of mean
-    states: the oracle, which shares no line with the program, really runs the way back from each
-    cell and compares what eq. 2 compares."""
+    """Rejects tables that do not say what their sets do, and of several tokens eq. 2 or the cosine
+    of mean states: the oracle, which shares no line with the program, really runs the way back from
+    each cell and compares what is to be compared."""
     for seed, (L, M) in enumerate([(1, 1), (2, 2), (5, 5), (6, 1), (7, 3), (8, 5)] * 2):
         h, run_layer = additive_net(L, 6, seed, r=3 * (seed > 5))
         choice = dp.choose_skip(h, run_layer, M)
@@ -190,8 +198,8 @@ def test_every_cell_is_the_better_of_its_two_choices(dp=dp_layer_skip):
         for i in range(1, L + 1):
             assert choice.D[i][0] == pytest.approx(1, abs=1e-12)
             for j in range(1, min(i, M) + 1):
-                skip = cos(h[i], chain(i - 1, j - 1))
-                run = cos(h[i], run_layer(i - 1, chain(i - 1, j))) if j < i else -2.0
+                skip = near(h, i, chain(i - 1, j - 1))
+                run = near(h, i, run_layer(i - 1, chain(i - 1, j))) if j < i else -2.0
                 assert choice.D[i][j] == pytest.approx(max(run, skip), abs=1e-12), (seed, i, j)
                 assert choice.parents[i][j] == (skip > run), (seed, i, j)
 

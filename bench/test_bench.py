@@ -493,8 +493,8 @@ def slow_walk(model, prompt, new, budgets, s, sets):
     for n, token in enumerate(new):
         text = [*prompt, *new[:n]]
         if n % 16 == 0:
-            for r in (1, 4, 16):
-                cache = model.cache(len(text) + 99)
+            for r in (1, 4, 16, 64):
+                cache = model.cache(len(text) + 300)
                 _, h = read(model, text, 0, cache, r, states=True)
                 rows = cache.candidates(len(text) - 1, max(budgets) + 1, h.shape[1])
                 choice = choose_skip(h, lambda i, g, c=cache, rows=rows: model.layer(
@@ -520,7 +520,7 @@ def test_the_first_tokens_of_many_drafts_are_those_of_one_at_a_time(module=probe
         for who, j, values in module.walk(model, prompt, new, (2, 3), s, sets):
             got.setdefault((who, j), []).append(values)
         want = slow_walk(model, prompt, new, (2, 3), s, sets)
-    assert set(got) == set(want) and len(want) == 8
+    assert set(got) == set(want) and len(want) == 2 * (len(module.PROBES) + 1)
     for name, parts in got.items():                    # of two sets one after the other, by parts
         k = 2 if name == ("some", 2) else 1
         flat = [x for part in parts for n in range(len(part) // k) for x in part[n::len(part) // k]]
@@ -599,7 +599,7 @@ def test_the_probe_runs_on_the_demo(run, tmp_path, monkeypatch):
                            "--layers", "1,2")
     assert status == 0 and err.count("\n") == 1 and err.count(",") == 2
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == ["left", "out", "of", "32", "1", "2"] and len(lines) == 7
+    assert lines[0] == ["left", "out", "of", "32", "1", "2"] and len(lines) == 8
     assert all(0 <= float(x) <= 1 for line in lines[1:-1] for at in line[-2:]
                for x in at.split("/"))
     assert lines[-1][2] == lines[-1][7] == "10"        # 5 of each of two prompts

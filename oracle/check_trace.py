@@ -32,7 +32,7 @@ from dataclasses import asdict, replace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import clasp_mini  # noqa: E402
-from dp_layer_skip import cosine  # noqa: E402
+from dp_layer_skip import nearness  # noqa: E402
 from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
 from oracle import trace  # noqa: E402
 from oracle.dump_forward import save_dump  # noqa: E402
@@ -69,7 +69,7 @@ RULES = dict(
     probe="the probe is the last position read whose prediction was emitted",
     column="D[i][0] is about 1, layer i-1 run on h[i-1]; below it that candidate does not see what "
            "the verify saw (position, mask or slot), or is not held against h[i]",
-    table="D[i][j] is the cosine with h[i] of the state that its parent names",
+    table="D[i][j] is how near h[i] the state is that its parent names",
     parent="a parent names the better of its two states; on a tie the layer is run",
     path="skip is read back from D[L][M] by the parents",
     end="the text ends after a stop token or N tokens, its line says which, and nothing follows")
@@ -386,7 +386,7 @@ class Check:
                 bit, theirs = line["parents"][i][j], line["D"][i][j]
                 if bit not in states:
                     self.depart("parent", f"parents[{i}][{j}]", bit, *states, final=True)
-                near = {b: cosine(h[i], x).mean().item() for b, x in states.items()}
+                near = {b: nearness(h, i, x).item() for b, x in states.items()}
                 slack = self.X / 4
                 best = max(near, key=near.get)
                 self.tally["parent"].checked += 1

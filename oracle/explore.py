@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
 import clasp_mini  # noqa: E402
-from dp_layer_skip import cosine  # noqa: E402
+from dp_layer_skip import nearness  # noqa: E402
 from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
 from oracle import trace  # noqa: E402
 from speculative import Settings, overlap, probabilities, read, residual  # noqa: E402
@@ -152,7 +152,7 @@ class Replay:
             x = model.layer(i - 1, g.flatten(0, 1), rows, self.cache).view_as(g)
             run, skip = torch.cat((x, g[-1:]))[:M + 1], torch.cat((g[:1], g))[:M + 1]
             both = torch.stack((run, skip))                                 # (2, J, r, D)
-            cos = cosine(h[i], both).mean(-1).tolist()                      # 2 x J
+            cos = nearness(h, i, both).tolist()                             # 2 x J
             skipped = [bit == "1" for bit in line["parents"][i]]
             wanted(not skipped[0] and all(skipped[i:]), n, "a parent outside of the table")
             other.append([None if j in (0, i) else round(cos[not s][j], 6)

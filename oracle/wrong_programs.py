@@ -38,8 +38,13 @@ WRONG = {
         # Wrong ideas go into both versions, so that their being equal is no defence.
         "the worse choice wins": [("cos.max(0)", "cos.min(0)"), ("max(choi", "min(choi"),
                                   ("= -INF", "= INF")],
-        "the target is always h[L]": [("cosine(h[i], ", "cosine(h[L], ")],
+        "the target is always h[L]": [("cosine(h[i], ", "cosine(h[-1], ")],
         "the target is the layer's input": [("cosine(h[i], ", "cosine(h[i - 1], ")],
+        "several tokens are held against h[i]": [("if h.shape[1] == 1:", "if True:")],
+        "an error is added to a state that has it already": [
+            ("end + (g.to(end.dtype) - h[i])", "end + g.to(end.dtype)")],
+        "errors ride along in the states' dtype": [
+            ("end = h[-1].to(torch.promote_types(h.dtype, torch.float32))", "end = h[-1]")],
         "the way back reads one row early": [
             ("j - self.parents[i][j]", "j - self.parents[i - 1][j]")],
         "the way back names the next layer": [("self.path(j)[-2::-1]", "self.path(j)[::-1][:-1]")],
@@ -63,14 +68,11 @@ WRONG = {
             ("promote_types(a.dtype, torch.float32)", "promote_types(a.dtype, b.dtype)")],
         "a zero state has no cosine": [("/ norms.clamp_min(torch.finfo(wide).tiny)", "/ norms")],
         "several tokens are compared by their mean state": [
-            ("cosine(h[i], both).reshape(2, len(run), -1).mean(-1)",
-             "cosine(h[i].reshape(-1, h.shape[-1]).mean(0), both.reshape(2, len(run), -1, "
-             "h.shape[-1]).mean(2))"),
-            ("key=lambda c: cosine(h[i], c[1]).mean().item()", "key=lambda c: cosine(h[i].reshape("
-             "-1, h.shape[-1]).mean(0), c[1].reshape(-1, h.shape[-1]).mean(0)).item()")],
+            ("cosine(end, end + (g.to(end.dtype) - h[i])).mean(-1)",
+             "cosine(end.mean(0), (end + (g.to(end.dtype) - h[i])).mean(-2))")],
         "several tokens are compared by the last": [
-            (".reshape(2, len(run), -1).mean(-1)", ".reshape(2, len(run), -1)[..., -1]"),
-            ("c[1]).mean().item()", "c[1]).reshape(-1)[-1].item()")],
+            ("cosine(end, end + (g.to(end.dtype) - h[i])).mean(-1)",
+             "cosine(end, end + (g.to(end.dtype) - h[i]))[..., -1]")],
         "the host waits for every layer": [("both = torch.stack", "assert g.isfinite().all()\n"
                                             "        both = torch.stack")],
     },

@@ -56,7 +56,7 @@ def parser() -> Parser:
         help="most tokens drafted per round")
     add("--draft-exit-threshold", type=part, metavar="P", help="no draft after a lower confidence")
     add("--interval", type=positive, metavar="N", help="rounds between two choices of layers")
-    add("--probe", type=number(int, "1 to 32", lambda v: 1 <= v <= 32), metavar="R",
+    add("--probe", type=number(int, "1 to 64", lambda v: 1 <= v <= 64), metavar="R",
         help="tokens whose states choose the layers (1, as the paper; on a GPU 4)")
     add("--costs", metavar="FILE", help="what passes cost, as --json printed it; else measured")
     return p
