@@ -346,9 +346,9 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
 
 def read(model: Any, tokens: Sequence[int], t: int, cache: Any, last: int = 1,
          states: bool = False, skip: Sequence[bool] = ()) -> tuple[Tensor, Tensor | None]:
-    """One long pass over `tokens`, the first at position t, in parts of at most CHUNK rows: what
-    model.forward returns for the last `last`, or as many of them as the last part has."""
-    for ids in torch.tensor(tokens, device=model.device).split(CHUNK):
+    """One long pass over `tokens`, the first at position t, in equal parts of at most CHUNK rows:
+    what model.forward returns for the last `last` (at most CHUNK / 2), or as many as there are."""
+    for ids in torch.tensor(tokens, device=model.device).tensor_split(-(-len(tokens) // CHUNK)):
         last = min(last, len(ids))
         out = model.forward(ids, cache.sequence(t, len(ids)), cache, skip, last, states)
         t += len(ids)

@@ -652,8 +652,9 @@ def test_without_a_chooser_drafts_skip_nothing_and_are_all_accepted():
 
 
 def test_a_prompt_longer_than_a_prefill_pass_changes_nothing(monkeypatch):
-    """Rejects states or logits taken from the wrong part of a prompt that is read in pieces."""
-    prompt, s = [t % 5 for t in range(23)], Settings(temperature=1.0, K=2, M=1, N=20)
+    """Rejects states or logits taken from the wrong part of a prompt that is read in pieces, and a
+    probe that a last piece of one token cuts short."""
+    prompt, s = [t % 5 for t in range(21)], Settings(temperature=1.0, K=2, M=1, N=20, r=2)
     whole = decode(tiny_llama(V=5), prompt, s)
     monkeypatch.setattr(speculative, "CHUNK", 5)
     pieces = decode(tiny_llama(V=5), prompt, s)

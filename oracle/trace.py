@@ -193,7 +193,7 @@ HEADER: dict[str, Any] = dict(
     dtype=word("float32", "float64", "bfloat16"),
     settings=dict(temperature=NOT_NEGATIVE, top_k=COUNT, top_p=NUCLEUS, N=SIZE,
                   stop_ids=some(COUNT), K=maybe(whole(0, CHUNK - 1)), M=maybe(COUNT),
-                  exit_threshold=maybe(real(0, 1)), interval=maybe(SIZE), r=whole(1, CHUNK - 1),
+                  exit_threshold=maybe(real(0, 1)), interval=maybe(SIZE), r=whole(1, CHUNK // 2),
                   seed=SEED),
     costs=COSTS, prompt_ids=some(COUNT))
 
