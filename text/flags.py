@@ -58,6 +58,5 @@ def parser() -> Parser:
     add("--interval", type=positive, metavar="N", help="rounds between two choices of layers")
     add("--probe", type=number(int, "1 to 64", lambda v: 1 <= v <= 64), metavar="R",
         help="tokens whose states choose the layers (1, as the paper; on a GPU 4)")
-    add("--costs", metavar="FILE", help="what passes cost, as --json printed it; else as the "
-        "model's clasp.json says, or measured")
+    add("--costs", metavar="FILE", help="as --json printed them; else clasp.json's, or measured")
     return p
