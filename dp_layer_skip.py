@@ -76,9 +76,9 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (...,
 
 def nearness(h: Tensor, i: int, g: Tensor) -> Tensor:          # (..., [r,] width) -> (...)
     """How near the states g come to the full model's after i layers. Of one token the paper's
-    cos(h[i], g). Of r > 1, ours: the mean of cos(h[L], g + (h[L] - h[i])), as g comes out if the
-    layers after i add to it what they added to h[i]. So an error counts by its size at the end, not
-    by its angle at depth i; and one token's accident is not taken for a rule."""
+    cos(h[i], g). Of r > 1, ours: the mean of cos(h[L], h[L] + (g - h[i])), since so g comes out if
+    the layers after i add to it what they added to h[i]. So an error counts by its size at the end,
+    not by its angle at depth i; and one token's accident is not taken for a rule."""
     if h.dim() < 3:
         return cosine(h[i], g)
     if h.shape[1] == 1:

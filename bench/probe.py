@@ -26,7 +26,7 @@ from text.costs import chosen  # noqa: E402
 from text.report import ids_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-PROBES, EVERY, RANDOM = (1, 4, 16, 64), 16, 8              # tokens, tokens between two, sets
+PROBES, EVERY, RANDOM = (1, 4, 16, 64), 16, 8          # tokens, tokens between two, sets
 Skip = tuple[bool, ...]
 
 
