@@ -27,10 +27,10 @@ import llama
 import speculative
 from dp_layer_skip import choose_skip, torch
 from speculative import Adaptive, Chance, Settings, acceptance, generate, probabilities, residual
-from oracle.every_outcome import every_outcome
-from oracle.slow_llama import (AS_4, AS_5, IDS, SCALED, random_checkpoint, reference,
+from tests.every_outcome import every_outcome
+from tests.slow_llama import (AS_4, AS_5, IDS, SCALED, random_checkpoint, reference,
                                reference_frequencies, reference_layer)
-from oracle.wrong_programs import WRONG, altered
+from tests.wrong_programs import WRONG, altered
 
 Tensor = torch.Tensor
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 from bench.spec_bench import read_questions  # noqa: E402
 from speculative import Adaptive  # noqa: E402
-from text.cli import answer  # noqa: E402
+from command.cli import answer  # noqa: E402
 from text.costs import fill  # noqa: E402
 
 

@@ -32,8 +32,8 @@ from dp_layer_skip import Choice, choose_skip, cosine, torch  # noqa: E402
 from llama import Llama  # noqa: E402
 from speculative import (Adaptive, Chance, Fixed, Round, Settings, generate, overlap,  # noqa: E402
                          probabilities)
-from text.cli import UsageError, answer  # noqa: E402
-from text.report import ids_of  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
+from command.report import ids_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 START, PIECE, TEXTS = 16, 150, 10      # tokens before the first choice, of each half; human texts

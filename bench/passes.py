@@ -21,7 +21,7 @@ import clasp_mini  # noqa: E402
 import torch  # noqa: E402
 from llama import Cache, Llama  # noqa: E402
 from speculative import read  # noqa: E402
-from text.cli import UsageError, answer  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
 from text.costs import chosen, spread  # noqa: E402
 
 CONTEXT = 1000                                         # tokens read before, where as many fit

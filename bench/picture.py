@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 from speculative import Round  # noqa: E402
-from text.cli import answer  # noqa: E402
-from text.report import fates  # noqa: E402
+from command.cli import answer  # noqa: E402
+from command.report import fates  # noqa: E402
 
 CELL, LINE, MOST = 9, 20, 28                           # width, height; rounds shown
 COLOUR = dict(kept="#1a7f37", rejected="#cf222e", own="#0550ae", dim="#656d76", run="#424a53",

@@ -21,9 +21,9 @@ from bench.spec_bench import first_turns, job_for, read_questions  # noqa: E402
 from dp_layer_skip import choose_skip, torch  # noqa: E402
 from llama import Cache, Llama  # noqa: E402
 from speculative import Settings, overlap, probabilities, read  # noqa: E402
-from text.cli import UsageError, answer, numbers  # noqa: E402
+from command.cli import UsageError, answer, numbers  # noqa: E402
 from text.costs import chosen  # noqa: E402
-from text.report import ids_of  # noqa: E402
+from command.report import ids_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 PROBES, EVERY, RANDOM = (1, 4, 16, 64), 16, 8          # tokens, tokens between two, sets

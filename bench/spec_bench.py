@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 from speculative import Round  # noqa: E402
-from text.cli import UsageError, answer  # noqa: E402
-from text.report import figures, ideal_speedup, ids_of  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
+from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 
 Questions = list[tuple[str, list[str] | list[list[int]]]]  # (category, turns) of each
 

@@ -24,8 +24,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import clasp_mini  # noqa: E402
 from bench.spec_bench import first_turns, job_for, line, read_questions  # noqa: E402
 from speculative import Adaptive, Chance, Round, Settings, generate  # noqa: E402
-from text.cli import UsageError, answer  # noqa: E402
-from text.report import figures  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
+from command.report import figures  # noqa: E402
 
 GRID = dict(M=(1 / 2, 5 / 8, 11 / 16, 3 / 4), exit_threshold=(0.1, 0.2, 0.3, 0.4, 0.5),
             K=(4, 8, 12, 16), interval=(8, 16, 32, 64, 128))                # M in parts of L

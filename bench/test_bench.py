@@ -16,10 +16,10 @@ from bench import passes, picture, probe, spec_bench, sweep
 from dp_layer_skip import choose_skip, torch
 from llama import Config
 from speculative import Settings, overlap, probabilities, read
-from oracle.slow_llama import random_checkpoint
+from tests.slow_llama import random_checkpoint
 from test_clasp import DEMO, ROOT, altered, tiny_llama
-from text.cli import UsageError
-from text.report import figures
+from command.cli import UsageError
+from command.report import figures
 from text.test_report import IDS, a_round, clasp_run, plain_run
 
 QUESTIONS = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()

@@ -14,7 +14,7 @@ from bench.test_bench import wrong_tool
 from dp_layer_skip import choose_skip, cosine, torch
 from speculative import Settings, overlap
 from test_clasp import DEMO, tiny_llama
-from text.cli import UsageError
+from command.cli import UsageError
 from text.test_report import a_round
 
 L, IDS = 5, [1, 0, 2, 2, 1, 0, 1, 2]

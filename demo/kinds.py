@@ -24,8 +24,8 @@ from bench.spec_bench import first_turns, line, read_questions  # noqa: E402
 from bench.sweep import always  # noqa: E402
 from demo import train  # noqa: E402
 from speculative import Chance, Settings, generate, overlap  # noqa: E402
-from text.cli import UsageError, answer  # noqa: E402
-from text.report import figures, ids_of  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
+from command.report import figures, ids_of  # noqa: E402
 
 Skip = tuple[bool, ...]
 INNER = range(2, train.L - 2)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from gpu.parallel import Parallel
 from speculative import Round, Settings
-from text.cli import UsageError
+from command.cli import UsageError
 
 TIMEOUT = 600                # seconds: to find one another, to load, for a round
 

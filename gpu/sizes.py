@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from llama import Config  # noqa: E402
-from text.cli import Parser, answer, number  # noqa: E402
+from command.cli import Parser, answer, number  # noqa: E402
 
 #            L    D      H    G  hd   ffn
 MODELS = {"8B": (32, 4096, 32, 8, 128, 14336),

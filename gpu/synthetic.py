@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from llama import torch  # noqa: E402
-from text.cli import Parser, UsageError, answer, number  # noqa: E402
+from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 
 EIGHT_B = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096,

@@ -25,12 +25,12 @@ from dp_layer_skip import choose_skip, torch
 from gpu import parallel, ranks, sizes
 from gpu.test_gpu import replaying
 from oracle import check_trace
-from oracle.every_outcome import every_outcome
-from oracle.slow_llama import AS_5, IDS, random_checkpoint
-from oracle.wrong_programs import altered
+from tests.every_outcome import every_outcome
+from tests.slow_llama import AS_5, IDS, random_checkpoint
+from tests.wrong_programs import altered
 from speculative import Settings
 from test_clasp import DEMO, ROOT, assert_same_choice, decode, target_distribution, tokens
-from text import costs
+from policy import costs
 from text.safetensors_file import save
 
 dist = parallel.dist

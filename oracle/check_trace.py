@@ -39,7 +39,7 @@ from oracle.dump_forward import save_dump  # noqa: E402
 from oracle.survey import Tally, repeated, survey  # noqa: E402
 from oracle.trace import Incomplete, Invalid, Lines, Recording, short  # noqa: E402
 from speculative import Settings, probabilities, read, residual  # noqa: E402
-from text.cli import Parser, UsageError, answer, number, numbers  # noqa: E402
+from command.cli import Parser, UsageError, answer, number, numbers  # noqa: E402
 
 GPUS = torch.cuda.device_count()
 # X: how far two correct programs may be apart in a probability at temperature 1. Logits may then be

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence  # noqa: E402
 
 from llama import SafetensorError, Tensor, safe_open, torch  # noqa: E402
 from oracle.dump_forward import TENSORS  # noqa: E402
-from text.cli import Parser, UsageError, answer, number  # noqa: E402
+from command.cli import Parser, UsageError, answer, number  # noqa: E402
 
 # Of the largest number in its part of a layer. Seen between float32 and float64, over 32 layers of
 # the demo, 1e-6; between bfloat16 and float64 0.03.

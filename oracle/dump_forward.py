@@ -20,7 +20,7 @@ import clasp_mini  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle import trace  # noqa: E402
 from speculative import CHUNK  # noqa: E402
-from text.cli import UsageError, answer, numbers  # noqa: E402
+from command.cli import UsageError, answer, numbers  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 
 TENSORS = dict(

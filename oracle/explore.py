@@ -27,8 +27,8 @@ from dp_layer_skip import nearness  # noqa: E402
 from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
 from oracle import trace  # noqa: E402
 from speculative import Settings, overlap, probabilities, read, residual  # noqa: E402
-from text.cli import Parser, UsageError, answer  # noqa: E402
-from text.report import Text  # noqa: E402
+from command.cli import Parser, UsageError, answer  # noqa: E402
+from command.report import Text  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 TEMPLATE = Path(trace.__file__).with_name("explore.html")

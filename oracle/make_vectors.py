@@ -26,7 +26,7 @@ from dp_layer_skip import choose_skip  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle import trace  # noqa: E402
 from oracle.dump_forward import dump_forward  # noqa: E402
-from oracle.slow_llama import AS_4, random_checkpoint  # noqa: E402
+from tests.slow_llama import AS_4, random_checkpoint  # noqa: E402
 from oracle.trace import Recording, by_round, write_trace  # noqa: E402
 from speculative import Chance, Settings  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402

@@ -20,8 +20,8 @@ import pytest
 import dp_layer_skip
 from llama import Llama, torch
 from oracle import explore, trace
-from oracle.slow_llama import random_checkpoint
-from oracle.wrong_programs import altered
+from tests.slow_llama import random_checkpoint
+from tests.wrong_programs import altered
 from speculative import Settings, probabilities, residual
 
 HERE = Path(trace.__file__).resolve().parent

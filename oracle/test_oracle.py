@@ -29,11 +29,11 @@ from dp_layer_skip import choose_skip, torch
 from llama import Config, Llama, Tensor, safe_open
 from oracle import check_trace, compare_dumps, dump_forward, make_vectors, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
-from oracle.slow_llama import (IDS, INDEX, random_checkpoint, reference, reference_frequencies,
+from tests.slow_llama import (IDS, INDEX, random_checkpoint, reference, reference_frequencies,
                                reference_norm, sizes)
 from oracle.survey import repeated
 from oracle.trace import Recording, by_round, write_trace
-from oracle.wrong_programs import WRONG, altered
+from tests.wrong_programs import WRONG, altered
 from speculative import Chance, Settings
 from text.safetensors_file import save
 

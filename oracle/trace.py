@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llama import Config, Llama, torch
-from speculative import CHUNK, Adaptive, Chance, Round, Settings, generate
-from text.flags import VERSION as PROGRAM_VERSION
+from speculative import CHUNK, Chance, Round, Settings, generate
+from command.flags import VERSION as PROGRAM_VERSION
 
 VERSION = 2                  # of the format
 PROGRAM = "clasp-mini"

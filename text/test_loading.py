@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llama
-from oracle.slow_llama import (AS_4, AS_5, BASE, IDS, INDEX, SCALED, random_checkpoint, reference,
+from tests.slow_llama import (AS_4, AS_5, BASE, IDS, INDEX, SCALED, random_checkpoint, reference,
                                sizes)
 from test_clasp import passes, same
 from text.safetensors_file import save

@@ -22,10 +22,10 @@ import dp_layer_skip
 import llama
 import speculative
 from dp_layer_skip import choose_skip, torch
-from oracle.slow_llama import BASE, random_checkpoint
+from tests.slow_llama import BASE, random_checkpoint
 from speculative import Adaptive, Settings
-from text.cli import interruptible
-from text.flags import DEMO
+from command.cli import interruptible
+from command.flags import DEMO
 from text.safetensors_file import save
 from text.tokenizer import EOT, Tokenizer
 

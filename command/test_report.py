@@ -8,9 +8,9 @@ import pytest
 import clasp_mini
 from speculative import Round, Settings, Verdict
 from test_clasp import DEMO, altered
-from text import report
-from text.cli import UsageError
-from text.report import Terminal, Text, compared, summary
+from command import report
+from command.cli import UsageError
+from command.report import Terminal, Text, compared, summary
 from text.tokenizer import Tokenizer
 
 

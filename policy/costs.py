@@ -1,5 +1,5 @@
 """What passes cost, in plain steps (decoding one token by one pass): measured once, made into
-tables for speculative.Adaptive. A table that is kept gives a seed one text everywhere (--costs).
+tables for policy.adaptive.Adaptive. A table that is kept gives a seed one text everywhere (--costs).
 """
 import statistics
 import time
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dp_layer_skip import Choice
 from llama import ModelError, Tensor, read_json, torch
-from speculative import Adaptive, read
+from policy.adaptive import budgets
+from policy.probe import choose_by
+from speculative import read
 
 
 def fill(points: dict[int, float], size: int) -> list[float]:
@@ -27,42 +28,38 @@ def spread(L: int, j: int) -> list[bool]:
     return [(i + 1) * j // L > i * j // L for i in range(L)]
 
 
-def chosen(model: Any, choose: Callable[..., Choice], cache: Any, h: Tensor, t: int,
-           M: int) -> Choice:
-    """What `choose` makes of the states h (L+1, r, D) of r tokens, the last at position t, as in
-    speculative.generate."""
-    rows = cache.candidates(t, M + 1, h.shape[1])
-    return choose(h, lambda i, g: model.layer(i, g.flatten(0, 1), rows, cache).view_as(g), M)
-
-
 @torch.inference_mode()
 def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: int = 128,
             repeats: int = 5) -> dict[str, Any]:
     """draft[j] a draft step with j layers left out, verify[n] a verify of n rows (from 1 on),
     optimise a choice of up to M layers by r tokens; after t tokens, medians of interleaved runs."""
-    L, cache, passes = model.cfg.L, model.cache(t + max(K + 2, (M + 1) * r)), {}
+    L = model.cfg.L
+    cache = model.cache(t + max(K + 2, (M + 1) * r))
     one = torch.zeros(1, dtype=torch.long, device=model.device)
-    _, h = read(model, [0] * t, 0, cache, last=r, states=True)
+    h = read(model, [0] * t, 0, cache)
+    probe = torch.stack([x[-1] for x in h])                                 # (L+1, D)
 
-    def draft(j: int) -> Callable[[], Any]:
-        skip = spread(L, j)
-        return lambda: model.forward(one, cache.sequence(t, 1), cache, skip)[0]
+    def draft(j: int) -> Tensor:
+        return model.head(model.forward(one, cache.sequence(t, 1), cache, spread(L, j))[-1])
 
-    def optimise() -> Any:
-        chosen(model, choose, cache, h, t - 1, M)
-        return model.head(h[-1].repeat(len(Adaptive.budgets(L)), 1))        # as the policy does
+    def verify(n: int) -> Tensor:
+        return model.head(read(model, [0] * n, t, cache)[-1])
 
-    for j in sorted({1, L // 3, 2 * L // 3, L} - {0}):
-        passes["draft", j] = draft(j)
-    for n in sorted({1, 2, 4, 8, K + 1} & set(range(1, K + 2))):
-        passes["verify", n] = lambda n=n: read(model, [0] * n, t, cache, last=n)[0]
-    passes["optimise", 0] = optimise
-    times = {name: [] for name in passes}
+    def optimise(_: int) -> Tensor:
+        choice, end = choose_by(r, choose, model, cache, [0] * t, probe, M)
+        g = choice.g.view(-1, end.shape[-1])
+        model.head(end)
+        return model.head(g[:len(budgets(L)) * len(end)])                   # as the policy does
+
+    passes = [(draft, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})]
+    passes += [(verify, n) for n in (1, 2, 4, 8, K + 1) if n <= K + 1]
+    passes += [(optimise, 0)]
+    times = {(call.__name__, x): [] for call, x in passes}
     for _ in range(1 + repeats):
-        for name, call in passes.items():
+        for call, x in passes:
             began = time.perf_counter()
-            call()[0].tolist()                         # waits for a GPU
-            times[name].append(time.perf_counter() - began)
+            call(x)[0, 0].item()                       # waits for a GPU
+            times[call.__name__, x].append(time.perf_counter() - began)
     took = {name: statistics.median(every[1:]) for name, every in times.items()}
     cost = {name: seconds / took["verify", 1] for name, seconds in took.items()}
     drafts = {0: 1.0} | {j: min(1.0, cost["draft", j]) for kind, j in cost if kind == "draft"}

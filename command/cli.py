@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
-from llama import ModelError, read_json
+from llama import ModelError, read_json, torch
 
 
 class UsageError(Exception):

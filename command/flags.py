@@ -1,12 +1,14 @@
 """The flags of the main command; those of bench/ and oracle/ add their own."""
+import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from text.cli import Parser, number, numbers
+from command.cli import Parser, UsageError, number, numbers
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16)}
 
@@ -19,8 +21,8 @@ def parser() -> Parser:
     p = Parser(allow_abbrev=False, usage="python %(prog)s [--prompt TEXT] [flags]",
                description="Self-speculative decoding with layers chosen in context (CLaSp). "
                "However it is drafted, the text has exactly the full model's distribution.",
-               epilog="Of the last group, what is not named is decided while it runs, by what "
-               "passes cost and what was accepted.")
+               epilog="What clasp leaves open it decides while it runs, by what passes cost and "
+               "what was accepted; where drafting would not pay, it decodes plainly.")
     add = p.add_argument
     add("--prompt", metavar="TEXT", help="text to continue, with --chat a question; - reads stdin")
     add("--prompt-ids", metavar="1,2,3", type=numbers, help="token ids, nothing added")
@@ -42,15 +44,16 @@ def parser() -> Parser:
     add = p.add_argument_group("what is written").add_argument
     add("--max-new-tokens", type=positive, default=128, metavar="N", help="128")
     add("--temperature", type=number(float, "0 or more", lambda v: 0 <= v < float("inf")),
-        default=0.0, metavar="T", help="0, greedy")
+        metavar="T", help="0, greedy")
     add("--top-k", type=natural, default=0, metavar="N", help="0, off")
     add("--top-p", type=number(float, "above 0, at most 1", lambda v: 0 < v <= 1), default=1.0,
         metavar="P", help="1, off")
-    add("--seed", type=number(int, "0 to 2**32 - 1", lambda v: 0 <= v < 2 ** 32), default=0,
-        metavar="N", help="0; one text for given --costs")
+    add("--seed", type=number(int, "0 to 2**32 - 1", lambda v: 0 <= v < 2 ** 32), metavar="N",
+        help="0; one text for given --costs")
     add = p.add_argument_group("how it is drafted (speed alone)").add_argument
-    add("--strategy", choices=["clasp", "ar"], default="clasp", metavar="NAME",
-        help="clasp; or ar, plain decoding, a token per pass")
+    add("--strategy", choices=["clasp", "paper", "ar"], default="clasp", metavar="NAME",
+        help="clasp: a policy of ours decides what is not named below; paper: its fixed numbers; "
+        "ar: plain decoding, a token per pass")
     add("--skip-layers", type=natural, metavar="M", help="layers that the draft leaves out")
     add("--draft-length", type=number(int, "0 to 511", lambda v: 0 <= v < 512), metavar="K",
         help="most tokens drafted per round")
@@ -60,3 +63,16 @@ def parser() -> Parser:
         help="tokens whose states choose the layers (1, as the paper; on a GPU 4)")
     add("--costs", metavar="FILE", help="as --json printed them; else clasp.json's, or measured")
     return p
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of the main command, held against one another. Raises UsageError."""
+    a = parser().parse_args(argv)
+    if a.system is not None and not a.chat:
+        raise UsageError("--system goes with --chat")
+    if a.prompt_ids is not None and (a.chat or a.prompt is not None):
+        raise UsageError("--prompt-ids goes without --prompt and --chat")
+    if a.compare and (a.strategy == "ar" or a.verbose or a.trace):
+        raise UsageError("--compare runs plain decoding too: without --strategy ar, --verbose "
+                         "and --trace")
+    return a

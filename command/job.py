@@ -1,0 +1,192 @@
+"""A model and what is to be done with it: every check that can be made before the weights are read,
+then the weights. What the user left open is decided here, and said where it is not obvious.
+"""
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from command.cli import UsageError, interruptible, saved
+from command.flags import DTYPES, parser
+from dp_layer_skip import choose_skip
+from llama import Config, Llama, ModelError
+from policy import costs
+from policy.adaptive import Adaptive, budgets
+from speculative import Paper, Round, Settings
+from text.tokenizer import EOT, Tokenizer, stop_ids
+
+NUMBERS = ("K", "M", "exit_threshold", "interval")     # of the paper: what its policy goes by
+
+
+def note(text: str) -> None:
+    print(f"clasp_mini.py: note: {text}", file=sys.stderr)
+
+
+class Job:
+    """What the flags `a` ask for. Raises ModelError, UsageError."""
+
+    Model = Llama                                      # of several GPUs: gpu/ranks.py
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a = a
+        self.folder = Path(a.model)
+        if not self.folder.is_dir():
+            raise ModelError(f"{self.folder}: no such folder")
+        self.cfg = Config.load(self.folder)
+        self.stops = stop_ids(self.folder)
+        self.take_saved_flags()
+        self.device = self.checked_device()
+        self.tokenizer = self.checked_tokenizer()
+        self.dtype = self.chosen_dtype()
+        self.probe = a.probe or (4 if self.device.type == "cuda" and a.strategy == "clasp" else 1)
+        named = (a.draft_length, a.skip_layers, a.draft_exit_threshold, a.interval)
+        self.named = dict(zip(NUMBERS, named))         # None: left open
+        if a.strategy == "ar":
+            self.named = dict(K=0, M=0, exit_threshold=0.0, interval=1)
+        if a.strategy == "paper":
+            self.named = {name: value if self.named[name] is None else self.named[name]
+                          for name, value in paper_numbers(self.cfg.L).items()}
+        self.K = 12 if self.named["K"] is None else self.named["K"]          # at most
+        self.M = budgets(self.cfg.L)[-1] if self.named["M"] is None else self.named["M"]
+        if self.M > self.cfg.L:
+            raise UsageError(f"--skip-layers {self.M}: the model has {self.cfg.L} layers")
+        self.adaptive = None in self.named.values()
+        self.settings = Settings(a.temperature, a.top_k, a.top_p, a.max_new_tokens, self.stops,
+                                 **({} if self.adaptive else self.named))
+        self.plain = replace(self.settings, K=0, M=0)
+        self.costs = None
+        if self.adaptive and a.costs:
+            self.costs = costs.load(a.costs, self.cfg.L, self.K)
+
+    # ------------------------------------------------------------------ what is found beforehand
+
+    def take_saved_flags(self) -> None:
+        """What the user left open is as clasp.json in the model's folder says. Its temperature and
+        seed go with its prompt."""
+        own = dict(device="cuda" if torch.cuda.is_available() else "cpu", prompt=None, costs=None,
+                   temperature=0.0, seed=0, skip_layers=None, draft_length=None,
+                   draft_exit_threshold=None, interval=None, probe=None)
+        named = saved(self.folder / "clasp.json", parser(), own)
+        if self.a.prompt is not None or self.a.prompt_ids is not None:
+            named.pop("temperature", None)
+            named.pop("seed", None)
+        for name, value in (own | named).items():
+            if getattr(self.a, name) is None:
+                setattr(self.a, name, value)
+
+    def checked_device(self) -> torch.device:
+        device = torch.device(self.a.device)
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= gpus:
+            raise UsageError(f"--device {self.a.device}: PyTorch sees {gpus} CUDA GPUs here; "
+                             "use --device cpu")
+        return device
+
+    def checked_tokenizer(self) -> Tokenizer | None:
+        """None where only ids are given and none can be read."""
+        try:
+            tokenizer = Tokenizer(self.folder)
+        except ModelError:
+            if self.a.prompt_ids is None:              # ids need none; one makes them readable
+                raise
+            return None
+        if max(tokenizer.special.values()) >= self.cfg.V:
+            raise ModelError(f"{self.folder}: the tokenizer has more tokens than the model's "
+                             f"{self.cfg.V}")
+        if self.a.chat and tokenizer.special[EOT] not in self.stops:
+            note("<|eot_id|> does not stop this model, so it was hardly trained on --chat")
+        return tokenizer
+
+    def chosen_dtype(self) -> torch.dtype:
+        """A large model's rows are much cheaper in bfloat16, if the processor has its instructions;
+        for small matrices a second thread costs more than it brings."""
+        small = self.cfg.L * self.cfg.D * self.cfg.ffn < 1e7
+        if self.a.threads or small:
+            torch.set_num_threads(self.a.threads or 1)
+        cuda = self.device.type == "cuda"
+        if self.a.dtype:
+            return DTYPES[self.a.dtype]
+        if not cuda and (small or not torch.cpu._is_avx512_bf16_supported()):
+            return torch.float32
+        threads = "" if cuda else f", {torch.get_num_threads()} threads"
+        note(f"computing in bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
+        return torch.bfloat16
+
+    # -------------------------------------------------------------------------------- the model
+
+    def load(self) -> "Job":
+        """Read the weights; on a GPU also record the passes."""
+        self.model = self.Model.load(self.folder, self.device, self.dtype)
+        self.choose = choose_skip
+        if self.device.type == "cuda" and not self.a.eager:
+            from gpu.replay import recorded
+            self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
+                                               not self.a.no_compile)
+        if self.adaptive and not self.costs:
+            self.costs = costs.measure(self.model, self.choose, self.K, self.M, self.probe)
+        interruptible()                                # from here on the text is kept
+        return self
+
+    @staticmethod
+    def agreed(rounds: Iterator[Round]) -> Iterator[Round]:
+        """The rounds of a run; where several processes share it, only if all agree on them."""
+        return rounds
+
+    def policy(self) -> Paper | Adaptive:
+        """Who decides: the paper's numbers or, where one of them was left open, ours."""
+        if self.adaptive:
+            return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe)
+        return Paper(self.settings, self.cfg.L)
+
+    def report(self) -> dict:
+        """The settings as --json prints them."""
+        return dict(model=str(self.folder), device=str(self.device), strategy=self.a.strategy,
+                    seed=self.a.seed, dtype=str(self.model.dtype).removeprefix("torch."),
+                    threads=torch.get_num_threads(), **asdict(self.settings) | self.named,
+                    r=self.probe, costs=self.costs)
+
+    # ------------------------------------------------------------------------------- the prompt
+
+    def prompt(self) -> list[int]:
+        """The user's prompt as ids, checked against the model."""
+        if self.a.prompt_ids is not None:
+            return self.fits(self.a.prompt_ids)
+        try:
+            text = sys.stdin.buffer.read().decode() if self.a.prompt == "-" else self.a.prompt
+            (text or "").encode()
+        except UnicodeError:
+            raise UsageError("the prompt is not valid UTF-8") from None
+        if not text:
+            raise UsageError("--prompt is missing or empty; give at least one character")
+        return self.fits(self.encode([dict(role="user", content=text)]))
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Turns -> ids: the chat format with --chat, else their bare text after the begin token."""
+        if self.a.chat:
+            system = [dict(role="system", content=self.a.system)] if self.a.system else []
+            return self.tokenizer.chat(system + messages)
+        text = "".join(m["content"] for m in messages)
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def fits(self, ids: list[int]) -> list[int]:
+        """`ids`, if the model can read them and then write what is asked for."""
+        V = self.cfg.V
+        N = self.settings.N
+        context = self.cfg.context
+        if max(ids) >= V:
+            raise UsageError(f"token {max(ids)} is not in the model's vocabulary of {V}")
+        if len(ids) + N > context:
+            fit = f": --max-new-tokens {context - len(ids)} fits" if len(ids) < context else ""
+            raise UsageError(f"{len(ids)} prompt tokens and {N} new ones exceed the model's "
+                             f"context of {context}{fit}")
+        return ids
+
+
+def paper_numbers(L: int) -> dict[str, float]:
+    """The paper's: 44 of the 70B's 80 layers left out, an exit threshold of 0.7, and up to 128
+    verifications between two choices of layers, of which 64 is taken here. K is not stated."""
+    return dict(K=12, M=round(0.55 * L), exit_threshold=0.7, interval=64)

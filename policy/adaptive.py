@@ -1,0 +1,190 @@
+"""A policy of ours, beyond the paper: how many layers to leave out, how long to draft, when to choose
+the layers anew, and whether drafting pays at all. It goes by what passes cost and by what was
+accepted; so it needs no settings, and where nothing pays it decodes plainly.
+
+It takes the place of speculative.Paper, whose four methods it has. It knows the draft's confidence,
+and p and q of tokens that have been judged; it drops nothing, so it changes no distribution.
+
+Glossary
+    c[j], v[n]   cost of a draft step with j layers left out, of a verify of n rows, in plain steps
+    risk[j]      chance that a drafted token is rejected, foretold: given, or 0.5 (j/L)^2, and
+                 refined whenever layers are chosen
+    keep(j)      1 - risk[j] * rejected / expected: corrected by what was seen, the old fading
+    gain(j)      tokens per plain step: max over k of (1 + a + .. + a^k) / (k c[j] + v[k+1]),
+                 a = keep(j)
+    x            chance that a judged token was accepted, sum(min(p, q)); greedily 0 or 1
+"""
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dp_layer_skip import Choice
+from policy.probe import choose_by
+from speculative import Settings
+
+REST = 64                    # rounds of plain decoding where nothing pays; each time twice as many
+
+
+def budgets(L: int) -> list[int]:
+    """How many layers may be left out: 1/16 to 11/16 of them."""
+    return sorted({max(1, round(L * k / 16)) for k in range(1, 12)})
+
+
+def overlap(p: Tensor, q: Tensor) -> Tensor:                        # (..., V), (..., V) -> (...)
+    """sum(min(p, q)): the chance that a token drafted from q is accepted."""
+    return torch.minimum(p, q).sum(-1)
+
+
+class Alarm:
+    """Are more tokens rejected than at first? A one-sided CUSUM (Page 1954): it adds up the log
+    likelihood of a rate of rejections twice as high against the rate so far, and never falls
+    below 0. Above 2 it rings: at a rate of .1 for no reason once in 190 tokens, and where the rate
+    triples, after 15 (simulated)."""
+
+    def __init__(self, foretold: float) -> None:
+        self.level = 0.0
+        self.rejected = 16 * foretold                  # as if of 16 tokens so many had been
+        self.judged = 16.0
+
+    def hear(self, x: float) -> None:
+        """A token was judged, of which x was accepted."""
+        rate = max(self.rejected / self.judged, 0.02)
+        high = min(2 * rate, (1 + rate) / 2)
+        evidence = (1 - x) * math.log(high / rate) + x * math.log((1 - high) / (1 - rate))
+        self.level = max(0.0, self.level + evidence)
+        self.rejected += 1 - x
+        self.judged += 1
+
+    def rings(self) -> bool:
+        return self.level > 2
+
+
+class Adaptive:
+    """`costs` are tables in plain steps: draft (c, one entry per j = 0..L), verify (v, from 0 on),
+    optimise (of a choice of layers) and, if known, risk. K, M, exit_threshold and interval are the
+    paper's numbers, each decided here where it is None; `probe` tokens choose the layers."""
+
+    def __init__(self, s: Settings, draft: Sequence[float], verify: Sequence[float],
+                 optimise: float = 0.0, risk: Sequence[float] | None = None, *,
+                 K: int | None = None, M: int | None = None, exit_threshold: float | None = None,
+                 interval: int | None = None, probe: int = 1) -> None:
+        L = len(draft) - 1
+        self.N = s.N
+        self.c = draft
+        self.v = verify
+        self.first_cost = 0.0 if risk else optimise    # of a choice that may be in vain
+        self.K = len(verify) - 2 if K is None else K
+        self.exit_threshold = exit_threshold
+        self.interval = interval
+        self.probe = probe
+        tried = budgets(L) if M is None else [M]
+        self.risk = {j: risk[j] if risk else 0.5 * (j / L) ** 2 for j in tried}
+        self.M = max(tried)                            # of the table
+        self.slots = (self.M + 1) * probe
+        self.skip = (False,) * L
+        self.choice: Choice | None = None
+        self.choices = 0
+        self.stale = True                              # is a new choice wanted whatever is heard?
+        self.alarm = Alarm(0.0)
+        self.kept = [0.0, 0.0]                         # of `seen` tokens, by confidence: below 0.5,
+        self.seen = [0, 0]                             # and from there on
+        self.rejected = 1.0
+        self.expected = 1.0                            # so many were foretold to be rejected
+        self.rest = 0                                  # rounds to decode plainly from now on
+        self.next_rest = REST
+        self.decide()
+
+    # ------------------------------------------------------------------ the methods of a policy
+
+    def goes_on(self, confidence: Sequence[float]) -> bool:
+        """A draft begins if there is a set and no rest, and goes on while one more token pays: per
+        cost it has to bring nine tenths of `gain`, which takes all tokens to be alike."""
+        k = len(confidence)
+        if self.choice is None or self.rest > 0 or k == self.K:
+            return False
+        if k == 0:
+            return True
+        if self.exit_threshold is not None:
+            return confidence[-1] >= self.exit_threshold
+        a = self.keep(self.j)
+        reach = 1.0                                    # chance that all drafted so far is accepted
+        for one in confidence:
+            b = int(one >= 0.5)
+            # Kept as others of such confidence were; foretold, as if 4 of them had been judged.
+            foretold = (a + one ** 0.5) / 2
+            reach *= (self.kept[b] + 4 * foretold) / (self.seen[b] + 4)
+        cost = self.c[self.j] + self.v[k + 2] - self.v[k + 1]
+        return reach * a >= 0.9 * self.gain(self.j) * cost
+
+    def judged(self, confidence: Sequence[float], p: Tensor, q: Sequence[Tensor],
+               accepted: int) -> None:
+        """Learn from the tokens that were judged: those accepted and the first that was not."""
+        self.rest = max(0, self.rest - 1)
+        n = min(accepted + 1, len(q))
+        if n > 0:
+            for one, x in zip(confidence, overlap(p[:n], torch.stack(tuple(q[:n]))).tolist()):
+                b = int(one >= 0.5)
+                self.kept[b] += x
+                self.seen[b] += 1
+                self.rejected = 0.98 * self.rejected + 1 - x
+                self.expected = 0.98 * self.expected + self.risk[self.j]
+                self.alarm.hear(x)
+        self.decide()
+
+    def due(self, n: int) -> bool:
+        """The first choice may be in vain: it is made only where it costs at most 2 % of what is
+        left to decode. Later ones where the alarm rings, or every `interval` verifications."""
+        if self.rest > 0 or self.K == 0 or self.M == 0:
+            return False
+        if self.choices == 0 and self.first_cost > 0.02 * (self.N - n):
+            return False
+        if self.interval is not None:
+            return n % self.interval == 0
+        return self.stale or self.alarm.rings()
+
+    def optimise(self, choose: Callable[..., Choice], model: Any, cache: Any, text: Sequence[int],
+                 h: Tensor) -> Choice:
+        """Choose layers by the last tokens of text, and estimate by how near they come what each
+        budget risks. At temperature 1, whatever the settings: `keep` corrects it."""
+        self.choice, h = choose_by(self.probe, choose, model, cache, text, h, self.M)
+        g = self.choice.g[list(self.risk)].view(-1, h.shape[-1])           # (budgets * r, D)
+        full = model.head(h).softmax(-1)                                    # (r, V)
+        drafts = model.head(g).softmax(-1).view(len(self.risk), *full.shape)
+        self.choices += 1
+        for j, a in zip(self.risk, overlap(full, drafts).mean(-1).tolist()):
+            self.risk[j] += (1 - a - self.risk[j]) / (self.choices + 1)     # the mean of all
+        self.stale = False
+        self.decide()
+        self.alarm = Alarm(1 - self.keep(self.j))
+        return self.choice
+
+    # ----------------------------------------------------------------------------- the formulas
+
+    def keep(self, j: int) -> float:
+        return 1 - min(max(self.risk[j] * self.rejected / self.expected, 0.005), 0.99)
+
+    def gain(self, j: int) -> float:
+        a = self.keep(j)
+        tokens = 1.0
+        best = 0.0
+        for k in range(1, self.K + 1):
+            tokens = 1 + a * tokens
+            best = max(best, tokens / (k * self.c[j] + self.v[k + 1]))
+        return best
+
+    def decide(self) -> None:
+        """The budget of the next round, and its layers; or a rest, if none pays."""
+        if self.rest > 0:
+            return
+        self.j = max(self.risk, key=self.gain)
+        if self.gain(self.j) <= 1:
+            self.rest = self.next_rest
+            self.next_rest *= 2
+            self.rejected = 1.0
+            self.expected = 1.0
+            self.stale = True                          # afterwards the layers are chosen anew
+        elif self.choice is not None:
+            self.skip = self.choice.skip(self.j)
