@@ -205,8 +205,8 @@ class Llama:
         for i in range(self.cfg.L):
             if skip and skip[i]:
                 # The residual stream flows past. This layer's cache keeps a hole at these slots,
-                # which is safe: within a round every draft step skips the same layers, and the
-                # verify runs all of them over these slots before anyone reads there.
+                # which is safe: all steps of a draft skip the same layers, and then the verify runs
+                # every layer over these slots before anyone reads there.
                 h.append(h[i])
             else:
                 h.append(self.layer(i, h[i], rows, cache))

@@ -18,8 +18,8 @@ Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     p, q       target (full model) and draft distributions over V tokens
     k, t       tokens drafted in a round; a position in the text
-    h[0..L]    the full model's states, of which the probe's choose the layers to leave out next
-    probe      the last accepted token, at first the prompt's last
+    probe      the last accepted token, at first the prompt's last: its states h[0..L] in the full
+               model choose the layers to leave out next
     chance     answers "accept with probability a?" and "draw from p"
 
 This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
@@ -90,16 +90,15 @@ def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V
     return torch.where(mass > 0, owed / mass, p)
 
 
-def judge(p: Tensor, q: Sequence[Tensor], drafted: Sequence[int], chance: "Chance"
-          ) -> tuple[int, int]:
+def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance") -> tuple[int, int]:
     """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i says what stands in the place of
     drafted[i], the last row what follows them all; q k times (V,). -> how many are accepted, from
     the first on, and the full model's own token behind them."""
     k = len(drafted)
     a = []
     if k > 0:
-        each = (list(range(k)), list(drafted))
-        a = acceptance(p[each], torch.stack(tuple(q))[each]).tolist()
+        each = (list(range(k)), drafted)
+        a = acceptance(p[each], torch.stack(q)[each]).tolist()
     accepted = 0
     while accepted < k and chance.accept(a[accepted]):
         accepted += 1
@@ -143,22 +142,20 @@ class Paper:
         self.skip = (False,) * L
         self.slots = s.M + 1
 
-    def goes_on(self, confidence: Sequence[float]) -> bool:
+    def goes_on(self, confidence: list[float]) -> bool:
         """Before each token of a draft: is it to be drafted, after those of this confidence?"""
         if len(confidence) == self.s.K:
             return False
         return not confidence or confidence[-1] >= self.s.exit_threshold
 
-    def judged(self, confidence: Sequence[float], p: Tensor, q: Sequence[Tensor],
-               accepted: int) -> None:
+    def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
         """A verify has spoken: p (k+1, V), q k times (V,)."""
 
     def due(self, n: int) -> bool:
         """After verification n, where 0 is the prefill: are layers to be chosen?"""
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
-    def optimise(self, choose: Callable[..., Any], model: Any, cache: Any, text: Sequence[int],
-                 h: Tensor) -> Any:
+    def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
         """Choose them (§3.4 to 3.6). The probe is the last token of text; h (L+1, D) its states."""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
@@ -183,8 +180,8 @@ class Round:
 
 
 @torch.inference_mode()
-def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
-             choose: Callable[..., Any], policy: Any = None) -> Iterator[Round]:
+def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
+             policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
     Exactly the full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`)
     do. Raises FloatingPointError where logits are not finite numbers."""
@@ -197,13 +194,14 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
     for n in itertools.count():                        # verification n
         began = _clock(model)
         start = len(text)
-        skip = policy.skip
 
         # 1. Draft, but no more than can be emitted beside the model's own token. Round 0 is the
         #    prefill: it drafts nothing, and nothing is cached; later only the last token is not.
+        #    All tokens of a draft leave out the same layers, so none reads where none has written.
         most = end - start - 1 if n > 0 else 0
         cached = start - 1 if n > 0 else 0
-        drafted, q, confidence = draft(model, cache, text, most, s, policy, chance)
+        skip = policy.skip
+        drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
         drafting = _clock(model)
 
         # 2. Verify: one full pass over the last token and the drafts (at first, the prompt). It
@@ -230,15 +228,14 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance,
         if not done and policy.due(n):
             probe = torch.stack([x[accepted - (k + 1)] for x in h])         # (L+1, D)
             choice = policy.optimise(choose, model, cache, text[:-1], probe)
-        ended = _clock(model)
-        yield Round(start, skip, drafted, confidence, accepted, emitted, choice,
-                    (drafting - began, verifying - drafting, ended - verifying))
+        seconds = (drafting - began, verifying - drafting, _clock(model) - verifying)
+        yield Round(start, skip, drafted, confidence, accepted, emitted, choice, seconds)
         if done:
             return
 
 
-def draft(model: Any, cache: Any, text: Sequence[int], most: int, s: Settings, policy: Any,
-          chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
+def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
+          policy: Any, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
     """Tokens drafted after `text`, their q (V,), and confidences. A stop token ends the draft.
     Ours, as the paper is silent: confidence is the draft's top-1 probability at temperature 1,
     unfiltered; a doubtful token is judged like any other, only none is drafted behind it."""
@@ -247,7 +244,7 @@ def draft(model: Any, cache: Any, text: Sequence[int], most: int, s: Settings, p
     while len(drafted) < most and last not in s.stop_ids and policy.goes_on(confidence):
         rows = cache.sequence(len(text) - 1 + len(drafted), 1)
         ids = torch.tensor([last], device=model.device)
-        h = model.forward(ids, rows, cache, policy.skip)
+        h = model.forward(ids, rows, cache, skip)
         logits = model.head(h[-1])[0]                                       # (V,)
         q.append(probabilities(logits, s))
         last = chance.draw(q[-1])
