@@ -1,11 +1,13 @@
 """LLaMA by another route, slow and plain: no cache, no mask, a row and a head at a time, in
-float64. What the fast one is held against; and random checkpoints to hold it there.
+float64. What the fast one is held against; random checkpoints to hold it there; and how far apart
+they are.
 """
 import json
 import math
 
 import torch
 
+import llama
 from text.safetensors_file import save
 
 INDEX = "model.safetensors.index.json"
@@ -116,3 +118,50 @@ def reference(c, w, ids, skip=(), first=0):
     head = w["model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"]
     x = reference_norm(h[-1], w["model.norm.weight"], c["rms_norm_eps"])
     return x @ head.T, torch.stack(h)
+
+
+def relative_error(got, want):
+    got = got.double()
+    want = want.double()
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def same(got, want):
+    return relative_error(got, want) < 1e-12
+
+
+def loaded(folder, overrides=None, stored=torch.float32, dtype=torch.float64):
+    """(config, weights, the model loaded from them, a cache for IDS and six slots more)."""
+    c, w = random_checkpoint(folder, overrides, dtype=stored)
+    model = llama.Llama.load(folder, dtype=dtype)
+    return c, w, model, model.cache(len(IDS) + 6)
+
+
+def passes(model, cache, ids, lengths, t=0, skip=()):
+    """Logits (T, V) and states (L+1, T, D) of `ids`, from position t on, by passes so long."""
+    states = []
+    for part in ids.split(lengths):
+        h = model.forward(part, cache.sequence(t, len(part)), cache, skip)
+        states.append(torch.stack(h))
+        t += len(part)
+    states = torch.cat(states, 1)
+    return model.head(states[-1]), states
+
+
+def worst_error(folder, lengths=(5, 3, 1, 1, 2), **how):
+    """The largest relative error of a program: logits and states of prefill, chunk and decode;
+    candidates for one token in each layer; the cache entries that those must leave alone."""
+    c, w, model, cache = loaded(folder, **how)
+    logits, states = passes(model, cache, IDS, lengths)
+    want, h = reference(c, w, IDS)
+    errors = [relative_error(logits, want), relative_error(states, h)]
+    t = 7
+    before = torch.stack((cache.k, cache.v))[:, :, :, :t + 1]
+    noise = torch.randn(4, h.shape[-1], generator=torch.Generator().manual_seed(1)) / 10
+    for i in range(c["num_hidden_layers"]):
+        x = (h[i, t] + noise).to(model.dtype)
+        want = [reference_layer(c, w, i, torch.vstack((h[i, :t], v.double())))[-1] for v in x]
+        got = model.layer(i, x, cache.candidates(t, len(x)), cache)
+        errors.append(relative_error(got, torch.stack(want)))
+    errors.append(relative_error(torch.stack((cache.k, cache.v))[:, :, :, :t + 1], before))
+    return torch.tensor(errors).max().item()       # unlike Python's max, it lets a nan through
