@@ -7,12 +7,13 @@ and p and q of tokens that have been judged; it drops nothing, so it changes no 
 
 Glossary
     c[j], v[n]   cost of a draft step with j layers left out, of a verify of n rows, in plain steps
-    risk[j]      chance that a drafted token is rejected, foretold: given, or 0.5 (j/L)^2, and
-                 refined whenever layers are chosen
+    risk[j]      chance that a drafted token is rejected, foretold: the mean of a prior (given, or
+                 j/L, as of models that nobody trained for it) and of all that choices showed
     keep(j)      1 - risk[j] * rejected / expected: corrected by what was seen, the old fading
     gain(j)      tokens per plain step: max over k of (1 + a + .. + a^k) / (k c[j] + v[k+1]),
                  a = keep(j)
     x            chance that a judged token was accepted, sum(min(p, q)); greedily 0 or 1
+    stale        no choice of layers is in use: none was made yet, or none paid
 """
 import math
 from collections.abc import Callable, Sequence
@@ -63,31 +64,36 @@ class Alarm:
 
 
 class Adaptive:
-    """`costs` are tables in plain steps: draft (c, one entry per j = 0..L), verify (v, from 0 on),
-    optimise (of a choice of layers) and, if known, risk. K, M, exit_threshold and interval are the
-    paper's numbers, each decided here where it is None; `probe` tokens choose the layers."""
+    """`draft` and `verify` are the tables c (for j = 0..L) and v (from 0 on), `optimise` the cost of
+    a choice of layers in plain steps, risk the prior. K, M, exit_threshold and interval are the
+    paper's numbers, each decided here where it is None; `probe` tokens choose the layers.
+    `measure`: v is a guess; this gives the true one, called when it first matters."""
 
     def __init__(self, s: Settings, draft: Sequence[float], verify: Sequence[float],
                  optimise: float = 0.0, risk: Sequence[float] | None = None, *,
                  K: int | None = None, M: int | None = None, exit_threshold: float | None = None,
-                 interval: int | None = None, probe: int = 1) -> None:
+                 interval: int | None = None, probe: int = 1,
+                 measure: Callable[..., Sequence[float]] | None = None) -> None:
         L = len(draft) - 1
-        self.N = s.N
+        self.left = s.N                                # tokens still to be written
         self.c = draft
         self.v = verify
-        self.first_cost = 0.0 if risk else optimise    # of a choice that may be in vain
+        self.in_vain = 0.0 if risk else optimise       # what a look costs, if nothing comes of it
+        self.measure = measure
         self.K = len(verify) - 2 if K is None else K
         self.exit_threshold = exit_threshold
         self.interval = interval
         self.probe = probe
         tried = budgets(L) if M is None else [M]
-        self.risk = {j: risk[j] if risk else 0.5 * (j / L) ** 2 for j in tried}
-        self.M = max(tried)                            # of the table
+        self.prior = {j: risk[j] if risk else j / L for j in tried}
+        self.risk = dict(self.prior)
+        self.shown = dict.fromkeys(tried, 0.0)         # sums over the choices made
+        self.choices = 0
+        self.j = max(tried)                            # layers to leave out now
+        self.M = max(tried)                            # and at most
         self.slots = (self.M + 1) * probe
         self.skip = (False,) * L
-        self.choice: Choice | None = None
-        self.choices = 0
-        self.stale = True                              # is a new choice wanted whatever is heard?
+        self.stale = True
         self.alarm = Alarm(0.0)
         self.kept = [0.0, 0.0]                         # of `seen` tokens, by confidence: below 0.5,
         self.seen = [0, 0]                             # and from there on
@@ -95,15 +101,14 @@ class Adaptive:
         self.expected = 1.0                            # so many were foretold to be rejected
         self.rest = 0                                  # rounds to decode plainly from now on
         self.next_rest = REST
-        self.decide()
 
     # ------------------------------------------------------------------ the methods of a policy
 
-    def goes_on(self, confidence: Sequence[float]) -> bool:
-        """A draft begins if there is a set and no rest, and goes on while one more token pays: per
+    def goes_on(self, confidence: list[float]) -> bool:
+        """A draft begins if there is a set that pays, and goes on while one more token pays: per
         cost it has to bring nine tenths of `gain`, which takes all tokens to be alike."""
         k = len(confidence)
-        if self.choice is None or self.rest > 0 or k == self.K:
+        if self.stale or self.rest > 0 or k == self.K:
             return False
         if k == 0:
             return True
@@ -119,47 +124,57 @@ class Adaptive:
         cost = self.c[self.j] + self.v[k + 2] - self.v[k + 1]
         return reach * a >= 0.9 * self.gain(self.j) * cost
 
-    def judged(self, confidence: Sequence[float], p: Tensor, q: Sequence[Tensor],
-               accepted: int) -> None:
+    def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
         """Learn from the tokens that were judged: those accepted and the first that was not."""
+        self.left -= accepted + 1
         self.rest = max(0, self.rest - 1)
         n = min(accepted + 1, len(q))
-        if n > 0:
-            for one, x in zip(confidence, overlap(p[:n], torch.stack(tuple(q[:n]))).tolist()):
-                b = int(one >= 0.5)
-                self.kept[b] += x
-                self.seen[b] += 1
-                self.rejected = 0.98 * self.rejected + 1 - x
-                self.expected = 0.98 * self.expected + self.risk[self.j]
-                self.alarm.hear(x)
+        if n == 0:
+            return
+        for one, x in zip(confidence, overlap(p[:n], torch.stack(q[:n])).tolist()):
+            b = int(one >= 0.5)
+            self.kept[b] += x
+            self.seen[b] += 1
+            self.rejected = 0.98 * self.rejected + 1 - x
+            self.expected = 0.98 * self.expected + self.risk[self.j]
+            self.alarm.hear(x)
         self.decide()
 
     def due(self, n: int) -> bool:
-        """The first choice may be in vain: it is made only where it costs at most 2 % of what is
-        left to decode. Later ones where the alarm rings, or every `interval` verifications."""
+        """Looks that may be in vain are made only where all of them together cost at most 2 % of
+        what is left. With a set in use: where the alarm rings, or every `interval`."""
         if self.rest > 0 or self.K == 0 or self.M == 0:
             return False
-        if self.choices == 0 and self.first_cost > 0.02 * (self.N - n):
+        if self.stale and self.in_vain * (self.choices + 1) > 0.02 * self.left:
             return False
         if self.interval is not None:
             return n % self.interval == 0
         return self.stale or self.alarm.rings()
 
-    def optimise(self, choose: Callable[..., Choice], model: Any, cache: Any, text: Sequence[int],
-                 h: Tensor) -> Choice:
+    def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Choice:
         """Choose layers by the last tokens of text, and estimate by how near they come what each
         budget risks. At temperature 1, whatever the settings: `keep` corrects it."""
-        self.choice, h = choose_by(self.probe, choose, model, cache, text, h, self.M)
-        g = self.choice.g[list(self.risk)].view(-1, h.shape[-1])           # (budgets * r, D)
+        choice, h = choose_by(self.probe, choose, model, cache, text, h, self.M)
+        g = choice.g[list(self.risk)].view(-1, h.shape[-1])                 # (budgets * r, D)
         full = model.head(h).softmax(-1)                                    # (r, V)
         drafts = model.head(g).softmax(-1).view(len(self.risk), *full.shape)
+        self.choice = choice
         self.choices += 1
         for j, a in zip(self.risk, overlap(full, drafts).mean(-1).tolist()):
-            self.risk[j] += (1 - a - self.risk[j]) / (self.choices + 1)     # the mean of all
+            self.shown[j] += 1 - a
+            self.risk[j] = (self.prior[j] + self.shown[j]) / (1 + self.choices)
         self.stale = False
         self.decide()
+        if self.measure and not self.stale:
+            # What could be saved has to be twice what measuring costs, about 8 plain steps.
+            if (1 - 1 / self.gain(self.j)) * self.left < 16:
+                self.give_up()
+            else:
+                self.v = self.measure(model, cache, text)
+                self.measure = None
+                self.decide()
         self.alarm = Alarm(1 - self.keep(self.j))
-        return self.choice
+        return choice
 
     # ----------------------------------------------------------------------------- the formulas
 
@@ -176,15 +191,16 @@ class Adaptive:
         return best
 
     def decide(self) -> None:
-        """The budget of the next round, and its layers; or a rest, if none pays."""
-        if self.rest > 0:
-            return
+        """The budget of the next round, and its layers; or none, if none pays."""
         self.j = max(self.risk, key=self.gain)
+        self.skip = self.choice.skip(self.j)
         if self.gain(self.j) <= 1:
-            self.rest = self.next_rest
-            self.next_rest *= 2
-            self.rejected = 1.0
-            self.expected = 1.0
-            self.stale = True                          # afterwards the layers are chosen anew
-        elif self.choice is not None:
-            self.skip = self.choice.skip(self.j)
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Decode plainly for a while, then look again, with what was seen forgotten."""
+        self.stale = True
+        self.rest = self.next_rest
+        self.next_rest *= 2
+        self.rejected = 1.0
+        self.expected = 1.0
