@@ -1,30 +1,30 @@
 """The specification of the method. How to read it:
 
-Six tests stand first. They are the method in short: which layers are left out, how all candidates
-go through a layer in one call, why a draft changes no probability, that the whole loop is exact, that
-the test of this would see an error, and what that means for greedy text. To see them pass, in about
-ten seconds:
+Six tests stand first; they are the method in short. Which layers are left out? How do all
+the candidates for that go through a layer in one call? Why does a draft change no
+probability? Is the whole loop exact? Would the proof of this see an error? And what does it
+mean for greedy text? To see them pass, in about ten seconds:
 
     python -m pytest -q test_clasp.py -k proven
 
-The rest follows the files: dynamic program, sampler, loop, LLaMA. A test's name is a sentence about
-the program. Its docstring says why the sentence matters, and which errors it rejects. Where an error
-can be written down, it stands in tests/wrong_programs.py, and `@rejects` names it: the last test of
-this file puts it into the program and sees the test fail. So no test is only for show.
+The rest follows the files: dynamic program, sampler, loop, LLaMA. A test's name is a
+sentence about the program. Its docstring says why that matters, and which errors the test
+rejects. `@rejects` names wrong programs of tests/wrong_programs.py: the test holds for the
+right program, and then it must fail while each of these stands in its place. So no test is
+only for show.
 
-Small models and the enumeration of chance are in tests/, with the tests of numerics and of loading;
-the policies beyond the paper are tested in policy/, the command and the other rooms beside them.
+Small models and the enumeration of chance are in tests/, and so are the tests of numerics
+and of loading. The policies beyond the paper are tested in policy/, the other rooms beside
+their files.
 
     CLASP_EXHAUSTIVE=1    the loop's distribution at all 720 combinations of settings, not at 20 in
                           which every two values of two settings meet
 """
 import collections
 import contextlib
-import io
 import itertools
 import math
 import os
-import random
 import tempfile
 import types
 from pathlib import Path
@@ -44,6 +44,12 @@ from tests.helpers import (assert_same_choice, decode, flags, full_model, having
 from tests.slow_llama import AS_5, IDS, loaded, passes, reference, same, worst_error
 from tests.wrong_programs import rejects
 
+# Tests of other rooms import these from here.
+from tests.every_outcome import target_distribution  # noqa: F401, E402
+from tests.helpers import DEMO, ROOT, adaptive  # noqa: F401, E402
+from tests.slow_llama import relative_error  # noqa: F401, E402
+from tests.wrong_programs import altered  # noqa: F401, E402
+
 
 def proven(test):
     """One of the six to read first: `-k proven` finds it by this attribute."""
@@ -51,16 +57,17 @@ def proven(test):
     return test
 
 
-# ============================================================================== the six to read first
+# ========================================================================== the six to read first
 
 @proven
 @rejects("the worse choice wins", "the target is always h[L]", "the target is the layer's input",
          "ties are run", "cell (i,i) does not know it skipped", "skipping spends nothing",
-         "the losing state is kept", "the losing cosine is told", "the way back reads one row early",
-         "the way back spends nothing")
+         "the losing state is kept", "the losing cosine is told",
+         "the way back reads one row early")
 def test_the_layers_to_leave_out_on_a_case_worked_by_hand():
-    """Three layers add (0,3), (-1,1), (1,-4) to whatever they are given. From (4,0) the full model
-    goes through (4,3) and (3,4) back to (4,0). Two layers are to be left out. By eq. 2:
+    """Three layers add (0,3), (-1,1), (1,-4) to whatever they are given. From (4,0) the
+    full model goes through (4,3) and (3,4) back to (4,0). Two layers are to be left out. By
+    eq. 2:
 
         D[1,1]  skip 0:  (4,0) against h[1] = (4,3)         16/20
         D[2,1]  run 1:   (4,0) + (-1,1) = (3,1)             13/(5 sqrt 10) = 0.82
@@ -71,9 +78,10 @@ def test_the_layers_to_leave_out_on_a_case_worked_by_hand():
         D[3,2]  run 2:   (4,0) + (1,-4) = (5,-4)            5/sqrt 41 = 0.78
                 skip 2:  (4,3)                              16/20, which wins
 
-    The way back from D[3,2]: layer 2 was skipped, layer 1 was skipped, layer 0 was run. To skip 0
-    and 2 would be better, for (3,1) has 0.95 in the end; but at depth 2 it lost to (4,3). The method
-    is an approximation, and here it shows. Where both ways are equally near the layer is skipped."""
+    The way back from D[3,2]: layer 2 was skipped, layer 1 was skipped, layer 0 was run. To
+    skip 0 and 2 would be better: (3,1) has 0.95 in the end, but at depth 2 it lost to
+    (4,3). The method is an approximation, and here it shows. Where both ways are equally
+    near, the layer is skipped."""
     add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
 
@@ -107,13 +115,16 @@ def five_layers(seed):
 
 
 @proven
-@rejects("candidates see one another", "one position too far", "each candidate has its own position",
-         "the token's own entry is seen", "the token before it is not seen")
+@rejects("candidates see one another", "one position too far",
+         "each candidate has its own position", "the token's own entry is seen",
+         "the token before it is not seen")
 def test_candidates_in_one_pass_are_as_if_each_were_alone():
-    """All states g[i-1, 0..M] of one row of the table are tries at the same token. They go through
-    layer i-1 together, each a row of the pass. Each has the token's position, and reads the text
-    before the token and itself. So a row must come out as an ordinary next token would, which has a
-    cache with nothing but the past: that is the reference, with the program a cell at a time."""
+    """All states g[i-1, 0..M] of a row of the table are tries at the same token, the probe.
+    They go through layer i-1 together, each a row of the pass. Each has the probe's
+    position, and reads the text before the probe and itself: not the others, and not what
+    the full model wrote for it. So each must come out as if it were alone, an ordinary next
+    token on a cache that holds nothing but the text before. That is the reference here,
+    with the program a cell at a time."""
     for seed, M in enumerate((1, 2, 3, 5)):
         model = five_layers(seed)
         text = [3, 1, 7, 7, 0, 2, 9]
@@ -133,8 +144,9 @@ def test_candidates_in_one_pass_are_as_if_each_were_alone():
 @rejects("residual = p", "residual through a softmax", "residual without max(0, .)",
          "a residual of no mass is no number", "lenient acceptance", "acceptance the wrong way up")
 def test_accepting_and_rejecting_together_pay_every_token_exactly_p():
-    """A token comes out in two ways: it was drafted and accepted, or another was rejected and it was
-    drawn instead. Together they have to give the full model's p, whatever the draft's q:
+    """A token comes out in two ways: it was drafted and accepted, or another one was
+    rejected and it was drawn instead. Together they have to give the full model's p,
+    whatever the draft's q:
 
         q * a  +  P(rejection) * residual  =  p
 
@@ -159,7 +171,8 @@ VALUES = dict(K=(1, 2, 3), M=(0, 1, 2, 3), interval=(1, 2), exit_threshold=(0.0,
 
 
 def combinations():
-    """20 settings in which every two values of two settings meet; with CLASP_EXHAUSTIVE=1 all."""
+    """20 settings in which every two values of two settings meet; with CLASP_EXHAUSTIVE=1
+    all."""
     names = [*VALUES, "sampler", "stop_ids"]
     values = [*VALUES.values(), SAMPLERS, STOPS]
     if os.environ.get("CLASP_EXHAUSTIVE"):
@@ -174,12 +187,13 @@ def combinations():
 @proven
 @pytest.mark.parametrize("s", combinations())
 def test_the_whole_loop_has_exactly_the_full_models_distribution(s):
-    """The theorem. On a tiny random LLaMA every branch that chance can take is run through the whole
-    loop, with the real cache and the real dynamic program, and the probabilities of equal texts are
-    added up. They are those of the full model alone, token by token, computed by another route
-    (`target_distribution`). Four new tokens are up to four rounds; p and q differ much, so drafts
-    are rejected, layers change and drafts end early. Rejects whatever moves any text's probability
-    by 1e-12."""
+    """The theorem. Chance answers two questions: is this token accepted, and which token is
+    drawn? On a tiny random LLaMA every answer is tried, through the whole loop with the
+    real cache and the real dynamic program, and the probabilities of all branches that end
+    in the same text are added up. They must be those of the full model alone, the product
+    over its tokens, computed by another route (tests/every_outcome.py has both). In four
+    new tokens drafts are rejected, layers change, and drafts end early. Rejects whatever
+    moves any text's probability by 1e-12."""
     assert distance(tiny_llama(seed=s.K + s.M), s) < 1e-12
 
 
@@ -191,8 +205,8 @@ def test_the_whole_loop_has_exactly_the_full_models_distribution(s):
          "the drafts' keys stay after a verify", "token 0 is no token",
          "decoding one position late")
 def test_the_same_proof_fails_for_a_wrong_sampler_or_loop():
-    """A proof that cannot fail proves nothing. With each of the errors above, some of them found in
-    real repositories, the same sum over all branches is off by more than 0.001."""
+    """A proof that cannot fail proves nothing. Each of the errors above, some of them found
+    in real repositories, shifts the probability of some text, by 0.001 and more."""
     s = Settings(temperature=0.8, top_k=3, top_p=0.9, N=4, stop_ids=(2,), K=2, M=2, interval=1,
                  exit_threshold=0.45)
     assert distance(tiny_llama(V=4, seed=11), s) < 1e-12
@@ -200,9 +214,10 @@ def test_the_same_proof_fails_for_a_wrong_sampler_or_loop():
 
 @proven
 def test_greedy_clasp_is_plain_greedy_token_for_token():
-    """At temperature 0 the distribution is one text: that of the full model, here in float32, taken
-    a token at a time by fresh passes. Rejects a draft that shows in the text: 12 prompts and
-    settings, 25 tokens each. Near-ties within rounding do not occur among them."""
+    """At temperature 0 the distribution is a single text: the one that the full model
+    writes, a token at a time. Here in float32, against a fresh pass for each token. Rejects
+    a draft that shows in the text: 12 prompts and settings, 25 tokens each. Near-ties
+    within rounding do not occur."""
     model = tiny_llama(V=40, L=5, D=16, H=4, G=2, seed=4, dtype=torch.float32)
     gen = torch.Generator().manual_seed(0)
     rejected = 0
@@ -218,7 +233,7 @@ def test_greedy_clasp_is_plain_greedy_token_for_token():
     assert rejected > 20, "drafts that are never rejected test nothing"
 
 
-# ============================================================================== dp_layer_skip.py
+# ================================================================================= dp_layer_skip.py
 
 @rejects("the cosine is bfloat16", "the cosine is as wide as the states",
          "a zero state has no cosine")
@@ -233,10 +248,10 @@ def test_a_cosine_is_float32_or_wider_and_0_for_a_zero_state():
 
 @rejects("g[i,0] is one layer late", "g[i,0] is computed again")
 def test_every_cell_is_the_nearer_of_its_two_ways():
-    """The states of a cell are computed here from the way back to it, by no line of the program. The
-    verify's states carry some noise, as on a GPU, where a pass of many rows rounds otherwise than
-    one of few: g[i,0] is the verify's h[i], and not computed again. Rejects tables that do not say
-    what their sets do."""
+    """The states of a cell are computed here from the way back to it, by no line of the
+    program. h carries some noise, as on a GPU, where a verify rounds otherwise than a pass
+    of few rows: g[i,0] is the verify's h[i], not computed again. Rejects tables that do not
+    say what their sets do."""
     for seed, (L, M) in enumerate([(1, 1), (2, 2), (5, 5), (6, 1), (7, 3), (8, 5)]):
         h, run_layer = dp_layer_skip.toy(L, 6, seed)
         h = h + 0.01 * torch.randn(h.shape, generator=torch.Generator().manual_seed(seed))
@@ -261,12 +276,11 @@ def test_every_cell_is_the_nearer_of_its_two_ways():
                     assert choice.skipped[i][j] == (skip >= run), (seed, i, j)
 
 
-@rejects("a row at a time runs what is no number", "a row at a time computes g[i,0] again",
-         "a row at a time leaves the last cell out")
+@rejects("a row at a time runs what is no number")
 def test_a_row_at_a_time_is_the_same_as_a_cell_at_a_time():
-    """Rejects any slip in the fast version that the readable one does not share, in the table, the
-    sets or the states at the end; also where layers return what is no number; and budgets that
-    cannot be spent."""
+    """Rejects any slip in the fast version that the readable one does not share, in the
+    table, the sets or the states at the end; also where layers return what is no number;
+    and budgets that cannot be spent."""
     for L, budgets in ((1, (0, 1)), (2, (0, 1, 2)), (5, (0, 3, 5)), (8, (2, 7)), (11, (4,))):
         for M, seed in itertools.product(budgets, range(2)):
             h, run_layer = dp_layer_skip.toy(L, 6, seed)
@@ -287,8 +301,8 @@ def test_a_row_at_a_time_is_the_same_as_a_cell_at_a_time():
 
 @rejects("a call for every cell", "the host waits for every layer")
 def test_each_layer_is_called_once_and_nothing_waits_for_its_numbers():
-    """Rejects a call per cell, more than M+1 candidates, and a read per layer, which on a GPU is a
-    wait per layer: meta tensors hold no numbers, so whoever reads one fails."""
+    """Rejects a call per cell, more than M+1 candidates, and a read per layer, which on a
+    GPU is a wait per layer: meta tensors hold no numbers, so whoever reads one fails."""
     for L, M in ((4, 0), (4, 2), (9, 4), (5, 5)):
         calls = []
 
@@ -305,9 +319,9 @@ def test_each_layer_is_called_once_and_nothing_waits_for_its_numbers():
 
 @rejects("the way back names the next layer", "h[L] comes after the final norm")
 def test_the_draft_at_the_probe_has_the_cosine_that_the_table_says():
-    """The table is about the draft that will run: one that reads the probe's token again and leaves
-    the set out comes as near h[L] as D[L,j] says. Rejects a target after the final norm, and
-    candidates that are not what a draft is."""
+    """The table is about the draft that will run: one that reads the probe's token again
+    and leaves the set out comes as near h[L] as D[L,j] says. Rejects a target after the
+    final norm, and candidates that are not what a draft is."""
     for seed in range(3):
         model = five_layers(seed)
         text = [3, 1, 7, 7, 0, 2, 9]
@@ -320,16 +334,17 @@ def test_the_draft_at_the_probe_has_the_cosine_that_the_table_says():
             assert near == pytest.approx(choice.D[-1][j], abs=1e-10), (seed, j)
 
 
-# ============================================================================== speculative.py
+# =================================================================================== speculative.py
 
 # ------------------------------------------------------------------------------ the sampler
 
 @rejects("top-k cuts ties by id", "top-p before temperature",
          "top-p keeps one more where the mass is reached")
 def test_probabilities_are_temperature_top_k_and_top_p_by_another_route():
-    """Rejects another order of the filters, an empty nucleus, a token too many where the mass is
-    reached exactly (four equal ones, top-p 0.5: two), a top-k that parts equal logits, ties for the
-    nucleus to the larger id, greedy by a tiny temperature, and a k too large for a computer."""
+    """Rejects another order of the filters, an empty nucleus, a token too many where the
+    mass is reached exactly (four equal ones, top-p 0.5: two), a top-k that parts equal
+    logits, ties for the nucleus to the larger id, greedy by a tiny temperature, and a k too
+    large for a computer."""
     gen = torch.Generator().manual_seed(0)
     cases = [torch.randn(6, generator=gen, dtype=torch.float64) * 2 for _ in range(6)]
     cases += [torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 3.0, 3.0, 0.0]).double(),
@@ -353,9 +368,10 @@ class Given(Chance):
 
 @rejects("accepts at u = a", "draws at u = the running sum", "the running sum is float32")
 def test_a_token_of_probability_zero_never_passes_and_one_above_zero_can():
-    """Rejects u <= a in the acceptance test, >= for > in the draw, and a running sum in float32, in
-    which a token of probability 2^-25 behind a likely one has nothing."""
-    p, q = torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0])
+    """Rejects u <= a in the acceptance test, >= for > in the draw, and a running sum in
+    float32, in which a token of probability 2^-25 behind a likely one has nothing."""
+    p = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    q = torch.tensor([1.0, 0.0])
     assert judge(p, [q], [0], Given(0.0)) == (0, 1)
     p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     for u, token in ((0.0, 1), (0.25 - 2 ** -53, 1), (0.25, 3), (1 - 2 ** -53, 3)):
@@ -365,9 +381,10 @@ def test_a_token_of_probability_zero_never_passes_and_one_above_zero_can():
 
 @rejects("uniforms of 24 bits", "the correction is drawn with the uniform that rejected")
 def test_the_seeded_generator_draws_from_p():
-    """Rejects a generator that is not uniform or is asked wrongly: 4000 tokens drafted from q and
-    judged against p, in 5 cells. With 4 degrees of freedom the right program exceeds 23.5 for one
-    seed in 10,000; the seed is fixed. And a uniform of float32, which has 24 bits."""
+    """Rejects a generator that is not uniform or is asked wrongly: 4000 tokens drafted from
+    q and judged against p, in 5 cells. With 4 degrees of freedom the right program exceeds
+    23.5 for one seed in 10,000; the seed is fixed. And a uniform of float32, which has 24
+    bits."""
     p = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1], dtype=torch.float64)
     q = torch.tensor([0.3, 0.1, 0.25, 0.05, 0.3], dtype=torch.float64)
     chance = Chance(seed=1)
@@ -382,8 +399,8 @@ def test_the_seeded_generator_draws_from_p():
 
 
 def test_a_seed_means_one_text_and_nothing_leaks_from_one_prompt_to_the_next():
-    """Rejects a hidden source of chance, a seed that is not used or used before each draw, and a
-    cache, a skip set or a position kept in the model."""
+    """Rejects a hidden source of chance, a seed that is not used or used before each draw,
+    and a cache, a skip set or a position kept in the model."""
     model = tiny_llama(V=5)
     s = Settings(temperature=1.0, K=3, M=1, N=40)
     texts = []
@@ -436,12 +453,12 @@ class Whim(Paper):
 
     def optimise(self, choose, model, cache, text, h):
         self.skip = tuple(x > 0 for x in h[:3, 0])
-        text.clear()
+        text.append(0)
 
 
+@rejects("a policy drops what it would not draft on from", "a policy can reach into the text")
 def test_no_answer_of_a_policy_changes_the_distribution():
-    """Rejects a loop that lets a policy drop a drawn token, change the layers within a draft, or
-    reach into the text."""
+    """Rejects a loop that lets a policy drop a token that was drawn, or change the text."""
     s = Settings(temperature=1.0, N=4, stop_ids=(2,))
 
     def loop(model, prompt, s, chance, choose):
@@ -452,8 +469,8 @@ def test_no_answer_of_a_policy_changes_the_distribution():
 @rejects("drafting goes on behind a stop token", "the text goes on after an accepted stop",
          "a stop in a draft is told twice")
 def test_nothing_follows_a_stop_token_wherever_it_stands():
-    """Rejects a stop that is seen only as the full model's own token, or only when drafted; a draft
-    that goes on behind one; and an account of the round that shows it twice."""
+    """Rejects a stop that is seen only as the full model's own token, or only when drafted;
+    a draft that goes on behind one; and an account of the round that shows it twice."""
     ended = collections.Counter()
     s = Settings(temperature=1.0, N=25, K=4, M=1, stop_ids=(2, 3))
     for seed in range(30):
@@ -466,13 +483,13 @@ def test_nothing_follows_a_stop_token_wherever_it_stands():
             assert not set(r.drafted[:-1]) & {2, 3}, "drafted behind a stop token"
             told = fates(r)
             assert told["kept"] + told["own"] == r.emitted
-    assert min(ended.values()) >= 5, ended
+    assert min(ended["drafted"], ended["own"]) >= 5, ended
 
 
 @rejects("drafting ends at the threshold")
 def test_drafting_ends_after_a_token_of_lower_confidence_and_not_at_the_threshold():
-    """Rejects another end of a draft: before the doubtful token, at a confidence equal to the
-    threshold (one token has it all: 1), or at none."""
+    """Rejects another end of a draft: before the doubtful token, at a confidence equal to
+    the threshold (one token has it all: 1), or at none."""
     certain = decode(tiny_llama(V=1), [0], Settings(K=3, M=1, N=9, exit_threshold=1.0))
     assert [len(r.drafted) for r in certain] == [0, 3, 3]
     ends = set()
@@ -487,8 +504,8 @@ def test_drafting_ends_after_a_token_of_lower_confidence_and_not_at_the_threshol
 @rejects("a rejected draft's slots are not given back",
          "position off by one after full acceptance")
 def test_after_every_round_the_cache_is_that_of_a_fresh_prefill():
-    """Rejects entries left from drafts, from the scratch slots of candidates or from another
-    position; and a second cache, or a copy."""
+    """Rejects entries left from drafts, from the scratch slots of candidates or from
+    another position; and a second cache, or a copy."""
     model = tiny_llama(V=5, L=4, seed=2)
     text = [1, 4, 0]
     caches = []
@@ -510,8 +527,8 @@ def test_after_every_round_the_cache_is_that_of_a_fresh_prefill():
 
 @rejects("the probe is the last drafted token", "the probe is the token before the round")
 def test_the_probe_is_the_last_token_but_one_with_the_states_of_a_fresh_pass():
-    """Rejects states of a rejected token, or of another position: the chooser sees what a fresh pass
-    over the text computes for the last token that has been read."""
+    """Rejects states of a rejected token, or of another position: what the chooser sees is
+    what a fresh pass over the text computes for the last token that has been read."""
     model = tiny_llama(V=5, L=4)
     text = [1, 3, 2, 2, 0]
     seen = []
@@ -530,8 +547,8 @@ def test_the_probe_is_the_last_token_but_one_with_the_states_of_a_fresh_pass():
 
 @rejects("layers are optimised a round late", "the verify's seconds are the draft's too")
 def test_layers_are_optimised_at_prefill_and_every_interval_verifications():
-    """Rejects an interval off by one, a set that is used late, a set of another size, seconds that
-    count another step's, and drafts or choices where K is 0."""
+    """Rejects an interval off by one, a set that is used late, a set of another size,
+    seconds that count another step's, and drafts or choices where K is 0."""
     s = Settings(temperature=1.0, K=2, M=2, interval=3, N=30)
     ticks = itertools.count()
     with pytest.MonkeyPatch.context() as patch:        # a clock that is read four times a round
@@ -549,7 +566,8 @@ def test_layers_are_optimised_at_prefill_and_every_interval_verifications():
 
 
 def test_a_prompt_longer_than_a_prefill_pass_changes_nothing(monkeypatch):
-    """Rejects states or logits taken from the wrong part of a prompt that is read in pieces."""
+    """Rejects states or logits taken from the wrong part of a prompt that is read in
+    pieces."""
     prompt = [t % 5 for t in range(21)]
     s = Settings(temperature=1.0, K=2, M=1, N=20)
     whole = decode(tiny_llama(V=5), prompt, s)
@@ -566,13 +584,15 @@ def test_impossible_settings_are_caught(name, value):
     """Rejects a setting that would end in another distribution."""
     with pytest.raises(AssertionError):
         next(generate(tiny_llama(), [0], Settings(**{name: value}), Chance(0), choose_skip))
+    with pytest.raises(AssertionError):
+        next(generate(tiny_llama(), [], Settings(), Chance(0), choose_skip))
 
 
-@rejects("infinite logits are numbers", "the prompt's logits alone are looked at",
+@rejects("infinite logits are numbers", "only the prompt's logits are looked at",
          "the prompt's logits are not looked at")
 def test_a_model_whose_numbers_overflow_writes_no_text():
-    """Rejects token 0, which is the argmax of what is not a number, for an answer, and an infinite
-    logit for a certain token: in the prompt's pass, and in a later verify."""
+    """Rejects token 0, which is the argmax of what is not a number, for an answer, and an
+    infinite logit for a certain token: in the prompt's pass, and in a later verify."""
     for what, calls in itertools.product((math.inf, -math.inf, math.nan), (1, 2, 4)):
         model = tiny_llama()
         count = itertools.count(1)
@@ -591,23 +611,25 @@ def test_a_model_whose_numbers_overflow_writes_no_text():
         assert written == calls - 1
 
 
-# ============================================================================== llama.py
+# ========================================================================================= llama.py
 
-@rejects("the interleaved rotary layout", "LLaMA-3.1's stretching left out", "Transformers 5 not understood", "the mask without + t",
-         "no causal mask", "scores divided by the root of D",
-         "query heads dealt to kv heads in turn", "a norm without eps",
-         "scratch begins at the probe")
+@rejects("the interleaved rotary layout", "LLaMA-3.1's stretching left out",
+         "Transformers 5 not understood", "the mask without + t", "no causal mask",
+         "scores divided by the root of D", "query heads dealt to kv heads in turn",
+         "a norm without eps", "scratch begins at the probe")
 def test_how_a_text_is_cut_into_passes_does_not_matter():
-    """Rejects a mask or a position that is right only in prefill or only in decoding."""
+    """Logits, states, candidates and cache against a slow LLaMA by another route. Rejects a
+    mask or a position that is right only in prefill or only in decoding, and any other
+    arithmetic."""
     for lengths in ((12,), (1,) * 12, (11, 1), (1, 11), (4, 4, 4), (5, 3, 1, 1, 2)):
         with tempfile.TemporaryDirectory() as folder:
             assert worst_error(Path(folder), lengths, overrides=AS_5) < 1e-12
 
 
-@rejects("a skipped layer runs", "the layers that run are those to be skipped",
-         "a skipped layer writes")
+@rejects("the layers that run are those to be skipped", "a skipped layer writes")
 def test_a_draft_skips_what_it_is_told_and_leaves_no_trace_after_verifying():
-    """Rejects a set read upside down, a skipped layer that writes, drafts that show through."""
+    """Rejects a set read upside down, a skipped layer that writes, drafts that show
+    through."""
     with tempfile.TemporaryDirectory() as folder:
         c, w, model, _ = loaded(Path(folder), AS_5)
     t = 6
@@ -632,8 +654,8 @@ def test_a_draft_skips_what_it_is_told_and_leaves_no_trace_after_verifying():
 
 @rejects("a cache begins uninitialised")
 def test_what_lies_behind_the_position_has_no_influence_and_a_new_cache_is_clean():
-    """Rejects a mask that lets garbage through; and a cache that begins as memory happened to be:
-    slots not yet written have weight 0, and 0 * nan is nan."""
+    """Rejects a mask that lets garbage through; and a cache that begins as memory happened
+    to be: slots not yet written have weight 0, and 0 * nan is nan."""
     model = tiny_llama(V=50, L=3)
     clean = passes(model, model.cache(18), IDS, (5, 3, 1, 1, 2))
     dirty = model.cache(18)
@@ -641,12 +663,8 @@ def test_what_lies_behind_the_position_has_no_influence_and_a_new_cache_is_clean
     dirty.v[:] = -1e6
     assert all(map(torch.equal, clean, passes(model, dirty, IDS, (5, 3, 1, 1, 2))))
 
-    def garbage(like, *sizes, **how):
-        shape = like.shape if isinstance(like, torch.Tensor) else (like, *sizes)
-        return torch.full(shape, math.nan, dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", garbage)
-        patch.setattr(torch, "empty_like", garbage)
+    with pytest.MonkeyPatch.context() as patch:        # what uninitialised memory may hold
+        patch.setattr(torch, "empty", lambda *sizes, **_: torch.full(sizes, math.nan).double())
         new = model.cache(18)
     out = model.layer(0, torch.ones(4, 8).double(), new.candidates(9, 4), new)
     assert out.isfinite().all()

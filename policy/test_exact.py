@@ -1,5 +1,6 @@
-"""The policies change no distribution, and the probe of several tokens is what it says: shown as in
-test_clasp.py, by enumeration and by each candidate alone. What the policy decides: test_adaptive.py.
+"""The policies change no distribution, and the probe of several tokens is what it says:
+shown as in test_clasp.py, by enumeration and by each candidate alone. What the policy
+decides: test_adaptive.py.
 """
 import pytest
 import torch
@@ -19,8 +20,8 @@ NAMED = [dict(), dict(M=1), dict(exit_threshold=0.5), dict(interval=1), dict(K=2
 
 
 def runs():
-    """14 settings: costs at which the policy drafts much, little or not at all, what a user may
-    name, samplers, stops, probes of one to three tokens."""
+    """14 settings: costs at which the policy drafts much, little or not at all, what a user
+    may name, samplers, stops, probes of one to three tokens."""
     for n in range(14):
         how = COSTS[n % 7] | NAMED[n % 5] | SAMPLERS[(2 * n + n // 5) % 5]
         yield adaptive(**how, stop_ids=STOPS[n % 2], probe=1 + n % 3)
@@ -33,25 +34,22 @@ def test_the_policy_has_exactly_the_full_models_distribution(n, run, monkeypatch
     assert distance(tiny_llama(seed=n), *run) < 1e-12
 
 
-def test_in_those_runs_the_policy_declines_returns_and_leaves_out_more_or_less(monkeypatch):
+def test_in_those_runs_the_policy_declines_and_leaves_out_more_or_fewer_layers(monkeypatch):
     """Rejects a proof that would hold because the policy does nothing."""
     monkeypatch.setattr(room, "REST", 1)
-    budgets = set()
-    rests = []
+    left_out = set()
+    drafting = set()
     for n, (s, loop) in enumerate(runs()):
         for seed in range(4):
-            drafted = []
-            for r in decode(tiny_llama(seed=n), (0, 1), s, seed, loop)[1:]:
-                drafted.append("d" if r.drafted else "-")
-                if r.drafted:
-                    budgets.add(sum(r.skip))
-            rests.append("".join(drafted))
-    assert budgets == {1, 2}
-    assert any(set(rest) == {"-"} for rest in rests) and any("-d" in rest for rest in rests)
+            rounds = decode(tiny_llama(seed=n), (0, 1), s, seed, loop)[1:]
+            left_out |= {sum(r.skip) for r in rounds if r.drafted}
+            drafting.add(any(r.drafted for r in rounds))
+    assert left_out == {1, 2} and drafting == {True, False}
 
 
 def test_with_a_probe_of_several_tokens_the_chooser_sees_a_fresh_pass_over_the_text():
-    """Rejects states of rejected tokens or of other positions, and fewer tokens than there are."""
+    """Rejects states of rejected tokens or of other positions, and fewer tokens than there
+    are."""
     model = tiny_llama(V=5, L=4)
     for r in (1, 3, 8):
         text = [1, 3, 2, 2, 0]
@@ -75,12 +73,13 @@ def test_with_a_probe_of_several_tokens_the_chooser_sees_a_fresh_pass_over_the_t
          "an error is added to a state that has it already",
          "several tokens are compared by their mean state",
          "several tokens are compared by the last", "candidates of a token see those of another",
-         "one position for all tokens", "a token of a probe sees those before it not",
+         "one position for all tokens", "a token of a probe is blind to those before it",
          "a token's candidates lie beside one another", "a probe longer than the text")
 def test_candidates_of_several_tokens_are_as_if_each_were_alone():
-    """The reference runs each state of a candidate as an ordinary next token, on a cache that holds
-    only the past of that state's token, and holds errors against the end. Of one token the choice is
-    the paper's. Rejects candidates that see one another, another's scratch, or another past."""
+    """The reference runs each state of a candidate as an ordinary next token, on a cache
+    that holds only the past of that state's token, and holds errors against the end. Of one
+    token the choice is the paper's. Rejects candidates that see one another, another's
+    scratch, or another past."""
     text = [3, 1, 7, 7, 0, 2, 9]
     for seed, (M, r) in enumerate(((3, 1), (3, 2), (2, 4), (4, 3), (1, 9))):
         model = tiny_llama(V=11, L=5, H=4, G=2, seed=seed)

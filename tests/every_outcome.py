@@ -1,5 +1,6 @@
-"""Chance without chance: every branch that a run can take, and the probability of each. With it a
-distribution is computed, not sampled; and the distribution that it should be, by another route.
+"""Chance without chance: every branch that a run can take, and the probability of each.
+With it a distribution is computed, not sampled; and the distribution that it should be, by
+another route.
 """
 import math
 from collections import defaultdict
@@ -13,8 +14,8 @@ from tests.helpers import decode, full_model, tokens
 
 
 class Enumerating(Chance):
-    """It follows a script of answers, then gives the first possible one, and notes the scripts of
-    those not given. `weight` is the probability of all that it answered."""
+    """It follows a script of answers, then gives the first possible one, and notes the
+    scripts of those not given. `weight` is the probability of all that it answered."""
 
     def __init__(self, script: Sequence[int]) -> None:
         self.script = script
@@ -42,8 +43,8 @@ class Enumerating(Chance):
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Run `run` down every branch that chance can take: (its result, the branch's probability). The
-    weights of equal results sum to the result's exact probability."""
+    """Run `run` down every branch that chance can take: (its result, the branch's
+    probability). The weights of equal results sum to the result's exact probability."""
     scripts: list[list[int]] = [[]]
     while scripts:
         chance = Enumerating(scripts.pop())
@@ -88,8 +89,8 @@ def target_distribution(model, prompt, s):
 
 
 def distance(model, s, loop=None, prompt=(0, 1)):
-    """The largest difference in probability of any text between the loop (real cache, real dynamic
-    program, down every branch of chance) and the product of conditionals."""
+    """The largest difference in probability of any text between the loop (real cache, real
+    dynamic program, down every branch of chance) and the product of conditionals."""
     want = target_distribution(model, prompt, s)
     got = defaultdict(float)
     for text, weight in every_outcome(lambda c: tuple(tokens(decode(model, prompt, s, c, loop)))):

@@ -1,5 +1,5 @@
-"""config.json and weights: every spelling and variant is read, and computes what a slow LLaMA does;
-whatever is wrong with a folder is one line.
+"""config.json and weights: every spelling and variant is read, and computes what a slow
+LLaMA does; whatever is wrong with a folder is one line.
 """
 import json
 import math
@@ -38,7 +38,8 @@ def config_of(folder, c):
 
 
 def test_both_spellings_of_the_8b_are_the_8b(tmp_path):
-    """Rejects a reader of one spelling only, which from the other gets theta 10000, no scaling."""
+    """Rejects a reader of one spelling only, which from the other gets theta 10000, no
+    scaling."""
     c = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
              intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=131072)
     old = config_of(tmp_path, dict(c, rope_theta=5e5, rope_scaling=SCALED))
@@ -82,15 +83,16 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_row_of_every_variant_is_llama(tmp_path, name):
-    """Rejects a forward, a mask or a reading of config.json wrong for some kind of row or variant
-    (LLaMA-3.1 as Transformers 5 spells it: test_clasp.py)."""
+    """Rejects a forward, a mask or a reading of config.json wrong for some kind of row or
+    variant (LLaMA-3.1 as Transformers 5 spells it: test_clasp.py)."""
     assert worst_error(tmp_path, overrides=VARIANTS[name]) < 1e-12
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_weights_arrive_unchanged_from_one_file_or_shards(tmp_path, stored, shards):
-    """Rejects a loader that rounds or misplaces part of a fused matrix, or keeps the memory map."""
+    """Rejects a loader that rounds or misplaces part of a fused matrix, or keeps the memory
+    map."""
     c, w = random_checkpoint(tmp_path, AS_5, dtype=stored, shards=shards)
     model = llama.Llama.load(tmp_path, "cpu", torch.float64)
     half = llama.Llama.load(tmp_path, dtype=torch.bfloat16)
@@ -103,8 +105,9 @@ def test_weights_arrive_unchanged_from_one_file_or_shards(tmp_path, stored, shar
 
 
 def test_on_a_cpu_the_default_is_float32_and_elsewhere_bfloat16(tmp_path):
-    """Rejects twice the memory on a GPU; the meta device stands in for one. And matrices that a CPU
-    would read across its rows, in float32; elsewhere they stay as they lie in the file."""
+    """Rejects twice the memory on a GPU; the meta device stands in for one. And matrices
+    that a CPU would read across its rows, in float32; elsewhere they stay as they lie in
+    the file."""
     random_checkpoint(tmp_path)
     cpu = llama.Llama.load(tmp_path)
     elsewhere = llama.Llama.load(tmp_path, "meta")

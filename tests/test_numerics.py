@@ -1,5 +1,5 @@
-"""Where rounding matters: sums, statistics and rotary tables are float32 or wider, whatever the model
-is, and bfloat16 costs no more than its 8 bits.
+"""Where rounding matters: sums, statistics and rotary tables are float32 or wider, whatever
+the model is, and bfloat16 costs no more than its 8 bits.
 """
 import cmath
 
@@ -24,7 +24,8 @@ def test_every_row_is_llama_up_to_rounding(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_probabilities_are_float32_or_wider_and_finite_at_any_temperature(dtype):
-    """Rejects arithmetic in bfloat16, overflow at tiny temperatures, and an empty nucleus."""
+    """Rejects arithmetic in bfloat16, overflow at tiny temperatures, and an empty
+    nucleus."""
     logits = torch.tensor([-300.0, 0.0, 300.0, 299.0], dtype=dtype)
     for temperature in (1e-300, 1e-46, 1e-30, 1e-3, 1.0, 1e6):
         for top_k, top_p in ((0, 1.0), (9, 1.0), (2, 0.5), (1, 1.0), (0, 1e-300)):
@@ -36,7 +37,8 @@ def test_probabilities_are_float32_or_wider_and_finite_at_any_temperature(dtype)
 
 @rejects("norms in bfloat16")
 def test_in_bfloat16_norms_are_computed_in_float32():
-    """Rejects statistics in bfloat16, which change a value in five (in float32, 1 in some 2^14)."""
+    """Rejects statistics in bfloat16, which change a value in five (in float32, 1 in some
+    2^14)."""
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     wide = x.double()
     exact = (wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16()

@@ -1,19 +1,18 @@
-"""Deliberately wrong programs, as errors are really written, some of them met in real repositories.
-The tests, and the checker of traces, are held against them: each must be rejected by something.
+"""Deliberately wrong programs, as errors are really written, some of them met in real
+repositories. Tests, and the checker of traces, are held against them.
 
     @rejects("residual = p", "lenient acceptance")
-    def test_...                         # holds, and fails while the sampler is one of these
+    def test_...                         # holds; and fails while the sampler is one of these
 
     with running("residual = p"):
-        ...                              # here it is, for everyone
+        ...                              # here it is that one, for everyone
 
-`WRONG` is the table: module -> name -> changes. A change puts a function in the place of another
-(`put`), so that it outlives whatever is done to that one's body; only where a line inside a loop is
-wrong does it edit the text (`edit`). A change whose place is gone raises Stale, which no test takes
-for a rejection.
+A wrong program is a list of changes. `put` has a function in the place of another, whatever that
+one's body is by now. Only where a line inside of one is wrong is its text changed (`edit`). A
+change whose place is gone raises Stale, which nobody takes for a rejection.
 
-What cannot be written any more is not here: a policy is asked before a token is drawn, and has no
-way to drop one; how states and logits of a pass are cut to its last rows is nobody's decision.
+Some are impossible by the program's shape (a policy is asked before a token is drawn, so it
+cannot drop one). They stand here as a loop that somebody might write instead.
 """
 import contextlib
 import functools
@@ -31,7 +30,7 @@ import dp_layer_skip
 import llama
 import speculative
 from command import report
-from llama import Cache, rms_norm
+from llama import Cache, Llama
 from policy import probe
 from speculative import Chance, Paper
 
@@ -59,30 +58,31 @@ def altered(module, *edits):
 
 
 def put(owner, name, wrong):
-    """A change: `wrong` in the place of a module's function, wherever it was imported or is a
-    default, or of a class's."""
+    """A change: `wrong` in the place of a class's function, or of a module's, then wherever it was
+    imported or is a default."""
     def change(patch):
-        if not hasattr(owner, name):
+        right = getattr(owner, name, None)
+        if right is None:
             raise Stale(f"{owner.__name__}.{name}")
-        right = getattr(owner, name)
         patch.setattr(owner, name, wrong)
-        if inspect.ismodule(owner):
-            for module in list(sys.modules.values()):
-                if getattr(module, "__dict__", {}).get(name) is right:
-                    patch.setattr(module, name, wrong)
-            for f in filter(inspect.isfunction, list(vars(owner).values())):
-                if right in (f.__defaults__ or ()):
-                    with_wrong = tuple(wrong if x is right else x for x in f.__defaults__)
-                    patch.setattr(f, "__defaults__", with_wrong)
+        if inspect.isclass(owner):
+            return
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is right:
+                patch.setattr(module, name, wrong)
+        for f in filter(inspect.isfunction, list(vars(owner).values())):
+            if right in (f.__defaults__ or ()):
+                defaults = tuple(wrong if x is right else x for x in f.__defaults__)
+                patch.setattr(f, "__defaults__", defaults)
     return change
 
 
 def edit(owner, name, *edits, into=()):
-    """A change: a function with edits of its text; in the place of others too, if they are named."""
+    """A change: a function with edits of its text, in its own place and `into` others."""
     def change(patch):
-        if not hasattr(owner, name):
+        right = inspect.unwrap(getattr(owner, name, None))
+        if right is None:
             raise Stale(f"{owner.__name__}.{name}")
-        right = inspect.unwrap(getattr(owner, name))
         text = edited(textwrap.dedent(inspect.getsource(right)), edits)
         out = {}
         exec(compile(text, f"wrong_{name}", "exec"), right.__globals__, out)
@@ -95,21 +95,24 @@ def edit(owner, name, *edits, into=()):
 def running(*wrong):
     """While it lasts the program has these changes, or those that the table has by this name."""
     with pytest.MonkeyPatch.context() as patch:
-        for change in wrong:
-            for one in [change] if callable(change) else NAMED[change]:
-                one(patch)
+        for one in wrong:
+            for change in [one] if callable(one) else NAMED[one]:
+                change(patch)
         yield
 
 
-def rejects(*wrong):
-    """A test that must hold, and fail on each of these wrong programs of the table."""
-    HELD.update(wrong)
+HELD = set()                 # names of wrong programs that a test is held against
+
+
+def rejects(*names):
+    """A test that must hold, and must fail on each of these wrong programs."""
+    HELD.update(names)
 
     def note(test):
         @functools.wraps(test)
         def holds_and_can_fail(*args, **kwargs):
             test(*args, **kwargs)
-            for name in wrong:
+            for name in names:
                 with running(name):
                     try:
                         test(*args, **kwargs)
@@ -120,98 +123,63 @@ def rejects(*wrong):
     return note
 
 
-HELD = set()                 # wrong programs that a test is held against
-
-
-# The modules as they are, for wrong programs that are the right one but for a step before or after.
+# The right functions, for wrong programs that do something before or after.
 dp = types.SimpleNamespace(**vars(dp_layer_skip))
 sp = types.SimpleNamespace(**vars(speculative))
 ll = types.SimpleNamespace(**vars(llama))
 optimise = Paper.optimise
-sequence = Cache.sequence
-cache_init = Cache.__init__
 
 
 # --------------------------------------------------------------------------- the dynamic program
 
-def recurrence(*edits):
-    """The cell at a time with an error, in the place of the row at a time too: so that their being
+def recurrence(right, wrong):
+    """An error of the cell at a time, in the place of the row at a time too: so that their being
     equal is no defence."""
-    return [edit(dp_layer_skip, "choose_skip_plain", *edits, into=("choose_skip",))]
+    return [edit(dp_layer_skip, "choose_skip_plain", (right, wrong), into=["choose_skip"])]
 
 
-def way_back(before):
-    """Choice.skip, where `before(choice, i, j)` is the budget left in row i-1."""
-    def skip(self, j=None):
-        L = len(self.D) - 1
-        j = len(self.D[0]) - 1 if j is None else j
-        flags = [False] * L
-        for i in range(L, 0, -1):
-            flags[i - 1] = self.skipped[i][j]
-            j = before(self, i, j)
-        return tuple(flags)
-    return skip
+def way_back(right, wrong):
+    return [edit(dp_layer_skip.Choice, "skip", (right, wrong))]
 
 
-def cosine_in(dtype, a, b, least):
-    a = a.to(dtype)
-    b = b.to(dtype)
-    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    return (a * b).sum(-1) / norms.clamp_min(least)
+def cosine_in(dtype, least=1e-30):
+    def cosine(a, b):
+        a = a.to(dtype or a.dtype)
+        b = b.to(dtype or b.dtype)
+        norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+        return (a * b).sum(-1) / norms.clamp_min(least)
+    return [put(dp_layer_skip, "cosine", cosine)]
 
 
-def by_cells(h, run_layer, M, near=dp.cosine):
-    """A table from calls of one state each."""
-    def one_by_one(i, g):
-        return torch.cat([run_layer(i, x[None]) for x in g])
-    return dp.table(h, one_by_one, M, near)
-
-
-def waiting(h, run_layer, M, near=dp.cosine):
-    """The host looks at every layer's states."""
-    def looked_at(i, g):
-        assert g.isfinite().all()
-        return run_layer(i, g)
-    return dp.table(h, looked_at, M, near)
+def calling(how):
+    """The table, where a layer is called by how(run_layer, i, g)."""
+    def table(h, run_layer, M, near=dp.cosine):
+        return dp.table(h, lambda i, g: how(run_layer, i, g), M, near)
+    return [put(dp_layer_skip, "table", table)]
 
 
 DYNAMIC_PROGRAM = {
-    "the worse choice wins": recurrence(("cosines[0] > cosines[1]", "cosines[0] < cosines[1]")),
-    "ties are run": recurrence(("cosines[0] > cosines[1]", "cosines[0] >= cosines[1]")),
-    "the target is always h[L]": recurrence(("near(state[None], h[i])", "near(state[None], h[L])")),
-    "the target is the layer's input": recurrence(("near(state[None], h[i])",
-                                                   "near(state[None], h[i - 1])")),
-    "cell (i,i) does not know it skipped": recurrence(("(g[i - 1, j - 1], True)",
-                                                       "(g[i - 1, j - 1], j < i)")),
-    "skipping spends nothing": recurrence(("g[i - 1, j - 1]", "g[i - 1, min(j, i - 1)]")),
-    "g[i,0] is one layer late": recurrence(("g[i, 0] = h[i]", "g[i, 0] = h[i - 1]")),
-    "g[i,0] is computed again": recurrence(("g[i, 0] = h[i]", "pass")),
-    "the losing state is kept": recurrence(("= ways[way]", "= (ways[len(ways) - 1 - way][0],"
-                                                           " ways[way][1])")),
-    "the losing cosine is told": recurrence(("= cosines[way]", "= cosines[len(ways) - 1 - way]")),
+    "the worse choice wins": recurrence("cosines[0] > cosines[1]", "cosines[0] < cosines[1]"),
+    "ties are run": recurrence("cosines[0] > cosines[1]", "cosines[0] >= cosines[1]"),
+    "the target is always h[L]": recurrence("[None], h[i])", "[None], h[L])"),
+    "the target is the layer's input": recurrence("[None], h[i])", "[None], h[i - 1])"),
+    "cell (i,i) does not know it skipped": recurrence("j - 1], True)", "j - 1], j < i)"),
+    "skipping spends nothing": recurrence("g[i - 1, j - 1]", "g[i - 1, min(j, i - 1)]"),
+    "g[i,0] is one layer late": recurrence("g[i, 0] = h[i]", "g[i, 0] = h[i - 1]"),
+    "g[i,0] is computed again": recurrence("g[i, 0] = h[i]", "pass"),
+    "the losing state is kept": recurrence(
+        "= ways[way]", "= ways[len(ways) - 1 - way][0], ways[way][1]"),
+    "the losing cosine is told": recurrence("= cosines[way]", "= cosines[len(ways) - 1 - way]"),
     "a row at a time runs what is no number": [
         edit(dp_layer_skip, "table", ("run_cos[1:] > skip_cos[:-1]",
                                       "~(run_cos[1:] <= skip_cos[:-1])"))],
-    "a row at a time computes g[i,0] again": [
-        edit(dp_layer_skip, "table", ("cells = [h[i:i + 1],", "cells = [run[:1],"))],
-    "a row at a time leaves the last cell out": [
-        edit(dp_layer_skip, "table", ("if J <= M:", "if J < M:"))],
-    "the way back reads one row early": [
-        put(dp_layer_skip.Choice, "skip", way_back(lambda c, i, j: j - c.skipped[i - 1][j]))],
-    "the way back spends nothing": [
-        put(dp_layer_skip.Choice, "skip", way_back(lambda c, i, j: j))],
-    "the way back names the next layer": [
-        put(dp_layer_skip.Choice, "skip",
-            lambda self, j=None, right=dp_layer_skip.Choice.skip: (False, *right(self, j)[:-1]))],
-    "the cosine is bfloat16": [
-        put(dp_layer_skip, "cosine", lambda a, b: cosine_in(torch.bfloat16, a, b, 1e-30))],
-    "the cosine is as wide as the states": [
-        put(dp_layer_skip, "cosine", lambda a, b: cosine_in(a.dtype, a, b, 1e-30))],
-    "a zero state has no cosine": [
-        put(dp_layer_skip, "cosine",
-            lambda a, b: cosine_in(torch.promote_types(a.dtype, torch.float32), a, b, 0))],
-    "a call for every cell": [put(dp_layer_skip, "table", by_cells)],
-    "the host waits for every layer": [put(dp_layer_skip, "table", waiting)],
+    "the way back reads one row early": way_back("self.skipped[i][j]", "self.skipped[i - 1][j]"),
+    "the way back names the next layer": way_back("flags[i - 1] = True", "flags[i % L] = True"),
+    "the cosine is bfloat16": cosine_in(torch.bfloat16),
+    "the cosine is as wide as the states": cosine_in(None),
+    "a zero state has no cosine": cosine_in(torch.float64, least=0),
+    "a call for every cell": calling(lambda f, i, g: torch.cat([f(i, x[None]) for x in g])),
+    "the host waits for every layer": calling(lambda f, i, g: f(i, g) if g.isfinite().all() else g),
     "the stars stand one row early": [
         edit(dp_layer_skip, "show", ("sum(skip[:i])", "sum(skip[:max(0, i - 1)])"))],
     "the printed case is another": [edit(dp_layer_skip, "main", ("(-1,1)", "(1,-1)"))],
@@ -220,58 +188,40 @@ DYNAMIC_PROGRAM = {
 
 # ------------------------------------------------------------------------------ sampler and loop
 
-class Argmax(Chance):
-    """It draws the likeliest token."""
-
-    def __init__(self, chance):
-        self.accept = chance.accept
-
-    def draw(self, p):
-        return int(p.argmax())
-
-
 def drawing(cdf, exceeds):
-    """Chance.draw by another running sum, and another comparison with it."""
+    """Chance.draw by another running sum, or another comparison with it."""
     def draw(self, p):
         total = cdf(p)
         return int(exceeds(total, self.uniform() * total.amax()).int().argmax())
-    return draw
-
-
-def wide_sum(p):
-    return torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0)
+    return [put(Chance, "draw", draw)]
 
 
 def accept_and_keep(self, a):
-    self.u = self.uniform()
-    return self.u < a
+    self.kept = self.uniform()
+    return self.kept < a
 
 
-def draw_by_the_kept(self, p):
-    u = self.__dict__.pop("u", None) or self.uniform()
-    cdf = wide_sum(p)
-    return int((cdf > u * cdf.amax()).int().argmax())
+def kept_uniform(self, right=Chance.uniform):
+    return self.__dict__.pop("kept", None) or right(self)
 
 
-def judging(own):
-    """`judge`, where own(p, q, accepted) is what the full model's token is drawn from."""
-    def judge(p, q, drafted, chance):
-        accepted = 0
-        while accepted < len(drafted):
-            token = drafted[accepted]
-            if not chance.accept(sp.acceptance(p[accepted, token], q[accepted][token]).item()):
-                break
-            accepted += 1
-        return accepted, chance.draw(own(p, q, accepted))
-    return judge
+def argmax_draft(*how):
+    chance = types.SimpleNamespace(draw=lambda q: int(q.argmax()))
+    return sp.draft(*how[:-1], chance)
 
 
-def residual_or_bonus(p, q, accepted):
-    return sp.residual(p[accepted], q[accepted]) if accepted < len(q) else p[accepted]
+def dropping(doubtful):
+    """`draft`, where a last token that is doubtful(token, q, confidences, s, policy) is dropped."""
+    def draft(model, cache, text, most, skip, s, policy, chance):
+        drafts = sp.draft(model, cache, text, most, skip, s, policy, chance)
+        drafted, q, confidence = drafts
+        if drafted and doubtful(drafted[-1], q[-1], confidence, s, policy):
+            return [x[:-1] for x in drafts]
+        return drafts
+    return [put(speculative, "draft", draft)]
 
 
 def judge_what_is_likely(p, q, drafted, chance):
-    """A policy that looks at p of tokens not judged yet."""
     k = len(drafted)
     while k > 0 and p[k - 1, drafted[k - 1]] < 0.2:
         k -= 1
@@ -279,50 +229,32 @@ def judge_what_is_likely(p, q, drafted, chance):
 
 
 def verifying(other):
-    """`probabilities`, which a verify (T, V) replaces: by other(p, logits, s)."""
+    """`probabilities`, where those of a verify (T, V) are other(p, logits, s)."""
     def probabilities(logits, s):
         p = sp.probabilities(logits, s)
         return other(p, logits, s) if logits.dim() == 2 else p
-    return probabilities
-
-
-def plain_bonus(p, logits, s):
-    return torch.cat((p[:-1], logits[-1:].softmax(-1)))
+    return [put(speculative, "probabilities", probabilities)]
 
 
 def top_k_by_id(logits, s):
-    if s.temperature > 0 and 0 < s.top_k < logits.shape[-1]:
-        kept = logits.argsort(dim=-1, descending=True, stable=True)[..., :s.top_k]
-        mask = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
-        logits = logits.masked_fill(mask, -torch.inf)
+    V = logits.shape[-1]
+    kept = logits.argsort(dim=-1, descending=True, stable=True)[..., :min(s.top_k or V, V)]
+    logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     return sp.probabilities(logits, replace(s, top_k=0))
 
 
 def top_p_first(logits, s):
-    if s.temperature == 0:
-        return sp.probabilities(logits, s)
-    p = sp.probabilities(logits, replace(s, temperature=1.0)) ** (1 / s.temperature)
+    p = sp.probabilities(logits, replace(s, temperature=float(s.temperature > 0)))
+    p = p ** (1 / (s.temperature or 1))
     return p / p.sum(-1, keepdim=True)
 
 
-def one_token_more(logits, s):
-    return sp.probabilities(logits, replace(s, top_p=min(1.0, s.top_p + 1e-12)))
-
-
-def drop_the_doubtful(model, cache, text, most, skip, s, policy, chance):
-    drafted, q, confidence = sp.draft(model, cache, text, most, skip, s, policy, chance)
-    if drafted and q[-1][drafted[-1]] < s.exit_threshold:
-        return drafted[:-1], q[:-1], confidence[:-1]
-    return drafted, q, confidence
-
-
 def read_beside_the_drafts(model, tokens, t, cache):
-    """Of what a verify writes the keys are not kept: those of the draft stay."""
-    drafted = len(tokens) > 1 and t > 0
-    was = cache.k[:, :, t:t + len(tokens)].clone()
+    slots = cache.k[:, :, t:t + len(tokens)]
+    was = slots.clone()
     h = sp.read(model, tokens, t, cache)
-    if drafted:
-        cache.k[:, :, t:t + len(tokens)] = was
+    if len(tokens) > 1 and t > 0:
+        slots.copy_(was)
     return h
 
 
@@ -335,19 +267,13 @@ def verify_late(by):
                  ("policy.judged(", f"late += {by}\n        policy.judged("))]
 
 
+def loop(right, wrong):
+    return [edit(speculative, "generate", (right, wrong))]
+
+
 def normed(self, choose, model, cache, text, h):
-    """The last target is the state behind the final norm."""
-    end = rms_norm(h[-1:], model.norm, model.eps)
+    end = ll.rms_norm(h[-1:], model.norm, model.eps)
     return optimise(self, choose, model, cache, text, torch.cat((h[:-1], end)))
-
-
-def due_late(self, n):
-    return n % self.s.interval == 1 % self.s.interval and self.s.K > 0 and self.s.M > 0
-
-
-def goes_on_above(self, confidence):
-    return len(confidence) < self.s.K and (not confidence
-                                           or confidence[-1] > self.s.exit_threshold)
 
 
 SAMPLER_AND_LOOP = {
@@ -362,65 +288,63 @@ SAMPLER_AND_LOOP = {
     "acceptance the wrong way up": [
         put(speculative, "acceptance", lambda p, q: (q.double() / p).clamp(max=1))],
     "accepts at u = a": [put(Chance, "accept", lambda self, a: self.uniform() <= a)],
-    "draws at u = the running sum": [put(Chance, "draw", drawing(wide_sum, torch.ge))],
-    "the running sum is float32": [
-        put(Chance, "draw", drawing(lambda p: p.float().cumsum(0), torch.gt))],
+    "draws at u = the running sum": drawing(
+        lambda p: torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0), torch.ge),
+    "the running sum is float32": drawing(lambda p: p.float().cumsum(0), torch.gt),
     "uniforms of 24 bits": [
         put(Chance, "uniform", lambda self: torch.rand((), generator=self.generator).item())],
     "the correction is drawn with the uniform that rejected": [
-        put(Chance, "accept", accept_and_keep), put(Chance, "draw", draw_by_the_kept)],
-    "argmax draft scored with a softmax q": [
-        put(speculative, "draft", lambda *how: sp.draft(*how[:-1], Argmax(how[-1])))],
+        put(Chance, "accept", accept_and_keep), put(Chance, "uniform", kept_uniform)],
+    "argmax draft scored with a softmax q": [put(speculative, "draft", argmax_draft)],
     "q at temperature 1": [
-        edit(speculative, "draft", ("last = chance.draw(q[-1])",
-                                    "last = chance.draw(q[-1])\n        q[-1] = logits.softmax(-1)"))],
-    "bonus from unfiltered logits": [put(speculative, "probabilities", verifying(plain_bonus))],
+        edit(speculative, "draft", ("drafted.append(last)",
+                                    "drafted.append(last)\n        q[-1] = logits.softmax(-1)"))],
+    "p without the filters": verifying(
+        lambda p, logits, s: sp.probabilities(logits, replace(s, top_k=0, top_p=1))),
+    "bonus from unfiltered logits": verifying(
+        lambda p, logits, s: torch.cat((p[:-1], logits[-1:].softmax(-1)))),
     "bonus from the row before": [
-        put(speculative, "judge", judging(lambda p, q, n: residual_or_bonus(p, q, n) if n < len(q)
-                                          else p[max(n - 1, 0)]))],
+        edit(speculative, "judge", ("else p[k]", "else p[max(k - 1, 0)]"))],
     "correction from the row before": [
-        put(speculative, "judge", judging(lambda p, q, n: p[n] if n == len(q) else
-                                          sp.residual(p[max(n - 1, 0)], q[max(n - 1, 0)])))],
-    "p without the filters": [
-        put(speculative, "probabilities",
-            verifying(lambda p, logits, s: sp.probabilities(logits, replace(s, top_k=0, top_p=1))))],
+        edit(speculative, "judge", ("residual(p[accepted], q[accepted])",
+                                    "residual(p[max(accepted - 1, 0)], q[max(accepted - 1, 0)])"))],
     "top-k cuts ties by id": [put(speculative, "probabilities", top_k_by_id)],
     "top-p before temperature": [put(speculative, "probabilities", top_p_first)],
     "top-p keeps one more where the mass is reached": [
-        put(speculative, "probabilities", one_token_more)],
-    "doubtful tokens are thrown away": [put(speculative, "draft", drop_the_doubtful)],
+        put(speculative, "probabilities",
+            lambda logits, s: sp.probabilities(logits, replace(s, top_p=min(1, s.top_p + 1e-9))))],
+    "doubtful tokens are thrown away": dropping(
+        lambda token, q, confidence, s, policy: q[token] < s.exit_threshold),
+    "a policy drops what it would not draft on from": dropping(
+        lambda token, q, confidence, s, policy: (token not in s.stop_ids
+                                                 and not policy.goes_on(confidence))),
     "a policy looks at p before a token is judged": [
         put(speculative, "judge", judge_what_is_likely)],
+    "a policy can reach into the text": loop("cache, text[:-1], probe", "cache, text, probe"),
     "drafting goes on behind a stop token": [
         put(speculative, "draft",
-            lambda model, cache, text, most, skip, s, policy, chance: sp.draft(
-                model, cache, text, most, skip, replace(s, stop_ids=()), policy, chance))],
-    "drafting ends at the threshold": [put(Paper, "goes_on", goes_on_above)],
+            lambda *how: sp.draft(*how[:5], replace(how[5], stop_ids=()), *how[6:]))],
+    "drafting ends at the threshold": [
+        edit(Paper, "goes_on", (">= self.s.exit_threshold", "> self.s.exit_threshold"))],
     "the drafts' keys stay after a verify": [put(speculative, "read", read_beside_the_drafts)],
     "a rejected draft's slots are not given back": verify_late("k - accepted"),
     "position off by one after full acceptance": verify_late("0 < k == accepted"),
-    "token 0 is no token": [
-        edit(speculative, "generate", ("emitted = [*drafted[:accepted], own]",
-                                       "emitted = [d for d in (*drafted[:accepted], own) if d] or [1]"))],
-    "the text goes on after an accepted stop": [
-        edit(speculative, "generate", ("emitted = emitted[:stops[0] + 1]", "stops = []"))],
+    "token 0 is no token": loop("[*drafted[:accepted], own]",
+                                "[*filter(None, [*drafted[:accepted], own])] or [1]"),
+    "the text goes on after an accepted stop": loop("emitted = emitted[:stops[0] + 1]",
+                                                    "stops = []"),
     "a stop in a draft is told twice": [
         put(report, "fates", lambda r: dict(kept=r.emitted[:r.accepted], own=r.emitted[-1:],
                                             rejected=r.drafted[r.accepted:]))],
-    "infinite logits are numbers": [
-        edit(speculative, "generate", ("not logits.isfinite().all()", "logits.isnan().any()"))],
-    "the prompt's logits alone are looked at": [
-        edit(speculative, "generate", ("if not logits.", "if n == 0 and not logits."))],
-    "the prompt's logits are not looked at": [
-        edit(speculative, "generate", ("if not logits.", "if n > 0 and not logits."))],
-    "layers are optimised a round late": [put(Paper, "due", due_late)],
-    "the probe is the last drafted token": [
-        edit(speculative, "generate", ("x[accepted - (k + 1)]", "x[-1]"))],
-    "the probe is the token before the round": [
-        edit(speculative, "generate", ("x[accepted - (k + 1)]", "x[-(k + 1)]"))],
+    "infinite logits are numbers": loop("not logits.isfinite().all()", "logits.isnan().any()"),
+    "only the prompt's logits are looked at": loop("if not logits.", "if n == 0 and not logits."),
+    "the prompt's logits are not looked at": loop("if not logits.", "if n > 0 and not logits."),
+    "layers are optimised a round late": [
+        edit(Paper, "due", ("n % self.s.interval == 0", "n % self.s.interval == 1"))],
+    "the probe is the last drafted token": loop("x[accepted - (k + 1)]", "x[-1]"),
+    "the probe is the token before the round": loop("x[accepted - (k + 1)]", "x[-(k + 1)]"),
     "h[L] comes after the final norm": [put(Paper, "optimise", normed)],
-    "the verify's seconds are the draft's too": [
-        edit(speculative, "generate", ("verifying - drafting,", "verifying - began,"))],
+    "the verify's seconds are the draft's too": loop("verifying - drafting,", "verifying - began,"),
 }
 
 
@@ -437,20 +361,8 @@ def candidates(position=lambda t, slots: t + 0 * slots, first=1,
     return [put(Cache, "candidates", wrong)]
 
 
-def masked(may_read):
-    """Cache.sequence, where row i of T may read slot where may_read(slot, slots, i) is true."""
-    def wrong(self, t, T):
-        slots = self.slot[t:t + T]
-        reads = may_read(self.slot[:t + T], slots[:, None], self.slot[:T, None]).expand(T, -1)
-        return self.rows(slots, slots, reads)
-    return [put(Cache, "sequence", wrong)]
-
-
-def one_late(self, t, T):
-    rows = sequence(self, t, T)
-    if T > 1:
-        return rows
-    return rows._replace(cos=self.cos.roll(-1, 0)[rows.slots], sin=self.sin.roll(-1, 0)[rows.slots])
+def sequence(right, wrong):
+    return [edit(Cache, "sequence", (right, wrong))]
 
 
 def interleaved(x, rows):
@@ -471,10 +383,10 @@ def with_queries(change):
     return [put(llama, "attention", attention)]
 
 
-def narrow_tables(self, cfg, S, device, dtype):
-    cache_init(self, cfg, S, device, dtype)
-    self.cos = self.cos.to(dtype)
-    self.sin = self.sin.to(dtype)
+def config_of_4(path):
+    c = ll.read_json(path)
+    c.pop("rope_parameters", None)
+    return c
 
 
 LLAMA = {
@@ -487,15 +399,13 @@ LLAMA = {
         may_read=lambda slot, slots, t: (slot < t - 1) | (slot == slots)),
     "scratch begins at the probe": candidates(first=0),
     "the interleaved rotary layout": [put(llama, "rotate", interleaved)],
-    "decoding one position late": [put(Cache, "sequence", one_late)],
+    "decoding one position late": sequence("self.rows(slots, slots,",
+                                           "self.rows((slots + (T == 1)) % self.S, slots,"),
+    "the mask without + t": sequence("<= slots[:, None]", "<= self.slot[:T, None]"),
+    "no causal mask": sequence("<= slots[:, None]", "<= slots[-1] + 0 * slots[:, None]"),
     "LLaMA-3.1's stretching left out": [
-        put(llama, "rope_frequencies",
-            lambda cfg: ll.rope_frequencies(replace(cfg, scaling=None)))],
-    "Transformers 5 not understood": [
-        put(llama, "read_json", lambda path: {key: value for key, value in ll.read_json(path).items()
-                                              if key != "rope_parameters"})],
-    "the mask without + t": masked(lambda slot, slots, i: slot <= i),
-    "no causal mask": masked(lambda slot, slots, i: slot + 0 * slots >= 0),
+        put(llama, "rope_frequencies", lambda c: ll.rope_frequencies(replace(c, scaling=None)))],
+    "Transformers 5 not understood": [put(llama, "read_json", config_of_4)],
     "scores divided by the root of D": with_queries(lambda q, c: q * (c.hd / c.D) ** 0.5),
     "query heads dealt to kv heads in turn": with_queries(
         lambda q, c: q.unflatten(1, (-1, c.G)).transpose(1, 2).flatten(1, 2)),
@@ -503,24 +413,21 @@ LLAMA = {
         put(llama, "rms_norm", lambda x, weight, eps: ll.rms_norm(x, weight, 0 * eps))],
     "norms in bfloat16": [
         put(llama, "rms_norm", lambda x, weight, eps: ll.rms_norm(x, weight, eps.type(x.dtype)))],
-    "rotary tables in bfloat16": [put(Cache, "__init__", narrow_tables)],
-    "a cache begins uninitialised": [
-        edit(Cache, "__init__", ("torch.zeros(", "torch.empty("),
-             ("torch.zeros_like(", "torch.empty_like("))],
-    "a skipped layer runs": [
-        edit(llama.Llama, "forward", ("if skip and skip[i]:", "if False:"))],
+    "rotary tables in bfloat16": [
+        edit(Cache, "__init__", ("torch.promote_types(dtype, torch.float32)", "dtype"))],
+    "a cache begins uninitialised": [edit(Cache, "__init__", ("torch.zeros(", "torch.empty("))],
     "the layers that run are those to be skipped": [
-        edit(llama.Llama, "forward", ("if skip and skip[i]:", "if skip and not skip[i]:"))],
+        edit(Llama, "forward", ("skip and skip[i]", "skip and not skip[i]"))],
     "a skipped layer writes": [
-        edit(llama.Llama, "forward", ("h.append(h[i])",
-                                      "self.layer(i, h[i], rows, cache)\n            h.append(h[i])"))],
+        edit(Llama, "forward", ("h.append(h[i])", "h.append(self.layer(i, h[i], rows, cache))\n"
+                                                  "            h[-1] = h[i]"))],
 }
 
 
-# ----------------------------------------------------------------------- the probe of several tokens
+# ----------------------------------------------------------------- the probe of several tokens
 
 def nearness(compare):
-    """`nearness`, where compare(end, g, target), all (..., r, D), says how near."""
+    """`nearness`, where compare(end, g, target), (r, D), (J, r, D) and (r, D), says how near."""
     def of(end):
         end = end.to(torch.promote_types(end.dtype, torch.float32))
         return lambda g, target: compare(end, g.to(end.dtype).view(-1, *end.shape),
@@ -532,16 +439,8 @@ def narrow_nearness(end):
     return lambda g, target: dp.cosine(end, end + (g - target).view(-1, *end.shape)).mean(-1)
 
 
-def several(position=lambda t, r, J: torch.arange(t - r + 1, t + 1).repeat(J),
-            may_read=lambda slot, position, slots, t: (slot < position) | (slot == slots)):
-    """The candidates of several tokens, where one thing that the rows are told is another."""
-    def wrong(cache, t, J, r):
-        slot = cache.slot[:t + 1 + J * r]
-        slots = slot[t + 1:]
-        positions = position(t, r, J)
-        reads = may_read(slot, positions[:, None], slots[:, None], t)
-        return cache.rows(positions, slots, reads)
-    return [put(probe, "candidates", wrong)]
+def several(right, wrong):
+    return [edit(probe, "candidates", (right, wrong))]
 
 
 PROBE = {
@@ -556,14 +455,11 @@ PROBE = {
         lambda end, g, target: dp.cosine(end, end + g - target)[..., -1]),
     "one token is compared as several are": [edit(probe, "choose_by", ("if r > 1:", "if True:"))],
     "candidates of a token see those of another": several(
-        may_read=lambda slot, position, slots, t: (
-            (slot < position) | (slot == slots) | (slot > t) & (slot < slots))),
-    "one position for all tokens": several(
-        position=lambda t, r, J: torch.full((J * r,), t)),
-    "a token of a probe sees those before it not": several(
-        may_read=lambda slot, position, slots, t: (slot < position.min()) | (slot == slots)),
-    "a token's candidates lie beside one another": several(
-        position=lambda t, r, J: torch.arange(t - r + 1, t + 1).repeat_interleave(J)),
+        "(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])"),
+    "one position for all tokens": several("cache.rows(position,", "cache.rows(0 * position + t,"),
+    "a token of a probe is blind to those before it": several(
+        "(slot < position[:, None])", "(slot < position.min())"),
+    "a token's candidates lie beside one another": several(".repeat(J)", ".repeat_interleave(J)"),
     "a probe longer than the text": [edit(probe, "choose_by", ("r = min(r, len(text))", "pass"))],
 }
 
