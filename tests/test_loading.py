@@ -19,7 +19,7 @@ with_llama3 = pytest.mark.skipif(not LLAMA3, reason="CLASP_LLAMA3 names no folde
 
 
 def complaint(call, *args):
-    """What `call` says when it refuses: a ModelError of one line."""
+    """What `call` says when it refuses a model: a ModelError of one line."""
     with pytest.raises(llama.ModelError) as e:
         call(*args)
     assert str(e.value) and "\n" not in str(e.value)
