@@ -5,7 +5,7 @@ Every rank runs the whole command. All take the same decisions, for they have on
 logits to the last bit. This is not left to hope: after each round they compare what they decided. A
 difference, a rank that is gone and one that does not answer end every rank with a line and status
 1: one that went on alone would wait forever in the next exchange. (Should ranks ever run different
-passes within a round, their exchanges do not fit: NCCL waits, until the alarm; gloo aborts.)
+passes within a round, their exchanges do not fit: they abort, or wait until the alarm.)
 """
 import argparse
 import io

@@ -29,6 +29,13 @@ def leaves(out):
     return [] if out is None else [out]
 
 
+def assert_same_choice(a, b):
+    close = dict(rtol=0, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(torch.tensor(a.D), torch.tensor(b.D), **close)
+    assert a.skipped == b.skipped
+    torch.testing.assert_close(a.g, b.g, **close)
+
+
 def spoil(results):
     for x in results:
         x.fill_(math.nan if x.is_floating_point() else 1)
@@ -77,7 +84,7 @@ def replaying(model, K, M, r=1, policy=lambda s: None, **how):
 def assert_replays_equal_plain_passes(module=replay):
     """Every kind of pass at several positions, against the plain model with an ordinary cache;
     recorded for probes of one token, and of two."""
-    for r in (1, 2):
+    for r in (2, 1):
         assert_these_replays_equal_plain_passes(module, r)
 
 
@@ -89,7 +96,7 @@ def assert_these_replays_equal_plain_passes(module, r):
     text = []
 
     def equal(a, b):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
     def both(T, skip=()):
         """T rows behind the text by either way: -> states (L+1, T, D). The head is replayed before
@@ -109,12 +116,11 @@ def assert_these_replays_equal_plain_passes(module, r):
         out = []
         for m, choose, cache in ways:
             choice, end = choose_by(n, choose, m, cache, text, h, M)
-            out.append((choice, choice.g, end))
+            out.append((choice, end))
         m.head(m.forward(torch.tensor([0]), cache.sequence(len(text), 1), cache)[-1])
-        (a, *states), (b, *others) = out               # which outlive the next replays
-        equal(torch.tensor(a.D), torch.tensor(b.D))
-        assert a.skipped == b.skipped
-        equal(states, others)
+        (a, end), (b, other_end) = out                 # which outlive the next replays
+        assert_same_choice(a, b)
+        equal(end, other_end)
 
     with torch.inference_mode():
         ways[1] = (fast, fast.choose, fast.cache(60))
@@ -122,7 +128,7 @@ def assert_these_replays_equal_plain_passes(module, r):
         text += ids
         for skip in itertools.product((False, True), repeat=5):
             both(1, skip)                              # a draft step with every set there is
-        for T in (3, 1, 4, 2, 4):
+        for T in (3, 1, 4, 2):
             ids, h = both(T)
             for accepted in range(T):                  # not the position of the recording
                 text.append(ids[accepted])
@@ -277,33 +283,17 @@ def test_the_loop_is_as_lossless_by_replayed_passes(K, M, interval, threshold):
     assert distance(model, s, replaying(model, K, M)) < 1e-12
 
 
-@pytest.mark.parametrize("temperature, M, r", [(0.9, None, 1), (0.9, 1, 2), (0.0, None, 3),
-                                               (0.9, 0, 1)])
-def test_so_is_the_policy_that_adapts(temperature, M, r, monkeypatch):
-    """Rejects a head that is not the full model's for the states that a policy asks about, and a
-    probe at the beginning of a text that is shorter than the recorded one."""
-    monkeypatch.setattr("policy.adaptive.REST", 1)
-    L = 3
-    s = Settings(temperature=temperature, N=4, stop_ids=(2,))
-
-    def policy(s):
-        return Adaptive(s, [1 - 0.9 * j / L for j in range(L + 1)], [1 + 0.01 * n for n in range(5)],
-                        K=3, M=M, probe=r)
-    model = tiny_llama(L=L, seed=r)
-    loop = replaying(model, 3, 2 if M is None else M, r, policy)
-    assert distance(model, s, loop, prompt=(1,)) < 1e-12
-
-
 @pytest.mark.parametrize("r", [1, 4])
 def test_a_replay_serves_run_after_run_of_any_length(r):
-    """Rejects a cache that keeps something of an earlier text, graphs of a cache that is gone, and
-    a choice that is another than the plain program's."""
+    """Rejects a cache that keeps something of an earlier text, graphs of a cache that is gone, a
+    choice that is another than the plain program's, logits of states that are not the full model's,
+    and a probe at the beginning of a text that is shorter than the recorded one; by the paper's
+    numbers, and by the policy for probes of 4."""
     model = tiny_llama(V=30, L=5, D=16, H=4, G=2, seed=4)
 
-    def probing(s):
-        return Adaptive(s, [1.0, .8, .6, .4, .3, .2], [1.0] * 6, K=s.K, M=s.M, interval=2,
-                        exit_threshold=0.0, probe=r)
-    policy = probing if r > 1 else lambda s: None
+    def policy(s):
+        if r > 1 and s.K > 0:
+            return Adaptive(s, [1.0, .6, .4, .2, .1, .1], [1.0] * 6, M=s.M, interval=2, probe=r)
     fast = replaying(model, 4, 2, r, policy)
     gen = torch.Generator().manual_seed(0)
     chosen = set()
@@ -435,9 +425,8 @@ def costs(tmp_path):
 
 
 @pytest.mark.parametrize("how", [
-    "--temperature 1 --seed 4 --interval 2 --probe 1", "--probe 4 --interval 2",
-    "--strategy paper --interval 2", "--skip-layers 0 --no-compile", "--strategy ar",
-    "--compare --repeats 1"])
+    "--strategy paper --temperature 1 --seed 4 --interval 2", "--probe 4 --interval 2",
+    "--skip-layers 0 --no-compile", "--strategy ar", "--compare --repeats 1"])
 def test_the_command_says_the_same_with_recorded_passes_as_without(on_a_gpu, costs, capsys, how):
     """Rejects a chooser, a draft length or a budget that does not reach the recorded passes, so
     that others run in their place, one that is recorded and never used, passes recorded with
