@@ -108,7 +108,8 @@ def recordable(device: torch.device) -> bool:
 def agreed(rounds: Iterator[Round], device: torch.device) -> Iterator[Round]:
     """The rounds of a run, each compared across ranks before it is yielded, and the end too."""
     while True:
-        alarm = threading.Timer(TIMEOUT, lost, [f"no round ended within {TIMEOUT} seconds"])
+        alarm = threading.Timer(TIMEOUT, lost, [
+            f"no round ended within {TIMEOUT} seconds (on GPUs --eager may help)"])
         alarm.daemon = True
         alarm.start()
         try:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_layer_skip import Choice, Near, RunLayer, choose_skip, cosine, table
-from llama import Cache, Layer, Llama, Rows
+from llama import Cache, Layer, Llama, ModelError, Rows
 from policy.probe import nearness
 
 Fuse = Callable[[Callable], Callable]                  # torch.compile or nothing
@@ -101,7 +101,7 @@ class Replay:
         self.h = model.embed.new_zeros(self.cfg.L + 1, r * self.cfg.D)      # of the probe
 
     def record(self, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Run f; its result, and what repeats it in place."""
+        """Run f; its result, and what repeats it in place. Raises ModelError."""
         self.side = self.side or torch.cuda.Stream(self.device)    # one, to share memory
         here = torch.cuda.current_stream(self.device)
         self.side.wait_stream(here)
@@ -110,8 +110,13 @@ class Replay:
                 f()
         here.wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
-            out = f()                   # subtle: recorded, but not run; so `out` holds nothing yet
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+                out = f()               # subtle: recorded, but not run; so `out` holds nothing yet
+        except RuntimeError as e:
+            why = first_line(e.__context__ or e)       # what broke a recording hides behind its end
+            raise ModelError(f"a CUDA graph could not be recorded: {why} (--eager runs without)"
+                             ) from None
         self.pool = graph.pool()
         graph.replay()
         return out, graph.replay
@@ -223,22 +228,34 @@ def recorded(model: Llama, K: int, M: int, r: int, compile: bool = True) -> tupl
               "(--no-compile, --eager)", file=sys.stderr)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)            # some of PyTorch's calls name none
-    replay = Replay(model, K, M, r, fusing(model.device) if compile else lambda f: f)
+    replay = Replay(model, K, M, r, fused if compile else lambda f: f)
     return replay, replay.choose
 
 
-def fusing(device: torch.device) -> Fuse:
-    """torch.compile for Replay, tried out; where it cannot work, the identity, and a line that says
-    so."""
-    def fuse(f: Callable) -> Callable:
-        # Tuned, a product with one row becomes a kernel of its own that the parts around it join.
-        return torch.compile(f, fullgraph=True, dynamic=False,
-                             options=dict(coordinate_descent_tuning=True))
-    try:
-        torch._dynamo.config.recompile_limit = 64      # per row count and size of the cache
-        fuse(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as e:  # whatever a compiler may say: without it all works, only slower
-        print(f"note: no fused kernels, torch.compile fails here: {type(e).__name__} "
-              f"{str(e).strip().partition(chr(10))[0]}", file=sys.stderr)
-        return lambda f: f
-    return fuse
+def fused(f: Callable) -> Callable:
+    """f, compiled where it is first called. Where that fails, for whatever arguments, f as it is
+    from then on, and a line that says so."""
+    run = None
+
+    def call(*args: Any) -> Any:
+        nonlocal run
+        if run is not f:
+            try:
+                if run is None:
+                    torch._dynamo.config.recompile_limit = 64      # per row count and cache size
+                    # Tuned, a product with one row becomes a kernel that the parts around it join.
+                    run = torch.compile(f, fullgraph=True, dynamic=False,
+                                        options=dict(coordinate_descent_tuning=True))
+                return run(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # whatever a compiler may say: all works without, only slower
+                print(f"note: no fused kernels, torch.compile fails here: {first_line(e)}",
+                      file=sys.stderr)
+                run = f
+        return f(*args)
+    return call
+
+
+def first_line(e: BaseException) -> str:
+    return f"{type(e).__name__} {str(e).strip().partition(chr(10))[0]}"
