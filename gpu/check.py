@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                        type=number(float, "0 or more", lambda v: 0 <= v < 1e6))
         a = p.parse_args(argv)
         if not a.tiny and not torch.cuda.is_available():
-            raise UsageError(unusable() or "PyTorch sees no CUDA GPU here; --tiny tries it on a CPU")
+            raise UsageError(unusable() or "PyTorch sees no CUDA GPU here (--tiny: on a CPU)")
         torch.set_num_threads(1)
         Check(a.report, a.seconds, a.tiny, a.model).run()
         return 0

@@ -52,6 +52,7 @@ class Ranked:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         self.rank = int(os.environ["RANK"])
+        self.told = 0
         if self.rank > 0:
             a.trace = None
         wait = timedelta(seconds=TIMEOUT)
@@ -59,16 +60,17 @@ class Ranked:
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=n,
                                 timeout=wait)
 
-    def same(self, name: str, value: bytes) -> bytes:
-        """Rank 0's value, on all ranks."""
+    def same(self, value: bytes) -> bytes:
+        """Rank 0's value, on all ranks, which must ask in one order."""
+        self.told += 1
         if self.rank == 0:
-            self.store.set(name, value)
-        return self.store.get(name)
+            self.store.set(f"value {self.told}", value)
+        return self.store.get(f"value {self.told}")
 
     def prompt(self) -> list[int]:
         if self.a.prompt == "-":
             text = sys.stdin.buffer.read() if self.rank == 0 else b""
-            sys.stdin = io.TextIOWrapper(io.BytesIO(self.same("prompt", text)))
+            sys.stdin = io.TextIOWrapper(io.BytesIO(self.same(text)))
         return super().prompt()
 
     def load(self) -> "Ranked":
@@ -78,7 +80,7 @@ class Ranked:
                   "part of a CUDA graph", file=sys.stderr)
         super().load()
         # All have measured what passes cost, but must decide by the same numbers.
-        self.costs = json.loads(self.same("costs", json.dumps(self.costs).encode()))
+        self.costs = json.loads(self.same(json.dumps(self.costs).encode()))
         # To the rest of the command the model is the whole one, with the sizes of the whole.
         names = ("device", "dtype", "cache", "forward", "layer", "head")
         own = {name: getattr(self.model, name) for name in names}

@@ -7,9 +7,9 @@ import pytest
 
 import clasp_mini
 from dp_layer_skip import torch
-from gpu import check, driver, synthetic
+from gpu import check, synthetic
 from speculative import Settings
-from test_clasp import ROOT, decode
+from tests.helpers import ROOT, decode
 
 
 def test_a_dry_run_goes_through_every_step_and_one_that_fails_costs_only_itself(

@@ -14,10 +14,10 @@ import clasp_mini
 import llama
 from dp_layer_skip import choose_skip, torch
 from gpu import driver, replay
-from policy.adaptive import Adaptive
 from policy.probe import choose_by
 from speculative import Settings, generate
-from test_clasp import ROOT, decode, distance, tiny_llama, tokens
+from tests.every_outcome import distance
+from tests.helpers import adaptive, assert_same_choice, decode, tiny_llama, tokens
 from tests.wrong_programs import altered
 
 
@@ -26,13 +26,6 @@ def leaves(out):
     if isinstance(out, (tuple, list)):
         return [x for part in out for x in leaves(part)]
     return [] if out is None else [out]
-
-
-def assert_same_choice(a, b):
-    close = dict(rtol=0, atol=1e-12, equal_nan=True)
-    torch.testing.assert_close(torch.tensor(a.D), torch.tensor(b.D), **close)
-    assert a.skipped == b.skipped
-    torch.testing.assert_close(a.g, b.g, **close)
 
 
 def spoil(results):
@@ -69,12 +62,12 @@ def replayed(model, K, M, r=1, fuse=lambda f: f, module=replay):
     return fast
 
 
-def replaying(model, K, M, r=1, policy=lambda s: None, **how):
-    """`generate` by replayed passes; takes a plain model's place in `decode` and `distance`."""
+def replaying(model, K, M, r=1, by=generate, **how):
+    """`generate`, or another loop, by replayed passes: to be handed to `decode` and `distance`."""
     fast = replayed(model, K, M, r, **how)
 
     def loop(_, prompt, s, chance, choose):
-        return generate(fast, prompt, s, chance, fast.choose, policy(s))
+        return by(fast, prompt, s, chance, fast.choose)
     return loop
 
 
@@ -118,7 +111,8 @@ def assert_these_replays_equal_plain_passes(module, r):
             out.append((choice, end))
         m.head(m.forward(torch.tensor([0]), cache.sequence(len(text), 1), cache)[-1])
         (a, end), (b, other_end) = out                 # which outlive the next replays
-        assert_same_choice(a, b)
+        assert_same_choice(a, b, 1e-12)
+        equal(a.g, b.g)
         equal(end, other_end)
 
     with torch.inference_mode():
@@ -163,7 +157,6 @@ WRONG_REPLAYS = {
         (PROBE, PROBE.replace("repeat", "repeat_interleave"))],
     "scratch begins at the probe": [
         ("self.slot[1:J * r + 1] + self.t", "self.slot[:J * r] + self.t")],
-    "every layer's graph is layer 0's": [("lambda i=i: layer(i)", "lambda: layer(0)")],
     "every graph is the last layer's": [("lambda i=i: layer(i)", "lambda: layer(i)")],
     "layers share a cache": [
         ("def begin() -> Rows:", "slots.layers = slots.layers[:1] * 9\n\n        def begin():")],
@@ -179,9 +172,7 @@ WRONG_REPLAYS = {
         ("self.before[i] if runs[i] else h[0]", "self.before[i]")],
     "the ids are those of the recording": [("self.ids[:T].copy_(ids)", "pass")],
     "states of the padding": [("x[:T] for x", "x[-T:] for x")],
-    "the padding is given back with the states": [("[x[:T] for x in self.states]", "self.states")],
     "the head reads what it was recorded with": [("self.last[:T].copy_(x)", "pass")],
-    "logits of the padding": [("return logits[:T]", "return logits[-T:]")],
     "the padding is given back with the logits": [("return logits[:T]", "return logits")],
     "the head works where a verify's states lie": [
         (f"if self.P > 1: {VERIFY}", "pass"),
@@ -290,19 +281,19 @@ def test_a_replay_serves_run_after_run_of_any_length(r):
     numbers, and by the policy for probes of 4."""
     model = tiny_llama(V=30, L=5, D=16, H=4, G=2, seed=4)
 
-    def policy(s):
-        if r > 1 and s.K > 0:
-            return Adaptive(s, [1.0, .6, .4, .2, .1, .1], [1.0] * 6, M=s.M, interval=2, probe=r)
-    fast = replaying(model, 4, 2, r, policy)
+    policy = generate
+    if r > 1:
+        _, policy = adaptive([1.0, .6, .4, .2, .1, .1], [1.0] * 6, K=4, M=2, interval=2, probe=r)
+    by_policy = replaying(model, 4, 2, r, policy)
+    plainly = replaying(model, 4, 2, r)
     gen = torch.Generator().manual_seed(0)
     chosen = set()
     for n, (length, N) in enumerate(((1, 10), (30, 30), (490, 30), (4, 20))):
         prompt = torch.randint(30, (length,), generator=gen).tolist()
-        for s in (Settings(temperature=0.7, K=4, M=2, N=N, interval=2), Settings(N=N)):
-            def slow(model, prompt, s, chance, choose):
-                return generate(model, prompt, s, chance, choose, policy(s))
-            want = decode(model, prompt, s, chance=n, loop=slow)
-            got = decode(model, prompt, s, chance=n, loop=fast)
+        for s, slow, fast in ((Settings(temperature=0.7, K=4, M=2, N=N, interval=2), policy,
+                               by_policy), (Settings(N=N), generate, plainly)):
+            want = decode(model, prompt, s, n, slow)
+            got = decode(model, prompt, s, n, fast)
             assert tokens(got) == tokens(want)
             assert [x.skip for x in got] == [x.skip for x in want]
             chosen |= {x.skip for x in got}
@@ -446,20 +437,6 @@ def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, cuda, usa
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     line = driver.unusable()
     assert line is None if said is None else said in line and "\n" not in line
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_the_compiler_is_asked_only_where_it_may_be(monkeypatch, capsys, terminal):
-    """Rejects --no-compile without effect, and silence on a terminal while passes are recorded."""
-    monkeypatch.setattr(replay, "fused", lambda f: "fused")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
-    model = tiny_llama()
-    for compile in (True, False):
-        fast, choose = replay.recorded(model, 4, 2, 3, compile)
-        assert (fast.update == fast.fused.block == "fused") == compile
-        assert (fast.P, fast.M, fast.r, choose) == (5, 2, 3, fast.choose)
-        assert model.block != "fused"
-    assert capsys.readouterr().err.count("\n") == 2 * terminal
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch.distributed.tensor  # noqa: F401  which else every rank would import for itself
@@ -24,11 +23,11 @@ import llama
 import speculative
 from dp_layer_skip import choose_skip, torch
 from gpu import parallel, ranks
-from gpu.test_gpu import assert_same_choice, replaying
+from gpu.test_gpu import replaying
 from policy import costs
 from policy.probe import choose_by
 from speculative import Settings
-from test_clasp import DEMO, ROOT, decode
+from tests.helpers import DEMO, ROOT, assert_same_choice, decode
 from tests.slow_llama import AS_5, IDS, random_checkpoint
 from tests.wrong_programs import altered
 
@@ -124,7 +123,7 @@ def every_pass_is_that_of_the_whole(folder, module=parallel):
             assert b.shape[1] == a.shape[1] // n and near(a[:, heads], b), "another cache"
         (a, _), (b, _) = (choose_by(2, choose_skip, m, c, IDS[:t].tolist(), h[:, -1], 3)
                           for m, c in both)
-        assert_same_choice(a, b)
+        assert_same_choice(a, b, 1e-12)
         half = module.Parallel.load(folder, "cpu", torch.bfloat16)
         cache = half.cache(12)
         h = half.forward(IDS, cache.sequence(0, 12), cache)
@@ -153,7 +152,8 @@ WRONG_SHARES = {
     "out is not cut by the heads that it reads": (
         "x if dim is None else share(x, dim)", "x if dim is None else share(x if 'o_proj' not in "
         "name else x.flip(1), dim)"),
-    "logits stand rank by rank": (".transpose(0, 1).reshape(T, self.n * m)", ".reshape(T, self.n * m)"),
+    "logits stand rank by rank": (
+        ".transpose(0, 1).reshape(T, self.n * m)", ".reshape(T, self.n * m)"),
     "the head is its own share's norm": ("rms_norm(x, self.norm, self.eps)", "x"),
     "logits of the padding come out": ("every[:, :self.cfg.V]", "every")}
 
@@ -239,7 +239,8 @@ def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
             dist.all_reduce = noting(dist.all_reduce)
             dist.all_gather_single = noting(dist.all_gather_single)
             model = parallel.Parallel.load(tmp_path, "cpu", torch.float32)
-            tensors = [model.embed, model.norm, model.lm_head, *(x for w in model.layers for x in w)]
+            tensors = [model.embed, model.norm, model.lm_head]
+            tensors += [x for w in model.layers for x in w]
             storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}
             assert sum(storages.values()) == 4 * sum(copied) == 4 * held(c, n)
             cache = model.cache(64)
@@ -275,7 +276,7 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
     def check(kind):
         rank = int(os.environ["RANK"])
         costs.measure = lambda *_: dict(draft=[1 - 0.1 * (rank + j) for j in range(7)],
-                                        verify=[1.0] * 14, optimise=0)
+                                        verify=[1.0] * 14, optimise=0, risk=[0.1] * 7)
         whole, job = job_of(clasp_mini.Job, *flags), job_of(kind, *flags)
         whole.costs = job.load().costs                 # given, so not measured
         got = decisions(job)
