@@ -432,7 +432,7 @@ def test_a_rank_that_cannot_load_its_share_or_never_comes_ends_the_others(tmp_pa
             raise llama.ModelError(f"{name} is broken")
         if rank == 1:
             parallel.part = part
-    (status, _, err), (status_1, _, err_1) = start(2, main_command(before=broken), tmp_path)
+    (status, _, err), (status_1, _, err_1) = start(2, main_command(*FIXED, before=broken), tmp_path)
     assert (status, status_1) == (1, 1) and one_line(err, "did another rank end?"), err
     assert one_line(err_1, "is broken")
 
