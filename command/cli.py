@@ -70,7 +70,8 @@ def answer(work: Callable[[], int]) -> int:
     2 (usage), 130 (Ctrl-C) or 141 (the reader of our output has gone)."""
     name = Path(sys.argv[0]).name
     try:
-        sys.stdout.reconfigure(errors="replace")       # for a terminal that lacks characters
+        if hasattr(sys.stdout, "reconfigure"):         # a notebook's has not
+            sys.stdout.reconfigure(errors="replace")   # for a terminal that lacks characters
         status = work()
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status

@@ -67,7 +67,7 @@ def compared(c: dict, pairs: Sequence[tuple[list[Round], list[Round]]], dtype: s
             f"verify, acceptance {c['acceptance']:.2f}\n"
             f"speed-up        {c['speedup']:8.2f}            "
             f"{c['speedup'] / c['ideal_speedup']:.0%} of {c['ideal_speedup']:.2f}, the ideal for "
-            "these drafts and this acceptance\n"
+            "these drafts\n"
             f"in plain steps  a draft step {c['costs']['draft_step']:.2f}, a verify "
             f"{c['costs']['verify']:.2f}, a layer optimisation {c['costs']['optimise']:.2f}\n"
             f"texts           {texts}")

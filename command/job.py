@@ -16,6 +16,7 @@ from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError
 from policy import costs
 from policy.adaptive import Adaptive, budgets
+from policy.probe import PaperByProbe
 from speculative import Paper, Round, Settings
 from text.tokenizer import EOT, Tokenizer, stop_ids
 
@@ -42,7 +43,6 @@ class Job:
         self.device = self.checked_device()
         self.tokenizer = self.checked_tokenizer()
         self.dtype = self.chosen_dtype()
-        self.probe = a.probe or (4 if self.device.type == "cuda" and a.strategy == "clasp" else 1)
         named = (a.draft_length, a.skip_layers, a.draft_exit_threshold, a.interval)
         self.named = dict(zip(NUMBERS, named))         # None: left open
         if a.strategy == "ar":
@@ -55,6 +55,9 @@ class Job:
         if self.M > self.cfg.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {self.cfg.L} layers")
         self.adaptive = None in self.named.values()
+        # Who decides. With all its numbers named clasp is the paper's loop.
+        self.ran = "paper" if a.strategy == "clasp" and not self.adaptive else a.strategy
+        self.probe = a.probe or (4 if self.device.type == "cuda" and self.adaptive else 1)
         self.settings = Settings(a.temperature, a.top_k, a.top_p, a.max_new_tokens, self.stops,
                                  **({} if self.adaptive else self.named))
         self.plain = replace(self.settings, K=0, M=0)
@@ -66,15 +69,20 @@ class Job:
 
     def take_saved_flags(self) -> None:
         """What the user left open is as clasp.json in the model's folder says. Its temperature and
-        seed go with its prompt."""
+        seed go with its prompt, and its numbers with a policy that is not the paper's."""
         own = dict(device="cuda" if torch.cuda.is_available() else "cpu", prompt=None, costs=None,
                    temperature=0.0, seed=0, skip_layers=None, draft_length=None,
                    draft_exit_threshold=None, interval=None, probe=None)
         named = saved(self.folder / "clasp.json", parser(), own)
+        passed_over = []
         if self.a.prompt is not None or self.a.prompt_ids is not None:
-            named.pop("temperature", None)
-            named.pop("seed", None)
-        for name, value in (own | named).items():
+            passed_over += ["temperature", "seed"]
+        if self.a.strategy == "paper":
+            passed_over += ["skip_layers", "draft_length", "draft_exit_threshold", "interval",
+                            "probe"]
+        for name, value in own.items():
+            if name in named and name not in passed_over:
+                value = named[name]
             if getattr(self.a, name) is None:
                 setattr(self.a, name, value)
 
@@ -140,6 +148,8 @@ class Job:
         """Who decides: the paper's numbers or, where one of them was left open, ours."""
         if self.adaptive:
             return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe)
+        if self.probe > 1:
+            return PaperByProbe(self.settings, self.cfg.L, self.probe)
         return Paper(self.settings, self.cfg.L)
 
     def report(self) -> dict:

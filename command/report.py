@@ -61,16 +61,23 @@ def fates(r: Round) -> dict[str, list[int]]:
                 own=r.emitted[r.accepted:])
 
 
-def summary(f: dict, strategy: str) -> str:
-    """One account of a run, in two lines."""
+def summary(f: dict, ran: str) -> str:
+    """One account of a run, in two short lines. `ran` is the strategy."""
+    seconds = brief(f["seconds"])
     if not f["verifies"]:
-        return f"{strategy}: {f['emitted']} token(s), the prefill's, in {f['seconds']:.2f} s"
-    head = f"{strategy}: {f['emitted']} tokens in {f['seconds']:.2f} s"
-    rate = f"{f['tokens_per_second']:.1f} tokens/s after the prefill"
-    if not f["drafted"]:
-        why = "" if strategy == "ar" else "; nothing drafted: it would hardly pay"
-        return f"{head}\n{rate}{why}"
-    spent = ", ".join(f"{name} {part:.0%}" for name, part in f["shares"].items())
-    return (f"{head}: prefill {f['prefill_seconds']:.2f} s, then {spent}\n{rate}, "
-            f"{f['tokens_per_verify']:.2f} per verify; {f['accepted']} of {f['drafted']} drafted "
-            f"kept; layers chosen {f['optimisations']}x")
+        return f"{ran}: {f['emitted']} token(s), the prefill's, in {seconds} s"
+    decoding = f["decode_seconds"]
+    spent = dict(prefill=f["prefill_seconds"])
+    spent |= {step: part * decoding for step, part in f["shares"].items()}
+    shares = {step: part / f["seconds"] for step, part in spent.items()}
+    parts = ", ".join(f"{step} {share:.0%}" for step, share in shares.items() if share > 0.005)
+    more = "; nothing drafted: it would hardly pay" if ran == "clasp" else ""
+    if f["drafted"]:
+        more = (f", {f['tokens_per_verify']:.2f} per verify; {f['accepted']} of {f['drafted']} "
+                f"kept; layers chosen {f['optimisations']}x")
+    return (f"{ran}: {f['emitted']} tokens in {seconds} s: {parts}\n"
+            f"decoding {brief(f['tokens_per_second'])} tokens/s{more}")
+
+
+def brief(x: float) -> str:
+    return f"{x:.2f}" if x < 100 else f"{x:.0f}"

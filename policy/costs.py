@@ -1,71 +1,76 @@
-"""What passes cost, in plain steps (decoding one token by one pass): measured once, made into
-tables for policy.adaptive.Adaptive. A table that is kept gives a seed one text everywhere (--costs).
+"""What passes cost, in plain steps (decoding one token by one pass): tables for
+policy.adaptive.Adaptive. Guessed from the bytes that a pass reads, measured where it first matters,
+and kept, so that a seed means one text on one machine.
 """
-import statistics
+import hashlib
+import json
+import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama import ModelError, Tensor, read_json, torch
-from policy.adaptive import budgets
-from policy.probe import choose_by
+from llama import Config, ModelError, read_json, torch
 from speculative import read
 
 
 def fill(points: dict[int, float], size: int) -> list[float]:
     """Values at 0 .. size-1 from those at a few places: linear between them and beyond the last."""
-    places, out = sorted(points), []
+    places = sorted(points)
+    out = []
     for x in range(size):
-        b = next((i for i, place in enumerate(places) if place >= x and i), len(places) - 1)
-        lo, hi = places[b - 1], places[b]
-        out.append(points[lo] + (points[hi] - points[lo]) * (x - lo) / (hi - lo))
-    return [round(value, 3) for value in out]
+        after = next((i for i, place in enumerate(places) if place >= x and i), len(places) - 1)
+        low = places[after - 1]
+        high = places[after]
+        slope = (points[high] - points[low]) / (high - low)
+        out.append(round(points[low] + slope * (x - low), 3))
+    return out
 
 
-def spread(L: int, j: int) -> list[bool]:
-    """j of L layers, evenly spread: for passes whose cost alone matters."""
-    return [(i + 1) * j // L > i * j // L for i in range(L)]
+def guess(c: Config, K: int) -> dict[str, Any]:
+    """The tables of a model that has not run yet. Of a draft step by bytes, which was right to .03
+    on a CPU: the layers that it runs, and the head. A verify at the price of a plain step, so that
+    what does not pay by this guess does not pay."""
+    layer = c.D * (c.H + 2 * c.G) * c.hd + c.H * c.hd * c.D + 3 * c.D * c.ffn
+    layers = c.L * layer / (c.L * layer + c.V * c.D)   # their share of what a plain step reads
+    return dict(draft=fill({0: 1.0, c.L: 1 - layers}, c.L + 1), verify=[1.0] * (K + 2),
+                optimise=2.0)
 
 
 @torch.inference_mode()
-def measure(model: Any, choose: Callable[..., Any], K: int, M: int, r: int, t: int = 128,
-            repeats: int = 5) -> dict[str, Any]:
-    """draft[j] a draft step with j layers left out, verify[n] a verify of n rows (from 1 on),
-    optimise a choice of up to M layers by r tokens; after t tokens, medians of interleaved runs."""
-    L = model.cfg.L
-    cache = model.cache(t + max(K + 2, (M + 1) * r))
-    one = torch.zeros(1, dtype=torch.long, device=model.device)
-    h = read(model, [0] * t, 0, cache)
-    probe = torch.stack([x[-1] for x in h])                                 # (L+1, D)
-
-    def draft(j: int) -> Tensor:
-        return model.head(model.forward(one, cache.sequence(t, 1), cache, spread(L, j))[-1])
-
-    def verify(n: int) -> Tensor:
-        return model.head(read(model, [0] * n, t, cache)[-1])
-
-    def optimise(_: int) -> Tensor:
-        choice, end = choose_by(r, choose, model, cache, [0] * t, probe, M)
-        g = choice.g.view(-1, end.shape[-1])
-        model.head(end)
-        return model.head(g[:len(budgets(L)) * len(end)])                   # as the policy does
-
-    passes = [(draft, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})]
-    passes += [(verify, n) for n in (1, 2, 4, 8, K + 1) if n <= K + 1]
-    passes += [(optimise, 0)]
-    times = {(call.__name__, x): [] for call, x in passes}
-    for _ in range(1 + repeats):
-        for call, x in passes:
+def measure(model: Any, cache: Any, text: list[int], K: int) -> list[float]:
+    """The true cost of verifies of 0 .. K+1 rows behind `text`, in its own cache: the least of three
+    runs at a few places. What they write there is overwritten like a rejected draft."""
+    t = len(text)
+    places = sorted({1, min(4, K + 1), K + 1})
+    seconds = dict.fromkeys(places, float("inf"))
+    for _ in range(3):
+        for n in places:
+            tokens = [text[-1]] * min(n, cache.S - t)
             began = time.perf_counter()
-            call(x)[0, 0].item()                       # waits for a GPU
-            times[call.__name__, x].append(time.perf_counter() - began)
-    took = {name: statistics.median(every[1:]) for name, every in times.items()}
-    cost = {name: seconds / took["verify", 1] for name, seconds in took.items()}
-    drafts = {0: 1.0} | {j: min(1.0, cost["draft", j]) for kind, j in cost if kind == "draft"}
-    verifies = {0: 1.0} | {n: max(1.0, cost["verify", n]) for kind, n in cost if kind == "verify"}
-    return dict(draft=fill(drafts, L + 1), verify=fill(verifies, K + 2),
-                optimise=round(cost["optimise", 0], 3))
+            model.head(read(model, tokens, t, cache)[-1])[0, 0].item()       # waits for a GPU
+            seconds[n] = min(seconds[n], time.perf_counter() - began)
+    costs = {n: max(1.0, seconds[n] / seconds[1]) for n in places}           # 1 is 1
+    return fill({0: 1.0} | costs, K + 2)
+
+
+def shelf(folder: Path, *on: object) -> Path:
+    """Where the table of a model is kept, in the user's cache folder: a name of what it depends on,
+    the model's files and what it runs `on`."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
+             for path in sorted(folder.glob("*.safetensors"))]
+    what = repr((read_json(folder / "config.json"), files, torch.__version__, *on))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "clasp-mini" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def keep(path: Path, costs: dict[str, Any]) -> bool:
+    """Put tables on the shelf; False where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(costs), encoding="utf-8")
+    except OSError:
+        return False
+    return True
 
 
 def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
