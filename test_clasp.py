@@ -39,16 +39,10 @@ from llama import Llama
 from speculative import (Chance, Paper, Settings, acceptance, generate, judge, probabilities,
                          residual)
 from tests.every_outcome import distance, every_outcome, filtered
-from tests.helpers import (assert_same_choice, decode, flags, full_model, having_read, tiny_llama,
-                           tokens)
+from tests.helpers import (DEMO, ROOT, assert_same_choice, decode, flags, full_model,  # noqa: F401
+                           having_read, tiny_llama, tokens)
 from tests.slow_llama import AS_5, IDS, loaded, passes, reference, same, worst_error
-from tests.wrong_programs import rejects
-
-# Tests of other rooms import these from here.
-from tests.every_outcome import target_distribution  # noqa: F401, E402
-from tests.helpers import DEMO, ROOT, adaptive  # noqa: F401, E402
-from tests.slow_llama import relative_error  # noqa: F401, E402
-from tests.wrong_programs import altered  # noqa: F401, E402
+from tests.wrong_programs import altered, rejects  # noqa: F401
 
 
 def proven(test):

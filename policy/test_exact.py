@@ -7,8 +7,9 @@ import torch
 
 from dp_layer_skip import choose_skip, choose_skip_plain
 from policy import adaptive as room
-from policy.probe import choose_by, nearness
-from speculative import Chance, Paper, Settings
+from policy.costs import measure
+from policy.probe import PaperByProbe, choose_by, nearness
+from speculative import Chance, Paper, Settings, generate
 from test_clasp import SAMPLERS, STOPS
 from tests.every_outcome import distance
 from tests.helpers import (adaptive, assert_same_choice, decode, having_read, tiny_llama)
@@ -32,6 +33,23 @@ def test_the_policy_has_exactly_the_full_models_distribution(n, run, monkeypatch
     """Rejects a policy whose decisions show in the text. A rest is of one round here."""
     monkeypatch.setattr(room, "REST", 1)
     assert distance(tiny_llama(seed=n), *run) < 1e-12
+
+
+class Measuring(PaperByProbe):
+    """It measures before every choice what verifies cost, in the cache of the run."""
+
+    def optimise(self, choose, model, cache, text, h):
+        measure(model, cache, text, self.s.K)
+        return super().optimise(choose, model, cache, text, h)
+
+
+def test_so_has_the_papers_loop_by_two_tokens_and_with_passes_to_measure_in_between():
+    """Rejects a probe or a measurement that leaves something behind which a later pass reads."""
+    s = Settings(temperature=0.8, top_k=2, N=5, K=2, M=2, interval=1)
+
+    def loop(model, prompt, s, chance, choose):
+        return generate(model, prompt, s, chance, choose, Measuring(s, 3, r=2))
+    assert distance(tiny_llama(seed=2), s, loop) < 1e-12
 
 
 def test_in_those_runs_the_policy_declines_and_leaves_out_more_or_fewer_layers(monkeypatch):
