@@ -36,11 +36,12 @@ def test_the_policy_has_exactly_the_full_models_distribution(n, run, monkeypatch
 
 
 class Measuring(PaperByProbe):
-    """It measures before every choice what verifies cost, in the cache of the run."""
+    """It measures after every choice what verifies cost, in the cache of the run."""
 
     def optimise(self, choose, model, cache, text, h):
+        choice = super().optimise(choose, model, cache, text, h)
         measure(model, cache, text, self.s.K)
-        return super().optimise(choose, model, cache, text, h)
+        return choice
 
 
 def test_so_has_the_papers_loop_by_two_tokens_and_with_passes_to_measure_in_between():
