@@ -55,6 +55,7 @@ class Page:
         """J candidates for the state of each token of first .. end-1, the tokens of one beside one
         another: as policy.probe.candidates, but behind the whole text."""
         position = self.cache.slot[first:end].repeat(J)
+        assert self.n + len(position) <= self.cache.S, f"{len(position)} slots behind {self.n}"
         slot = self.cache.slot[:self.n + len(position)]
         slots = slot[self.n:]
         may_read = (slot < position[:, None]) | (slot == slots[:, None])    # (T, W)
@@ -171,8 +172,10 @@ def table(found: Found) -> str:
     for who in dict.fromkeys(who for who, _, _ in found):
         cells = ""
         for kind in kinds:
-            values = [found.get((who, kind, temperature)) for temperature in (0.0, 1.0)]
-            cell = "-" if None in values else " / ".join(f"{statistics.mean(v):.3f}" for v in values)
+            cell = "-"
+            if (who, kind, 0.0) in found:
+                means = [statistics.mean(found[who, kind, at]) for at in (0.0, 1.0)]
+                cell = " / ".join(f"{mean:.3f}" for mean in means)
             cells += f"{cell:>16}"
         lines.append(f"{who:<26}{cells}")
     return "\n".join(lines)
@@ -184,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(questions) < 3 or job.M == 0:
             raise UsageError("needed are three questions, of which one is for the one set, and a "
                              "layer to leave out")
-        job.adaptive = False                           # nothing is decided by costs
         found = measured(job.load(), questions)
         print(f"{job.M} of {job.cfg.L} layers left out\n{table(found)}")
         return 0

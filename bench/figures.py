@@ -47,7 +47,8 @@ def code_and_prose(module: str) -> tuple[str, str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docs = []
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             docs.append(ast.get_docstring(node))
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree), max(docs, key=len)
@@ -181,8 +182,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UsageError("matplotlib is missing, which only this script needs: "
-                         "pip install matplotlib") from None
+        raise UsageError("this script alone needs more: pip install matplotlib") from None
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({
@@ -221,7 +221,7 @@ def figures(job: Job, prompts: Prompts) -> Iterator[tuple[str, str, str, dict[st
     pages = texts(job)
     sets = [(first, PIECE, [page.choose(t, M).skip() for t in range(START, page.n)])
             for first, page in pages]
-    random = dict.fromkeys(map(str, DISTANCES), M / (2 * L - M))      # M^2/L in common, of 2M - M^2/L
+    random = dict.fromkeys(map(str, DISTANCES), M / (2 * L - M))            # about
     yield ("3a", "distance of the two tokens", "overlap of their sets (Jaccard)",
            {"": neighbours(sets) | {"random sets": random}})
     a = (L - INNER) // 2

@@ -1,13 +1,11 @@
-"""What passes cost: those that the policy's tables are made of (policy/costs.py), against the bytes
-that they must read and a copy of memory; below, the tables, for --costs or a clasp.json.
+"""What passes cost on this machine, in plain steps, beside what the policy guesses before it has
+measured. (On a GPU, and against its bandwidth: gpu/check.py.)
 
     python bench/passes.py
-    python bench/passes.py --questions demo/prompts.jsonl         # with the risks of the budgets
-    python bench/passes.py --model synthetic-8b --draft-length 7 --repeats 20         # on a GPU
+    python bench/passes.py --json > costs.json                    # as tables, for --costs
+    python bench/passes.py --questions demo/prompts.jsonl --json  # with the risks of the budgets
 
-Calls are queued one behind another and waited for once, as many as fill a fiftieth of a second; the
-passes take turns, so that a machine that slows down does so for all. On a GPU they are the recorded
-ones, of which a verify has always --draft-length + 1 rows, or one.
+The passes take turns, so that a machine that slows down does so for all; medians of --repeats.
 """
 import json
 import statistics
@@ -15,85 +13,115 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from bench.questions import first_turns, job_for, parser, read_questions  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.job import Job  # noqa: E402
-from dp_layer_skip import choose_skip, torch  # noqa: E402
+from dp_layer_skip import torch  # noqa: E402
 from policy import costs  # noqa: E402
 from policy.adaptive import budgets  # noqa: E402
-from speculative import Chance, generate  # noqa: E402
+from policy.probe import PaperByProbe, choose_by  # noqa: E402
+from speculative import Chance, generate, read  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-CONTEXT = 128                                          # tokens read before, as for the policy
-COPY = {"cpu": 2 ** 28, "cuda": 2 ** 30}               # bytes, far more than any cache holds
-
-
-def described(job: Job, kind: str, x: int) -> tuple[str, int]:
-    """A pass's name, and the bytes that it reads: its layers' weights, the keys and values of the
-    text, the head. A copy reads and writes."""
-    c = job.cfg
-    item = torch.finfo(job.dtype).bits // 8
-    weights = 2 * c.D + 2 * (c.H + c.G) * c.hd * c.D + 3 * c.D * c.ffn
-    layer = item * (weights + 2 * CONTEXT * c.G * c.hd)
-    head = item * c.V * c.D
-    if kind == "copy":
-        return "copy of memory", 2 * x
-    if kind == "draft":
-        name = f"draft step, {x} of {c.L} left out" if x < c.L else "head alone"
-        return name, (c.L - x) * layer + head
-    if kind == "verify":
-        return f"verify, {x} rows" if x > 1 else "plain step", c.L * layer + head
-    again = x > 1                                      # the tokens of a probe are read once more
-    return f"choice of up to {job.M} layers by {x}", (1 + again) * c.L * layer + head
+CONTEXT = 128                                          # tokens of text before
+Key = tuple[str, int]                                  # a kind of pass, and how large
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, from as many as fill a fiftieth of a second, 1 to 100."""
-    def clock(n: int) -> float:
-        began = time.perf_counter()
-        for _ in range(n):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - began) / n
-    return clock(max(1, min(100, int(0.02 / clock(1)))))
+def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
+    """("draft", j) is a draft step with j layers left out, ("verify", n) one of n rows, ("choice",
+    r) of up to M layers by r tokens, with all that the policy does then."""
+    L = job.cfg.L
+    model = job.model
+    text = [0] * CONTEXT
+    cache = model.cache(CONTEXT + max(job.K + 1, (job.M + 1) * job.probe + 1))
+    h = torch.stack([x[-1] for x in read(model, text, 0, cache)])           # (L+1, D)
+
+    def draft(j: int) -> Tensor:
+        one = torch.zeros(1, dtype=torch.long, device=model.device)
+        skip = [(i + 1) * j // L > i * j // L for i in range(L)]            # evenly spread
+        return model.head(model.forward(one, cache.sequence(CONTEXT, 1), cache, skip)[-1])
+
+    def verify(n: int) -> Tensor:
+        return model.head(read(model, [0] * n, CONTEXT, cache)[-1])
+
+    def choice(r: int) -> Tensor:
+        found, end = choose_by(r, job.choose, model, cache, text, h, job.M)
+        g = found.g.view(-1, model.cfg.D)[:len(budgets(L)) * r]
+        return model.head(torch.cat((end, g)))
+
+    out = {("draft", j): partial(draft, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})}
+    out |= {("verify", n): partial(verify, n) for n in (1, 2, 4, 8, job.K + 1) if n <= job.K + 1}
+    return out | {("choice", job.probe): partial(choice, job.probe)}
 
 
 @torch.inference_mode()
-def measured(job: Job) -> dict[tuple[str, int], float]:
-    """The seconds of every pass of policy.costs, and of a copy of memory: medians."""
-    timed = costs.passes(job.model, job.choose, job.K, job.M, job.probe, CONTEXT)
-    a = torch.ones(COPY[job.device.type], device=job.device, dtype=torch.int8)
-    b = torch.empty_like(a)
-    timed["copy", a.nbytes] = lambda: b.copy_(a)
+def measured(job: Job) -> dict[Key, float]:
+    """The seconds of every pass."""
+    timed = passes(job)
     times = {key: [] for key in timed}
     for _ in range(1 + job.a.repeats):                 # the first is a warm-up
         for key, call in timed.items():
-            times[key].append(seconds(call, job.device))
+            began = time.perf_counter()
+            call()[0, 0].item()                        # waits for a GPU
+            times[key].append(time.perf_counter() - began)
     return {key: statistics.median(every[1:]) for key, every in times.items()}
+
+
+def tables(took: dict[Key, float], L: int, K: int) -> dict[str, Any]:
+    """What the policy goes by, in plain steps. Noise makes no draft dearer than one, and no verify
+    cheaper."""
+    cost = {key: seconds / took["verify", 1] for key, seconds in took.items()}
+    draft = {0: 1.0} | {j: min(1.0, cost["draft", j]) for kind, j in cost if kind == "draft"}
+    verify = {0: 1.0} | {n: max(1.0, cost["verify", n]) for kind, n in cost if kind == "verify"}
+    choice = next(cost[kind, r] for kind, r in cost if kind == "choice")
+    return dict(draft=costs.fill(draft, L + 1), verify=costs.fill(verify, K + 2),
+                optimise=round(choice, 3))
 
 
 def risks(job: Job, prompts: Sequence[list[int]]) -> list[float]:
     """risk[j]: how often a drafted token that was judged was rejected, at temperature 1, with j
     layers left out; between the policy's budgets linear."""
+    L = job.cfg.L
     found = {0: 0.005}
-    for M in budgets(job.cfg.L):
+    for M in budgets(L):
         s = replace(job.plain, temperature=1.0, K=6, M=M, exit_threshold=0.3, interval=32)
         kept = 0
         rejected = 0
         for n, ids in enumerate(prompts):
-            for r in generate(job.model, ids, s, Chance(n), choose_skip):
+            policy = PaperByProbe(s, L, job.probe)
+            for r in generate(job.model, ids, s, Chance(n), job.choose, policy):
                 kept += r.accepted
                 rejected += r.accepted < len(r.drafted)
         found[M] = rejected / max(1, kept + rejected)
-    return [min(x, 1.0) for x in costs.fill(found, job.cfg.L + 1)]
+    return [min(x, 1.0) for x in costs.fill(found, L + 1)]
+
+
+def table(took: dict[Key, float], job: Job) -> str:
+    guess = costs.guess(job.cfg, job.K)
+    lines = [f"{f'after {CONTEXT} tokens':<32}        ms  plain steps  guessed"]
+    for (kind, x), seconds in took.items():
+        name = f"choice of up to {job.M} layers by {x}"
+        guessed = guess["optimise"]
+        if kind == "draft":
+            name = f"draft step, {x} of {job.cfg.L} left out"
+            guessed = guess["draft"][x]
+        if kind == "verify":
+            name = f"verify, {x} rows" if x > 1 else "plain step"
+            guessed = 1.0
+        lines.append(f"{name:<32} {1e3 * seconds:9.3f} {seconds / took['verify', 1]:12.2f} "
+                     f"{guessed:8.2f}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser("[flags]", __doc__.partition(":")[0])
+        p = parser("[flags]", "What passes cost on this machine, in plain steps.")
+        p.set_defaults(repeats=20)
         p.add_argument("--questions", metavar="FILE", help="measure the risks by these, too")
         a = p.parse_args(argv)
         if a.prompt is not None or a.prompt_ids or a.compare or a.verbose or a.trace:
@@ -102,26 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         questions = read_questions(a.questions) if a.questions else []
         job = job_for(a, questions)
         prompts = [ids for _, ids in first_turns(job, questions)]
-        job.adaptive = False                           # measured here, whatever the folder says
         took = measured(job.load())
-        job.costs = costs.tables(took, job.cfg.L, job.K)
+        job.costs = tables(took, job.cfg.L, job.K)
         if prompts:
             job.costs["risk"] = risks(job, prompts)
-        found = {}
-        for key, each in took.items():
-            name, size = described(job, *key)
-            found[name] = dict(seconds=each, bytes=size, bytes_per_second=size / each,
-                               plain_steps=each / took["verify", 1])
-        if a.json:
-            print(json.dumps(dict(settings=job.report(), context=CONTEXT, passes=found)))
-            return 0
-        copy = found["copy of memory"]["bytes_per_second"]
-        print(f"{f'after {CONTEXT} tokens':<32}        ms  GB to read    GB/s of copy plain steps")
-        for name, f in found.items():
-            rate = f["bytes_per_second"]
-            print(f"{name:<32} {1e3 * f['seconds']:9.3f} {f['bytes'] / 1e9:11.4f} "
-                  f"{rate / 1e9:7.1f} {rate / copy:7.0%} {f['plain_steps']:11.2f}")
-        print(f"\n{json.dumps(job.costs)}")
+        print(json.dumps(dict(settings=job.report())) if a.json else table(took, job))
         return 0
     return answer(work)
 

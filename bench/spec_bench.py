@@ -41,9 +41,6 @@ def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], 
             if isinstance(turn, str):                  # ids are all of their question
                 said = job.tokenizer.decode([i for i in ids_of(plain) if i not in job.stops])
                 messages.append(dict(role="assistant", content=said))
-        if sys.stderr.isatty():
-            print(f"\r{n} of {len(questions)}", end="\n" * (n == len(questions)), file=sys.stderr,
-                  flush=True)
 
 
 def line(pairs: Sequence[tuple[dict, dict]]) -> dict:

@@ -1,7 +1,6 @@
 """What the paper's four numbers are worth on a model, and whether the policy finds better ones.
 
-    python bench/sweep.py                                       # the demo and its prompts
-    python bench/sweep.py --model DIR --questions FILE
+    python bench/sweep.py [--model DIR --questions FILE]        # the demo and its prompts
 
 One number at a time is varied around the best so far, on one prompt in five, greedily and at
 temperature 1; then the policy and the best fixed numbers write behind all prompts. Nothing is
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from bench.passes import measured, tables  # noqa: E402
 from bench.questions import opened, parser  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.job import Job  # noqa: E402
@@ -30,6 +30,9 @@ Prompts = Sequence[list[int]]
 def speed(job: Job, prompts: Prompts, s: Settings, policy: Callable[[], Any]) -> float:
     """Behind all prompts, with a new policy for each. The prefill's pass and token do not count,
     its choice of layers does."""
+    if job.guessed:
+        job.costs = tables(measured(job), job.cfg.L, job.K)
+        job.guessed = False
     table = costs.load(job.costs, job.cfg.L, max(*GRID["K"], job.K))
     tokens = 0
     steps = 0.0
