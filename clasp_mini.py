@@ -7,7 +7,9 @@
     python clasp_mini.py --prompt "class Stack:" --compare    # against plain decoding
 """
 import signal
+import time
 
+BEGAN = time.perf_counter()
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until the weights are read Ctrl-C just ends us: C code would make errors of its own of it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -52,13 +54,17 @@ def write(job: Job, ids: list[int]) -> int:
     return status
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C)."""
+def main(argv: Sequence[str] | None = None, began: float | None = None) -> int:
+    """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). The user has
+    been waiting since `began`."""
+    began = began or time.perf_counter()
+
     def work(kind: type[Job] = Job) -> int:
         a = parsed(argv)
         own = a.prompt is None and a.prompt_ids is None
         job = kind(a)
         ids = job.prompt()                             # what is wrong is found before this reads
+        job.load_seconds = time.perf_counter() - began
         job.load()                                     # the weights
         if a.compare:
             return compare(job, lambda seed: pair(job, ids, seed), ids)
@@ -74,4 +80,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(began=BEGAN))

@@ -26,9 +26,12 @@ def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
     if job.a.json:
         out = ids_of(pairs[1][1])
         text = job.tokenizer and job.tokenizer.decode([i for i in out if i not in job.stops])
-        print(json.dumps(dict(prompt_ids=ids, ids=out, text=text, settings=job.report(), **c)))
+        print(json.dumps(dict(prompt_ids=ids, ids=out, text=text, settings=job.report(), **c,
+                              load_seconds=job.load_seconds, measure_seconds=job.measure_seconds)))
     else:
         print(compared(c, pairs[1:], job.report()["dtype"]))
+        print(f"once before     loading {job.load_seconds:.2f} s, measuring costs "
+              f"{job.measure_seconds:.2f} s: in none of these rates")
     return 0
 
 

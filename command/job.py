@@ -2,13 +2,16 @@
 then the weights. What the user left open is decided here, and said where it is not obvious.
 """
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from command.cli import UsageError, interruptible, saved
 from command.flags import DTYPES, parser
@@ -57,13 +60,15 @@ class Job:
         self.adaptive = None in self.named.values()
         # Who decides. With all its numbers named clasp is the paper's loop.
         self.ran = "paper" if a.strategy == "clasp" and not self.adaptive else a.strategy
-        self.probe = a.probe or (4 if self.device.type == "cuda" and self.adaptive else 1)
+        self.probe = a.probe or 1
         self.settings = Settings(a.temperature, a.top_k, a.top_p, a.max_new_tokens, self.stops,
                                  **({} if self.adaptive else self.named))
         self.plain = replace(self.settings, K=0, M=0)
-        self.costs = None
-        if self.adaptive and a.costs:
-            self.costs = costs.load(a.costs, self.cfg.L, self.K)
+        self.load_seconds = 0.0
+        self.measure_seconds = 0.0
+        self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
+        self.guessed = False                           # are the costs?
+        self.costs = self.known_costs() if self.adaptive else None
 
     # ------------------------------------------------------------------ what is found beforehand
 
@@ -124,20 +129,57 @@ class Job:
         note(f"computing in bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
         return torch.bfloat16
 
+    def known_costs(self) -> dict[str, Any]:
+        """What passes cost: as a file says, or an earlier run measured, or else a guess."""
+        if self.a.costs:
+            return costs.load(self.a.costs, self.cfg.L, self.K)
+        if self.shelf.exists():
+            with contextlib.suppress(ModelError):      # a table cut short is measured again
+                return costs.load(str(self.shelf), self.cfg.L, self.K)
+        self.guessed = True
+        return costs.guess(self.cfg, self.K)
+
     # -------------------------------------------------------------------------------- the model
 
     def load(self) -> "Job":
         """Read the weights; on a GPU also record the passes."""
-        self.model = self.Model.load(self.folder, self.device, self.dtype)
+        began = time.perf_counter()
+        self.model = self.Model.load(self.folder, self.device, self.dtype,
+                                     part=self.progress())
         self.choose = choose_skip
         if self.device.type == "cuda" and not self.a.eager:
             from gpu.replay import recorded
             self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
                                                not self.a.no_compile)
-        if self.adaptive and not self.costs:
-            self.costs = costs.measure(self.model, self.choose, self.K, self.M, self.probe)
+        self.load_seconds += time.perf_counter() - began
         interruptible()                                # from here on the text is kept
         return self
+
+    def progress(self) -> Callable[[str, Tensor], Tensor]:
+        """Says on a terminal how much of a large model has been read."""
+        done = 0
+        shown = time.monotonic()
+
+        def part(_: str, x: Tensor) -> Tensor:
+            nonlocal done, shown
+            done += x.nbytes
+            if sys.stderr.isatty() and time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                print(f"\rloading: {done / 1e9:.1f} GB\r", end="", file=sys.stderr, flush=True)
+            return x
+        return part
+
+    def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
+        """What a verify costs here, for the policy: measured once, kept for later runs."""
+        began = time.perf_counter()
+        self.costs["verify"] = costs.measure(model, cache, text, self.K)
+        self.guessed = False
+        kept = costs.keep(self.shelf, self.costs)
+        self.measure_seconds += time.perf_counter() - began
+        if self.a.temperature:
+            note("costs were measured in this run, so its seed may give another text next time; "
+                 + (f"from then on one: {self.shelf}" if kept else "they could not be kept"))
+        return self.costs["verify"]
 
     @staticmethod
     def agreed(rounds: Iterator[Round]) -> Iterator[Round]:
@@ -147,7 +189,8 @@ class Job:
     def policy(self) -> Paper | Adaptive:
         """Who decides: the paper's numbers or, where one of them was left open, ours."""
         if self.adaptive:
-            return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe)
+            return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe,
+                            measure=self.measure if self.guessed else None)
         if self.probe > 1:
             return PaperByProbe(self.settings, self.cfg.L, self.probe)
         return Paper(self.settings, self.cfg.L)

@@ -134,7 +134,7 @@ class Screen:
         whole = "".join(self.shown)
         if a.json:
             print(json.dumps(dict(prompt_ids=self.ids, ids=ids_of(self.rounds),
-                                  settings=self.job.report(), stats=figures(self.rounds),
+                                  settings=self.job.report(), stats=self.figures(),
                                   text=whole if self.job.tokenizer else None)))
             return
         if not a.verbose:
@@ -145,8 +145,11 @@ class Screen:
             print(flush=True)
         elif self.open and together():
             print(file=sys.stderr)
-        account = summary(figures(self.rounds), self.job.ran)
+        account = summary(self.figures(), self.job.ran)
         print(self.err.paint("dim", account), file=sys.stderr)
+
+    def figures(self) -> dict:
+        return figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
 
 
 def together() -> bool:

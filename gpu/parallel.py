@@ -16,6 +16,7 @@ else is what one GPU runs, at sizes H/n, G/n, ffn/n: attention, cache, dynamic p
 the processes find one another, agree and end is the business of ranks.py.
 """
 from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def share(x: Tensor, dim: int) -> Tensor:
     return x.transpose(0, dim)[rank * size:(rank + 1) * size].transpose(0, dim)
 
 
-def part(name: str, x: Tensor) -> Tensor:
+def own_part(name: str, x: Tensor) -> Tensor:
     """What this rank takes of a tensor of the file. Nothing of x has been read yet."""
     dim = DIM.get(name.split(".")[-2])
     return x if dim is None else share(x, dim)
@@ -66,9 +67,9 @@ class Parallel(Llama):
         self.block = decoder_layer
 
     @classmethod
-    def load(cls, *where: Any) -> "Parallel":
-        """As Llama.load."""
-        return super().load(*where, part=part)
+    def load(cls, *where: Any, part: Callable = lambda name, x: x) -> "Parallel":
+        """As Llama.load; `part` sees whole tensors, of which nothing has been read yet."""
+        return super().load(*where, part=lambda name, x: own_part(name, part(name, x)))
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
         """As Llama.head. Every logit is computed by one rank, so all have the same bits."""

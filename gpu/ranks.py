@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,13 +80,20 @@ class Ranked:
             print("clasp_mini.py: note: passes run eagerly, for what these GPUs exchange cannot be "
                   "part of a CUDA graph", file=sys.stderr)
         super().load()
-        # All have measured what passes cost, but must decide by the same numbers.
-        self.costs = json.loads(self.same(json.dumps(self.costs).encode()))
+        # All must decide by the same numbers.
+        known = self.same(json.dumps([self.costs, self.guessed]).encode())
+        self.costs, self.guessed = json.loads(known)
         # To the rest of the command the model is the whole one, with the sizes of the whole.
         names = ("device", "dtype", "cache", "forward", "layer", "head")
         own = {name: getattr(self.model, name) for name in names}
         self.model = SimpleNamespace(cfg=self.cfg, **own)
         return self
+
+    def measure(self, *where: Any) -> list[float]:
+        """All take rank 0's times."""
+        own = super().measure(*where)
+        self.costs["verify"] = json.loads(self.same(json.dumps(own).encode()))
+        return self.costs["verify"]
 
     def agreed(self, rounds: Iterator[Round]) -> Iterator[Round]:
         return agreed(rounds, self.device)
