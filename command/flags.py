@@ -59,7 +59,7 @@ def parser() -> Parser:
     add("--draft-exit-threshold", type=part, metavar="P", help="no draft after a lower confidence")
     add("--interval", type=positive, metavar="N", help="rounds between two choices of layers")
     add("--probe", type=number(int, "1 to 64", lambda v: 1 <= v <= 64), metavar="R",
-        help="tokens that choose the layers (1; clasp on a GPU 4)")
+        help="tokens that choose the layers (1, as the paper)")
     add("--costs", metavar="FILE", help="as --json printed them; else clasp.json's, or measured")
     return p
 

@@ -33,6 +33,11 @@ SHORT = ("--max-new-tokens", 24, *NAMED)
 LONG = ("--max-new-tokens", 1000, "--temperature", 1, "--strategy", "ar")
 
 
+@pytest.fixture(autouse=True)
+def no_costs_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(*arguments) -> (exit status, stdout, stderr), in this process."""
@@ -62,7 +67,7 @@ def result(run):
 def complaint(run, monkeypatch):
     """complaint(*arguments) -> exit status and the one line that says what is wrong, without the
     command's name. It must be found before weights are read."""
-    monkeypatch.setattr(llama.Llama, "load", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(llama.Llama, "load", lambda *_, part: pytest.fail("the weights were read"))
 
     def call(*arguments):
         status, out, err = run(*arguments)
@@ -163,7 +168,7 @@ def test_every_strategy_writes_the_text_of_plain_decoding_and_says_that_it_ran(r
         assert how == () or r["stats"]["drafted"] > 0
         status, out, err = run(*prompt, *how)
         assert (status, out) == (0, plain["text"])
-        assert re.fullmatch(rf"{ran}: 24 tokens in [^\033]*\n[^\033]* tokens/s.*\n", err)
+        assert re.fullmatch(rf"{ran}: 24 tokens in .*\ndecoding .*\n", err) and "\033" not in err
         assert max(map(len, err.splitlines())) < 80
 
 
@@ -185,7 +190,8 @@ def test_json_is_one_object_with_the_documented_fields(result):
 def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     """Rejects a flag without effect or with another's, a seed or a dtype that stays behind, a
     report of other settings than those used, ar with drafts; a policy that decides where all is
-    named, or none where something is open; a comparison of one side with itself."""
+    named, or none where something is open; a comparison of one side with itself; ids that need a
+    tokenizer, or to which something is added."""
     calls = []
 
     def spy(*arguments):
@@ -211,6 +217,7 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     assert said["settings"] == dict(
         dataclasses.asdict(want), stop_ids=[], model=str(tiny), device="cpu", strategy="clasp",
         seed=seed, dtype="float64", threads=2, r=3, costs=None)
+    assert (said["prompt_ids"], said["text"]) == ([1, 2], None)             # nothing is added
     plain = result(*of_this, *odd, "--strategy", "ar")["settings"]
     assert (calls[1][2].K, calls[1][2].M, plain["K"], plain["costs"]) == (0, 0, 0, None)
     assert [plain[name] for name in ("threads", "seed", "strategy", "dtype")] == [
@@ -232,7 +239,7 @@ def test_the_papers_loop_is_one_flag_on_every_device(tmp_path, monkeypatch, caps
     on a GPU, numbers of the model's folder in their place, and flags that do not replace them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     folder = copy_of_the_demo(tmp_path, clasp=dict(skip_layers=7, interval=9, probe=2))
-    for device, ours in (("cpu", 1), ("cuda", 4)):
+    for device in ("cpu", "cuda"):
         this = ("--device", device, "--strategy", "paper", "--prompt", "x")
         for model in (DEMO, folder):
             paper = job(*this, "--model", model)
@@ -243,24 +250,7 @@ def test_the_papers_loop_is_one_flag_on_every_device(tmp_path, monkeypatch, caps
         assert (s.K, s.M, s.exit_threshold, s.interval) == (12, 5, 0.7, 8)
         named = job("--device", device, *NAMED)        # the same loop, by the default strategy
         assert (named.probe, named.ran, type(named.policy())) == (1, "paper", Paper)
-        assert job("--device", device, "--prompt", "x").probe == ours
     assert "computing in bfloat16 on cuda" in capsys.readouterr().err
-
-
-def test_a_text_ends_at_a_stop_token_which_is_not_printed(run, result, tmp_path):
-    """Rejects a command that never stops, or prints what it stops at: a copy of the demo that says
-    that a text ends at a token which the demo writes in the middle."""
-    prompt = ("--prompt", "import os\n\ndef find_files(root, suffix):\n", *SHORT)
-    ids = result(*prompt)["ids"]
-    end = next(n for n in range(5, 20) if ids[n] not in ids[:n])
-    text = Tokenizer(DEMO).decode(ids[:end])
-    folder = copy_of_the_demo(tmp_path, generation_config=dict(eos_token_id=[3841, ids[end]]))
-    prompt = ("--model", folder, "--device", "cpu", *prompt)
-    for how in ((), ("--compare", "--repeats", 1)):
-        r = result(*prompt, *how)
-        assert (r["ids"], r["text"]) == (ids[:end + 1], text), how
-    assert r["settings"]["stop_ids"] == [3841, ids[end]]
-    assert run(*prompt)[:2] == (0, text)
 
 
 def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, capsys):
@@ -277,14 +267,6 @@ def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, capsys):
     copy_of_the_demo(tmp_path, generation_config=dict(eos_token_id=[3841, tok.special[EOT]]))
     job("--model", tmp_path, "--chat", "--prompt", "x")
     assert capsys.readouterr().err == ""
-
-
-def test_prompt_ids_need_no_tokenizer_and_get_nothing_added(run, result, tiny):
-    """Rejects a begin-of-text that nobody asked for, and a tokenizer that nobody needs."""
-    few = ("--model", tiny, "--device", "cpu", "--max-new-tokens", 4, "--strategy", "ar")
-    r = result(*few, "--prompt-ids", "40, 5 6")
-    assert r["prompt_ids"] == [40, 5, 6] and r["text"] is None
-    assert run(*few, "--prompt-ids", "40,5,6")[:2] == (0, ",".join(map(str, r["ids"])))
 
 
 def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, monkeypatch):
@@ -454,7 +436,7 @@ def test_where_ctrl_c_is_ignored_it_stays_ignored():
      "w.safetensors: Permission denied")], ids=lambda x: type(x).__name__)
 def test_what_stops_it_is_one_line(run, monkeypatch, raised, status, said):
     """Rejects a traceback, success, a line without words, two lines."""
-    def load(*_):
+    def load(*_, part):
         raise raised
     monkeypatch.setattr(llama.Llama, "load", load)
     assert run("--prompt", "x") == (status, "", f"clasp_mini.py: {said}\n")
@@ -527,14 +509,10 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
 
 @pytest.mark.parametrize("arguments, status, words", WRONG_INPUTS)
 def test_wrong_input_gets_one_clear_line(complaint, tiny, arguments, status, words):
-    """Rejects a traceback, a guess, and an error that does not name what is wrong or does not end
-    with the advice that helps."""
+    """Rejects a traceback, a guess, an error that does not name what is wrong or does not end with
+    the advice that helps, and limits that are one too low."""
     got, said = complaint(*(tiny if x == "TINY" else x for x in arguments))
     assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
-
-
-def test_what_just_fits_is_taken(tiny):
-    """Rejects limits of the two above that are one too low."""
     assert job("--model", tiny, "--max-new-tokens", 5, "--prompt-ids", "49 " * 15).prompt()
 
 

@@ -30,7 +30,7 @@ def test_a_document_names_only_what_exists(document):
         assert {*re.findall(r"(?<=\s)--[a-z-]+", arguments)} <= flags_of(ROOT / name), arguments
     every = set().union(*map(flags_of, PROGRAMS - TESTS))
     assert {*re.findall(r"`(--[a-z-]+)", text)} <= every
-    names = " ".join(re.findall(r"^def (test_\w+)", "".join(
+    names = " ".join(re.findall(r"^(?:def |@)(\w+)", "".join(
         path.read_text(encoding="utf-8") for path in TESTS), re.M))
     chosen = " ".join(map("".join, re.findall(r'pytest[^`\n]* -k (?:"(.+?)"|(\w+))', text)))
     assert [w for w in re.findall(r"\w+", chosen)
