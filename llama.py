@@ -31,6 +31,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,11 +234,17 @@ class Llama:
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
+        if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
+            other = left.pop("lm_head.weight")
+            table = left.setdefault("model.embed_tokens.weight", other)
+            if not table().equal(other()):
+                raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, "
+                                 "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
             if name not in left:
                 raise ModelError(f"{folder}: the weights lack {name}")
-            got = left.pop(name).get_tensor(name)
+            got = left.pop(name)()
             if got.shape != shape or not got.is_floating_point():
                 raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                                  f"config.json these are floats of shape {list(shape)}")
@@ -338,20 +345,29 @@ def read_json(path: Path) -> dict:
         raise ModelError(f"{path}: cannot be read as a JSON object: {e}") from None
 
 
-def tensors(folder: Path) -> dict[str, Any]:
-    """name -> the memory-mapped file with it: model.safetensors, or the shards of an index."""
+def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """name -> what reads it from the memory-mapped file that has it: model.safetensors, or the
+    shards of an index, which says in which of them a tensor counts."""
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
+    home = {}
     if index.exists() and not paths[0].exists():
-        paths = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+        home = read_json(index).get("weight_map", {})
+        try:
+            paths = sorted({folder / file for file in home.values()})
+        except (AttributeError, TypeError):
+            raise ModelError(f"{index}: weight_map does not say which file has which tensor") from None
     found = {}
     for path in paths:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{path}: missing, broken or cut short: {e}") from None
-        # Checkpoints from before 2024 carry the rotary frequencies, which follow from config.json.
-        found |= {name: file for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
+        for name in file.keys():
+            where = folder / home[name] if name in home else path
+            # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
+            if where == path and not name.endswith("rotary_emb.inv_freq"):
+                found[name] = partial(file.get_tensor, name)
     return found
 
 
