@@ -26,6 +26,7 @@ rejected draft is therefore arithmetic: what lies behind is overwritten before a
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
@@ -342,7 +343,28 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ModelError(f"{path}: cannot be read as a JSON object: {e}") from None
+        why = getattr(e, "strerror", None) or e
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}{instead(path)}") from None
+
+
+# What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.
+INSTEAD = {"snapshots/*/config.json": "of a hub cache: take the folder that it is in",
+           "params.json": "of Meta's own files: take Hugging Face's",
+           "*.gguf": "which is not read: take a folder of safetensors",
+           "pytorch_model*.bin": "which is not read: convert it to safetensors"}
+
+
+def instead(path: Path) -> str:
+    """What stands in the place of a file that cannot be read, in words to add; "" if unknown."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                pointer = file.read(23) == b"version https://git-lfs"
+            return "; it is a pointer of Git LFS: git lfs pull" if pointer else ""
+        for pattern, what in INSTEAD.items():
+            for other in sorted(path.parent.glob(pattern))[:1]:
+                return f"; there is {other.relative_to(path.parent)}, {what}"
+    return ""
 
 
 def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -362,7 +384,7 @@ def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: missing, broken or cut short: {e}") from None
+            raise ModelError(f"{path}: missing, broken or cut short: {e}{instead(path)}") from None
         for name in file.keys():
             where = folder / home[name] if name in home else path
             # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
