@@ -41,7 +41,7 @@ def parser() -> Parser:
     add("--json", action="store_true", help="one JSON object on standard output")
     add("--version", action="version", version=f"clasp-mini {VERSION}")
     add = p.add_argument_group("what is written").add_argument
-    add("--max-new-tokens", type=positive, default=128, metavar="N", help="128")
+    add("--max-new-tokens", type=positive, metavar="N", help="128, or what the context leaves")
     add("--temperature", type=number(float, "0 or more", lambda v: 0 <= v < float("inf")),
         metavar="T", help="0, greedy")
     add("--top-k", type=natural, default=0, metavar="N", help="0, off")

@@ -39,6 +39,22 @@ def _token_ids(folder: str | Path, key: str) -> tuple[int, ...]:
     return ()
 
 
+def has_other_template(folder: Path) -> bool:
+    """Does the folder's chat template write what `Tokenizer.chat` does not, as from LLaMA-3.1 on the
+    dates that begin every system turn? Judged by the texts that it holds."""
+    template = ""
+    settings = folder / "tokenizer_config.json"
+    alone = folder / "chat_template.jinja"
+    if alone.exists():
+        template = alone.read_text(encoding="utf-8", errors="replace")
+    elif settings.exists():
+        template = str(read_json(settings).get("chat_template") or "")
+    texts = re.findall(r"""'([^']*)'|"([^"]*)\"""", template)
+    ours = "|".join(map(re.escape, (HEADER, END_HEADER, EOT, BOS)))
+    rest = {re.sub(ours, "", a + b).replace("\\n", "").strip() for a, b in texts}
+    return not rest <= {"", "role", "content", "assistant"}
+
+
 class Tokenizer:
     """Byte-pair encoding with LLaMA-3's ranks, from Hugging Face's tokenizer.json or Meta's
     tokenizer.model.
