@@ -26,11 +26,13 @@ rejected draft is therefore arithmetic: what lies behind is overwritten before a
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,11 +235,17 @@ class Llama:
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
+        if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
+            other = left.pop("lm_head.weight")
+            table = left.setdefault("model.embed_tokens.weight", other)
+            if not table().equal(other()):
+                raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, "
+                                 "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
             if name not in left:
                 raise ModelError(f"{folder}: the weights lack {name}")
-            got = left.pop(name).get_tensor(name)
+            got = left.pop(name)()
             if got.shape != shape or not got.is_floating_point():
                 raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                                  f"config.json these are floats of shape {list(shape)}")
@@ -335,23 +343,53 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ModelError(f"{path}: cannot be read as a JSON object: {e}") from None
+        why = getattr(e, "strerror", None) or e
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}{instead(path)}") from None
 
 
-def tensors(folder: Path) -> dict[str, Any]:
-    """name -> the memory-mapped file with it: model.safetensors, or the shards of an index."""
+# What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.
+INSTEAD = {"snapshots/*/config.json": "of a hub cache: take the folder that it is in",
+           "params.json": "of Meta's own files: take Hugging Face's",
+           "*.gguf": "which is not read: take a folder of safetensors",
+           "pytorch_model*.bin": "which is not read: convert it to safetensors"}
+
+
+def instead(path: Path) -> str:
+    """What stands in the place of a file that cannot be read, in words to add; "" if unknown."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                pointer = file.read(23) == b"version https://git-lfs"
+            return "; it is a pointer of Git LFS: git lfs pull" if pointer else ""
+        for pattern, what in INSTEAD.items():
+            for other in sorted(path.parent.glob(pattern))[:1]:
+                return f"; there is {other.relative_to(path.parent)}, {what}"
+    return ""
+
+
+def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """name -> what reads it from the memory-mapped file that has it: model.safetensors, or the
+    shards of an index, which says in which of them a tensor counts."""
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
+    home = {}
     if index.exists() and not paths[0].exists():
-        paths = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+        home = read_json(index).get("weight_map", {})
+        try:
+            paths = sorted({folder / file for file in home.values()})
+        except (AttributeError, TypeError):
+            raise ModelError(f"{index}: weight_map does not say which file has which tensor") from None
     found = {}
     for path in paths:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: missing, broken or cut short: {e}") from None
-        # Checkpoints from before 2024 carry the rotary frequencies, which follow from config.json.
-        found |= {name: file for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
+            raise ModelError(f"{path}: missing, broken or cut short: {e}{instead(path)}") from None
+        for name in file.keys():
+            where = folder / home[name] if name in home else path
+            # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
+            if where == path and not name.endswith("rotary_emb.inv_freq"):
+                found[name] = partial(file.get_tensor, name)
     return found
 
 

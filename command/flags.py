@@ -41,7 +41,7 @@ def parser() -> Parser:
     add("--json", action="store_true", help="one JSON object on standard output")
     add("--version", action="version", version=f"clasp-mini {VERSION}")
     add = p.add_argument_group("what is written").add_argument
-    add("--max-new-tokens", type=positive, default=128, metavar="N", help="128")
+    add("--max-new-tokens", type=positive, metavar="N", help="128, or what the context leaves")
     add("--temperature", type=number(float, "0 or more", lambda v: 0 <= v < float("inf")),
         metavar="T", help="0, greedy")
     add("--top-k", type=natural, default=0, metavar="N", help="0, off")
@@ -59,7 +59,7 @@ def parser() -> Parser:
     add("--draft-exit-threshold", type=part, metavar="P", help="no draft after a lower confidence")
     add("--interval", type=positive, metavar="N", help="rounds between two choices of layers")
     add("--probe", type=number(int, "1 to 64", lambda v: 1 <= v <= 64), metavar="R",
-        help="tokens that choose the layers (1; clasp on a GPU 4)")
+        help="tokens that choose the layers (1, as the paper)")
     add("--costs", metavar="FILE", help="as --json printed them; else clasp.json's, or measured")
     return p
 

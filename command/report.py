@@ -65,21 +65,19 @@ def fates(r: Round) -> dict[str, list[int]]:
 
 def summary(f: dict, ran: str) -> str:
     """One account of a run, in two short lines. `ran` is the strategy."""
-    seconds = brief(f["seconds"])
+    spent = dict(load=f["load_seconds"], prefill=f["prefill_seconds"], measure=f["measure_seconds"],
+                 decode=f["decode_seconds"] - f["measure_seconds"])
+    parts = ", ".join(f"{name} {brief(seconds)}" for name, seconds in spent.items() if seconds)
+    head = f"{ran}: {f['emitted']} tokens in {brief(f['seconds'])} s: {parts}"
     if not f["verifies"]:
-        return f"{ran}: {f['emitted']} token(s), the prefill's, in {seconds} s"
-    decoding = f["decode_seconds"]
-    spent = dict(loading=f["load_seconds"], prefill=f["prefill_seconds"])
-    spent |= {step: part * decoding for step, part in f["shares"].items()}
-    shares = {step: part / f["seconds"] for step, part in spent.items()}
-    parts = ", ".join(f"{step} {share:.0%}" for step, share in shares.items() if share > 0.005)
+        return f"{head}\nonly the prefill's"
     more = "; nothing drafted: it would hardly pay" if ran == "clasp" else ""
     if f["drafted"]:
         more = (f", {f['tokens_per_verify']:.2f} per verify; {f['accepted']} of {f['drafted']} "
                 f"kept; layers chosen {f['optimisations']}x")
-    return (f"{ran}: {f['emitted']} tokens in {seconds} s: {parts}\n"
-            f"decoding {brief(f['tokens_per_second'])} tokens/s{more}")
+    return f"{head}\ndecoding {brief(f['tokens_per_second'])} tokens/s{more}"
 
 
 def brief(x: float) -> str:
-    return f"{x:.2f}" if x < 100 else f"{x:.0f}"
+    digits = 2 if x < 1 else 1 if x < 100 else 0
+    return f"{x:.{digits}f}"

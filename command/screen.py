@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TextIO
 
-from command.job import Job
+from command.job import Job, note
 from command.report import fates, figures, ids_of, summary
 from speculative import Round
 from text.stream import Text
@@ -145,6 +145,10 @@ class Screen:
             print(flush=True)
         elif self.open and together():
             print(file=sys.stderr)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        if whole.encode(encoding, "ignore").decode(encoding) != whole:
+            note(f"this terminal's encoding, {encoding}, lacks characters of the text: ? is in their "
+                 "place")
         account = summary(self.figures(), self.job.ran)
         print(self.err.paint("dim", account), file=sys.stderr)
 

@@ -43,9 +43,9 @@ def test_figures_count_each_thing_once():
     """Rejects a prefill counted as decoding, a token counted twice, a token per round assumed where
     a stop token has cut the last; by hand: a prefill, a round of 3 drafted with 2 kept, one of 2
     that ends with a stop token."""
-    f = figures(CUT)
-    want = dict(drafted=5, accepted=4, emitted=6, verifies=2, tokens_per_verify=2.5, acceptance=0.8,
-                seconds=3.0, prefill_seconds=1.0, decode_seconds=2.0, tokens_per_second=2.5,
+    f = figures(CUT, load=4.0, measure=0.5)
+    want = dict(load_seconds=4.0, measure_seconds=0.5, drafted=5, accepted=4, emitted=6, verifies=2, tokens_per_verify=2.5, acceptance=0.8,
+                seconds=7.0, prefill_seconds=1.0, decode_seconds=2.0, tokens_per_second=2.5,
                 draft_step_seconds=0.1, verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
     assert {k: f[k] for k in want} == pytest.approx(want) and f["skip_set"] == [0]
     assert f["shares"] == pytest.approx(dict(draft=0.25, verify=0.25, optimise=0.5))
@@ -105,17 +105,18 @@ def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_war
 def test_an_account_says_what_there_is_to_say_in_two_short_lines():
     """Rejects shares and rates where nothing was drafted or decoded, a division by 0, a line of
     more than 79 columns for a text of a thousand tokens that took minutes."""
-    assert summary(figures(CUT), "clasp") == (
-        "clasp: 6 tokens in 3.00 s: prefill 33%, draft 17%, verify 17%, optimise 33%\n"
-        "decoding 2.50 tokens/s, 2.50 per verify; 4 of 5 kept; layers chosen 2x")
+    assert summary(figures(CUT, load=2.0, measure=0.5), "clasp") == (
+        "clasp: 6 tokens in 5.0 s: load 2.0, prefill 1.0, measure 0.50, decode 1.5\n"
+        "decoding 2.5 tokens/s, 2.50 per verify; 4 of 5 kept; layers chosen 2x")
     plain = figures(plain_run(IDS, 1.0))
-    of_it = "7 tokens in 7.00 s: prefill 14%, verify 86%\ndecoding 1.00 tokens/s"
+    of_it = "7 tokens in 7.0 s: prefill 1.0, decode 6.0\ndecoding 1.0 tokens/s"
     assert [summary(plain, ran) for ran in ("ar", "paper")] == [f"ar: {of_it}", f"paper: {of_it}"]
     assert summary(plain, "clasp") == f"clasp: {of_it}; nothing drafted: it would hardly pay"
-    assert summary(figures(CUT[:1]), "paper") == "paper: 1 token(s), the prefill's, in 1.50 s"
-    assert summary(figures([]), "ar").startswith("ar: 0 token")
+    assert summary(figures(CUT[:1]), "paper").endswith("prefill 1.0, decode 0.50\nonly the prefill's")
+    assert summary(figures([]), "ar").startswith("ar: 0 tokens")
     long = [CUT[0]] + 99 * [a_round([1] * 12, 12, [1] * 13, (1.3, 0.9, 0.5), "set")]
-    assert max(map(len, summary(figures(long), "clasp").split("\n"))) < 80
+    said = summary(figures(long, load=99.99, measure=12.34), "clasp")
+    assert max(map(len, said.split("\n"))) < 80
 
 
 def stream(tty, encoding="utf-8"):
@@ -183,7 +184,7 @@ def test_without_a_tokenizer_the_text_is_ids_with_commas_between():
 def a_job(**flags):
     """What `write` and `compare` ask of a Job."""
     a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, seed=7, repeats=3) | flags)
-    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp",
+    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp", load_seconds=0.0, measure_seconds=0.0,
                            settings=SimpleNamespace(temperature=0),
                            report=lambda: dict(dtype="float32"))
 

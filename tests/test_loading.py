@@ -144,6 +144,34 @@ def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
     assert llama.Llama.load(tmp_path)
 
 
+def test_tied_weights_may_stand_under_either_name_or_both(tmp_path):
+    """Rejects a loader that wants one of two names, and two tables of which one is passed over."""
+    _, w = random_checkpoint(tmp_path, dict(tie_word_embeddings=True))
+    w = {name: x.float() for name, x in w.items()}
+    table = w.pop("model.embed_tokens.weight")
+    for names in (["lm_head.weight"], ["model.embed_tokens.weight"],
+                  ["lm_head.weight", "model.embed_tokens.weight"]):
+        save({**w, **{name: table.clone() for name in names}}, tmp_path / "model.safetensors", {})
+        model = llama.Llama.load(tmp_path)
+        assert model.embed.equal(table) and model.lm_head is model.embed
+    save({**w, names[0]: table, names[1]: table + 1}, tmp_path / "model.safetensors", {})
+    assert "lm_head.weight differs from" in complaint(llama.Llama.load, tmp_path)
+
+
+def test_the_index_says_which_shard_a_tensor_comes_from(tmp_path):
+    """Rejects a stale copy in another shard, of which the last that is read wins."""
+    random_checkpoint(tmp_path, shards=2)
+    right = llama.Llama.load(tmp_path)
+    for shard in ("model-1-of-2.safetensors", "model-2-of-2.safetensors"):
+        with llama.safe_open(tmp_path / shard, "pt") as file:
+            w = {name: file.get_tensor(name) for name in file.keys()}
+        stale = {name: x + 1 for name, x in (("model.norm.weight", right.norm),
+                                             ("lm_head.weight", right.lm_head)) if name not in w}
+        save(w | stale, tmp_path / shard, {})
+    again = llama.Llama.load(tmp_path)
+    assert again.norm.equal(right.norm) and again.lm_head.equal(right.lm_head)
+
+
 K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"
 SHARD = "model-2-of-2.safetensors"
 BROKEN = [
@@ -180,6 +208,8 @@ BROKEN = [
     (put(SHARD), f"{SHARD}: missing, broken"), (put(SHARD, ""), f"{SHARD}: missing, broken"),
     (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 9), f"{SHARD}: missing, broken"),
     (put(SHARD, "<html>404</html>"), f"{SHARD}: missing, broken"),
+    (put(SHARD, "version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS: git lfs pull"),
+    (put(INDEX, '{"weight_map": [1]}'), "weight_map does not say which file has which tensor"),
     (put(INDEX, "{}"), "the weights lack model.embed"), (put(INDEX), "model.safetensors: missing"),
 ]
 
