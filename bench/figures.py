@@ -20,6 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from bench.choosers import Page, Skip  # noqa: E402
 from bench.questions import opened, parser  # noqa: E402
 from bench.sweep import Prompts, speed, sweep  # noqa: E402
+from clasp_mini import policy_of  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.job import Job  # noqa: E402
 from dp_layer_skip import choose_skip, cosine, torch  # noqa: E402
@@ -126,7 +127,7 @@ def knobs(job: Job, prompts: Prompts) -> dict[str, dict[str, Curves]]:
     around the best so far, beside the policy, which decides all."""
     panels = defaultdict(dict)
     for title, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
-        ours = speed(job, prompts, replace(job.plain, temperature=temperature), job.policy)
+        ours = speed(job, prompts, replace(job.plain, temperature=temperature), lambda: policy_of(job))
         for name, of in sweep(job, prompts, temperature)[0].items():
             fixed = {str(value): x for value, x in of.items()}
             panels[name][title] = {"fixed": fixed, "the policy": dict.fromkeys(fixed, ours)}

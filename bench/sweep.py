@@ -16,6 +16,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from bench.passes import measured, tables  # noqa: E402
 from bench.questions import opened, parser  # noqa: E402
+from clasp_mini import policy_of  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.job import Job  # noqa: E402
 from policy import costs  # noqa: E402
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cells = "  ".join(f"{value}: {x:.2f}" for value, x in of.items())
                 print(f"temperature {temperature}  {name:15}{cells}", flush=True)
             fixed = speed(job, prompts, s, lambda s=s: Paper(s, job.cfg.L))
-            ours = speed(job, prompts, replace(s, K=0, M=0), job.policy)
+            ours = speed(job, prompts, replace(s, K=0, M=0), lambda: policy_of(job))
             print(f"best: M={s.M} K={s.K} exit={s.exit_threshold} interval={s.interval}; on all "
                   f"prompts {fixed:.3f}, the policy {ours:.3f}: {ours / fixed:.3f} of it\n")
         return 0

@@ -59,8 +59,8 @@ def saved(path: Path, p: Parser, names: Iterable[str]) -> dict:
 
 
 def interruptible() -> None:
-    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see the top
-    of clasp_mini.py) it just ended the process. Ignored, as under nohup, it stays."""
+    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see
+    command/start.py) it just ended the process. Ignored, as under nohup, it stays."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -18,12 +18,17 @@ from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError
 from policy import costs
-from policy.adaptive import Adaptive, budgets
-from policy.probe import PaperByProbe
-from speculative import Paper, Round, Settings
+from policy.adaptive import budgets
+from speculative import Round, Settings
 from text.tokenizer import EOT, Tokenizer, stop_ids
 
 NUMBERS = ("K", "M", "exit_threshold", "interval")     # of the paper: what its policy goes by
+
+
+def waited_since() -> float:
+    """When the user began to wait: with the process, if this is its first and only job."""
+    start = sys.modules.pop("command.start", None)
+    return start.BEGAN if start else time.perf_counter()
 
 
 def note(text: str) -> None:
@@ -36,7 +41,9 @@ class Job:
     Model = Llama                                      # of several GPUs: gpu/ranks.py
 
     def __init__(self, a: argparse.Namespace) -> None:
+        self.began = waited_since()
         self.a = a
+        self.own_prompt = a.prompt is None and a.prompt_ids is None          # the model's
         self.folder = Path(a.model)
         if not self.folder.is_dir():
             raise ModelError(f"{self.folder}: no such folder")
@@ -80,7 +87,7 @@ class Job:
                    draft_exit_threshold=None, interval=None, probe=None)
         named = saved(self.folder / "clasp.json", parser(), own)
         passed_over = []
-        if self.a.prompt is not None or self.a.prompt_ids is not None:
+        if not self.own_prompt:
             passed_over += ["temperature", "seed"]
         if self.a.strategy == "paper":
             passed_over += ["skip_layers", "draft_length", "draft_exit_threshold", "interval",
@@ -143,7 +150,6 @@ class Job:
 
     def load(self) -> "Job":
         """Read the weights; on a GPU also record the passes."""
-        began = time.perf_counter()
         self.model = self.Model.load(self.folder, self.device, self.dtype,
                                      part=self.progress())
         self.choose = choose_skip
@@ -151,7 +157,7 @@ class Job:
             from gpu.replay import recorded
             self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
                                                not self.a.no_compile)
-        self.load_seconds += time.perf_counter() - began
+        self.load_seconds = time.perf_counter() - self.began
         interruptible()                                # from here on the text is kept
         return self
 
@@ -185,15 +191,6 @@ class Job:
     def agreed(rounds: Iterator[Round]) -> Iterator[Round]:
         """The rounds of a run; where several processes share it, only if all agree on them."""
         return rounds
-
-    def policy(self) -> Paper | Adaptive:
-        """Who decides: the paper's numbers or, where one of them was left open, ours."""
-        if self.adaptive:
-            return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe,
-                            measure=self.measure if self.guessed else None)
-        if self.probe > 1:
-            return PaperByProbe(self.settings, self.cfg.L, self.probe)
-        return Paper(self.settings, self.cfg.L)
 
     def report(self) -> dict:
         """The settings as --json prints them."""

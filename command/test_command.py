@@ -238,11 +238,11 @@ def test_the_papers_loop_is_one_flag_on_every_device(tmp_path, monkeypatch, caps
             paper = job(*this, "--model", model)
             s = paper.settings
             assert (s.K, s.M, s.exit_threshold, s.interval, paper.probe) == (12, 18, 0.7, 64, 1)
-            assert type(paper.policy()) is Paper
+            assert type(clasp_mini.policy_of(paper)) is Paper
         s = job(*this, "--skip-layers", 5, "--interval", 8).settings
         assert (s.K, s.M, s.exit_threshold, s.interval) == (12, 5, 0.7, 8)
         named = job("--device", device, *NAMED)        # the same loop, by the default strategy
-        assert (named.probe, named.ran, type(named.policy())) == (1, "paper", Paper)
+        assert (named.probe, named.ran, type(clasp_mini.policy_of(named))) == (1, "paper", Paper)
         assert job("--device", device, "--prompt", "x").probe == ours
     assert "computing in bfloat16 on cuda" in capsys.readouterr().err
 

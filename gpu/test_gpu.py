@@ -451,7 +451,7 @@ def on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(llama.Llama, "load",
-                        lambda folder, device="cpu", dtype=None: load(folder, "cpu", dtype))
+                        lambda folder, device="cpu", dtype=None, **how: load(folder, "cpu", dtype))
     monkeypatch.setattr(replay, "fused", lambda f: played.update(["fused"]) or f)
     monkeypatch.setattr(replay.Replay, "record", record)
     return played

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed.tensor  # noqa: F401  which else every rank would import for itself
@@ -227,7 +228,7 @@ def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
     random_checkpoint(tmp_path, FOUR, shards=2)
     for n in (1, 2):
         def check(rank, n=n):
-            copied, sent, cut = [], [], parallel.part
+            copied, sent, cut = [], [], parallel.own_part
 
             def part(name, x):
                 copied.append(cut(name, x).numel())
@@ -235,7 +236,7 @@ def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
 
             def noting(exchange):
                 return lambda x, *rest: sent.append(x.numel()) or exchange(x, *rest)
-            parallel.part = part
+            parallel.own_part = part
             dist.all_reduce = noting(dist.all_reduce)
             dist.all_gather_single = noting(dist.all_gather_single)
             model = parallel.Parallel.load(tmp_path, "cpu", torch.float32)
@@ -271,21 +272,25 @@ ALONE = ("--draft-length", 0, "--skip-layers", 0, "--draft-exit-threshold", 0, "
 
 
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
-    """Rejects any decision that differs, by the policy, for which each rank has measured other
-    costs (rank 0's hold), or by fixed numbers."""
+    """Rejects any decision that differs, by the policy, for which each rank has guessed and
+    measured other costs (rank 0's hold), or by fixed numbers."""
     def check(kind):
         rank = int(os.environ["RANK"])
-        costs.measure = lambda *_: dict(draft=[1 - 0.1 * (rank + j) for j in range(7)],
-                                        verify=[1.0] * 14, optimise=0, risk=[0.1] * 7)
-        whole, job = job_of(clasp_mini.Job, *flags), job_of(kind, *flags)
-        whole.costs = job.load().costs                 # given, so not measured
-        got = decisions(job)
+        own = dict(draft=[1 - 0.5 * rank, *[0.01 + 0.9 * rank] * 6], optimise=0, risk=[0.1] * 7)
+        costs.shelf = lambda *_: Path(os.devnull) / "none"
+        costs.guess = lambda *_: dict(own, verify=[1.0] * 14)
+        costs.measure = lambda *_: [1 + 0.1 * rank] * 14
+        job = job_of(kind, *flags)
+        got = decisions(job.load())
+        costs.guess = lambda *_: dict(job.costs, verify=[1.0] * 14)
+        costs.measure = lambda *_: [1.0] * 14          # rank 0's
+        whole = job_of(clasp_mini.Job, *flags)
         assert got == decisions(whole.load())
         assert any(r[3] for r in got) and any(r[1] for r in got)
-        assert not job.adaptive or job.costs["draft"][0] == 1
+        assert not job.adaptive or (job.costs["draft"][0], job.costs["verify"][5]) == (1, 1)
         return 0
 
-    for flags in (("--seed", 5), (*FIXED, "--top-p", 0.9, "--probe", 2)):
+    for flags in (("--seed", 5, "--max-new-tokens", 100), (*FIXED, "--top-p", 0.9, "--probe", 2)):
         flags = (*flags, "--temperature", 1)
         assert_all_well(start(2, lambda rank: sys.modules["gpu.ranks"].together(
             check, clasp_mini.Job), tmp_path))
@@ -431,7 +436,7 @@ def test_a_rank_that_cannot_load_its_share_or_never_comes_ends_the_others(tmp_pa
         def part(name, x):
             raise llama.ModelError(f"{name} is broken")
         if rank == 1:
-            parallel.part = part
+            parallel.own_part = part
     (status, _, err), (status_1, _, err_1) = start(2, main_command(*FIXED, before=broken), tmp_path)
     assert (status, status_1) == (1, 1) and one_line(err, "did another rank end?"), err
     assert one_line(err_1, "is broken")
@@ -455,7 +460,7 @@ WRONG_RANKS = {
         "r = next(rounds, None)", "yield (r := next(rounds, None))"),
     "costs are each rank's own": (
         test_two_ranks_draft_choose_and_write_what_one_process_does,
-        "self.costs = json.loads(", "json.loads("),
+        "self.costs, self.guessed = json.loads(known)", "json.loads(known)"),
     "every rank traces": (
         test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model,
         "if self.rank > 0: a.trace = None", "pass"),

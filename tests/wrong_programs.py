@@ -159,20 +159,21 @@ def calling(how):
 
 
 DYNAMIC_PROGRAM = {
-    "the worse choice wins": recurrence("cosines[0] > cosines[1]", "cosines[0] < cosines[1]"),
-    "ties are run": recurrence("cosines[0] > cosines[1]", "cosines[0] >= cosines[1]"),
-    "the target is always h[L]": recurrence("[None], h[i])", "[None], h[L])"),
-    "the target is the layer's input": recurrence("[None], h[i])", "[None], h[i - 1])"),
-    "cell (i,i) does not know it skipped": recurrence("j - 1], True)", "j - 1], j < i)"),
+    "the worse choice wins": recurrence("not run > skip", "(j == i or run > skip)"),
+    "ties are run": recurrence("not run > skip", "not run >= skip"),
+    "the target is always h[L]": recurrence(", h[i]).item()", ", h[L]).item()"),
+    "the target is the layer's input": recurrence(", h[i]).item()", ", h[i - 1]).item()"),
+    "cell (i,i) does not know it skipped": recurrence(
+        "else after[0]", "else after[0]\n            skipped[i][j] &= j < i"),
     "skipping spends nothing": recurrence("g[i - 1, j - 1]", "g[i - 1, min(j, i - 1)]"),
     "g[i,0] is one layer late": recurrence("g[i, 0] = h[i]", "g[i, 0] = h[i - 1]"),
     "g[i,0] is computed again": recurrence("g[i, 0] = h[i]", "pass"),
     "the losing state is kept": recurrence(
-        "= ways[way]", "= ways[len(ways) - 1 - way][0], ways[way][1]"),
-    "the losing cosine is told": recurrence("= cosines[way]", "= cosines[len(ways) - 1 - way]"),
+        "j - 1] if skipped[i][j] else", "j - 1] if j == i or 0 < j and not skipped[i][j] else"),
+    "the losing cosine is told": recurrence(
+        "= skip if skipped[i][j] else run", "= min(run, skip) if 0 < j < i else max(run, skip)"),
     "a row at a time runs what is no number": [
-        edit(dp_layer_skip, "table", ("run_cos[1:] > skip_cos[:-1]",
-                                      "~(run_cos[1:] <= skip_cos[:-1])"))],
+        edit(dp_layer_skip, "table", ("run[1:] > skip[:-1]", "~(run[1:] <= skip[:-1])"))],
     "the way back reads one row early": way_back("self.skipped[i][j]", "self.skipped[i - 1][j]"),
     "the way back names the next layer": way_back("flags[i - 1] = True", "flags[i % L] = True"),
     "the cosine is bfloat16": cosine_in(torch.bfloat16),
@@ -341,8 +342,8 @@ SAMPLER_AND_LOOP = {
     "the prompt's logits are not looked at": loop("if not logits.", "if n > 0 and not logits."),
     "layers are optimised a round late": [
         edit(Paper, "due", ("n % self.s.interval == 0", "n % self.s.interval == 1"))],
-    "the probe is the last drafted token": loop("x[accepted - (k + 1)]", "x[-1]"),
-    "the probe is the token before the round": loop("x[accepted - (k + 1)]", "x[-(k + 1)]"),
+    "the probe is the last drafted token": loop("x[accepted] for", "x[-1] for"),
+    "the probe is the token before the round": loop("x[accepted] for", "x[0] for"),
     "h[L] comes after the final norm": [put(Paper, "optimise", normed)],
     "the verify's seconds are the draft's too": loop("verifying - drafting,", "verifying - began,"),
 }
