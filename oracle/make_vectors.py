@@ -17,7 +17,7 @@ import argparse  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
-from collections import Counter  # noqa: E402
+from collections import Counter, defaultdict  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from typing import NamedTuple  # noqa: E402
@@ -26,7 +26,7 @@ from command.flags import DEMO  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle.dump_forward import dump_forward  # noqa: E402
-from oracle.trace import Recording, about, by_round, write_trace  # noqa: E402
+from oracle.trace import Recording, about, write_trace  # noqa: E402
 from policy.adaptive import Adaptive  # noqa: E402
 from speculative import Chance, Paper, Settings  # noqa: E402
 from tests.slow_llama import AS_4, random_checkpoint  # noqa: E402
@@ -70,6 +70,17 @@ VECTORS = {
     "tiny-top-p": Vector(replace(TINY, top_k=20, top_p=0.9), dict(
         rejected=3, bonus=1, excluded=1, table_after_rejection=2)),
 }
+
+
+def by_round(lines: list[dict]) -> list[dict[str, list[dict]]]:
+    """The rounds of a trace: event -> its lines in the round, in their order."""
+    out = []
+    for line in lines:
+        if line["event"] == "round":
+            out.append(defaultdict(list))
+        if "round" in line:
+            out[-1][line["event"]].append(line)
+    return out
 
 
 def situations(lines: list[dict]) -> Counter:
@@ -138,8 +149,8 @@ class Maker:
         """Runs in which it may happen: of one seed after another, greedily of other M's."""
         for seed in range(200):
             s = v.s
-            if s.temperature == 0:                     # 24, 23, 25, 22, ..
-                s = replace(s, M=s.M + (seed + 1) // 2 * (-1) ** seed)
+            if s.temperature == 0:
+                s = replace(s, M=(s.M + seed) % (self.model.cfg.L + 1))
             lines = self.run(s, v.r, uniforms(seed), seed)
             if name == "stop-in-draft":                # every drafted token is tried as a stop
                 drafted = [d["token"] for r in by_round(lines)[3:] for d in r["draft"][1:]]

@@ -40,17 +40,17 @@ class Recording(Chance):
         self.verdicts: list[tuple[float, float, bool]] = []
 
     def uniform(self) -> float:
-        self.u = self.source()
-        return self.u
+        self.last = self.source()
+        return self.last
 
     def accept(self, a: float) -> bool:
         accepted = super().accept(a)
-        self.verdicts.append((a, self.u, accepted))
+        self.verdicts.append((a, self.last, accepted))
         return accepted
 
     def draw(self, p: torch.Tensor) -> int:
         token = super().draw(p)
-        self.draws.append((token, p[token].item(), self.u))
+        self.draws.append((token, p[token].item(), self.last))
         return token
 
 
@@ -84,26 +84,26 @@ def write_trace(out: TextIO, model: Any, prompt: Sequence[int], s: Settings, cha
     """`generate`, each round written to `out` before it is yielded. What follows the policy is for
     the header; of the paper's `numbers` None is left to the policy. If the run is broken off, what
     has been written is whole rounds, without `end`."""
-    def write(event: str, **fields: Any) -> None:
-        line = dict(event=event, **fields)
-        out.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+    def write(*lines: dict) -> None:
+        out.write("".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
+                          for line in lines))
+        out.flush()
 
     settings = asdict(s) | numbers | dict(r=getattr(policy, "probe", 1), seed=seed)
-    write("header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
-          config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
-          settings=settings, costs=costs, prompt_ids=list(prompt))
+    write(dict(event="header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
+               config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
+               settings=settings, costs=costs, prompt_ids=list(prompt)))
     witness = Witness(policy)
     left = s.N
     for n, r in enumerate(generate(model, prompt, s, chance, choose, witness)):
         why = ended(r, settings, left) if n > 0 else "prefill"
-        for event, fields in _events(r, chance, witness, why):
-            write(event, round=n, **fields)
-        out.flush()
+        write(*(dict(event=event, round=n, **fields)
+                for event, fields in events(r, chance, witness, why)))
         chance.forget()
         left -= len(r.emitted)
         stopped = r.emitted[-1] in s.stop_ids
         yield r
-    write("end", reason="stop" if stopped else "length", emitted=s.N - left)
+    write(dict(event="end", reason="stop" if stopped else "length", emitted=s.N - left))
 
 
 def ended(r: Round, settings: dict, left: int) -> str:
@@ -121,7 +121,7 @@ def ended(r: Round, settings: dict, left: int) -> str:
     return "policy"
 
 
-def _events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[tuple[str, dict]]:
+def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[tuple[str, dict]]:
     """A round's lines."""
     k = len(r.drafted)
     yield "round", dict(start=r.start, skip=indices(r.skip), ended=why)
@@ -196,16 +196,14 @@ KINDS: dict[str, Callable[[Any], bool]] = dict(
 
 HEADER: dict[str, Any] = dict(
     event="text", schema=("clasp-trace",), version=(VERSION,), program="text", model="object",
-    versions="object",
-    config=dict(L="size", D="size", H="size", G="size", hd="size", ffn="size", V="size",
-                context="size", eps="positive", theta="positive", tied="flag",
-                scaling="positives?"),
-    dtype=("float32", "float64", "bfloat16"),
-    settings=dict(temperature="positive", top_k="count", top_p="part", N="size", stop_ids="counts",
-                  K="count?", M="count?", exit_threshold="positive?", interval="size?", r="size",
-                  seed="count?"),
-    costs="object?", prompt_ids="counts")
-
+    versions="object", config="object", dtype=("float32", "float64", "bfloat16"),
+    settings="object", costs="object?", prompt_ids="counts")
+CONFIG = dict(
+    L="size", D="size", H="size", G="size", hd="size", ffn="size", V="size", context="size",
+    eps="positive", theta="positive", tied="flag", scaling="positives?")
+SETTINGS = dict(
+    temperature="positive", top_k="count", top_p="part", N="size", stop_ids="counts", K="count?",
+    M="count?", exit_threshold="positive?", interval="size?", r="size", seed="count?")
 LINE = dict(event="text", round="count")
 EVENTS: dict[str, dict[str, Any]] = dict(
     round=LINE | dict(start="count", skip="counts",
@@ -244,10 +242,8 @@ def match(line: dict, fields: dict, where: str) -> None:
         if name not in line:
             raise Invalid(f"{where}: missing field {name!r}")
         value = line[name]
-        if isinstance(kind, dict) and type(value) is dict:
-            match(value, kind, f"{where}, {name}")
-        elif isinstance(kind, dict) or not holds(kind, value):
-            raise Invalid(f"{where}: {name} is {short(value)}; TRACE.md says what may stand there")
+        if not holds(kind, value):
+            raise Invalid(f"{where}: {name} is {short(value)}; {kind} wanted (TRACE.md)")
     if len(line) > len(fields):
         raise Invalid(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
 
@@ -294,6 +290,8 @@ class Lines:
         self.advance()
         if not self.now:
             raise Invalid("empty; a trace begins with a header")
+        match(self.now["config"], CONFIG, "line 1, config")
+        match(self.now["settings"], SETTINGS, "line 1, settings")
         self.grammar = EVENTS
         self.V = self.now["config"]["V"]
         return self.now
