@@ -5,14 +5,13 @@
     python oracle/check_trace.py FILE --dump-at ROUND[,STEP] --out DUMP
 
 The replay is *teacher-forced*: every pass reads the tokens that the trace names, skips the layers
-that it names and hands on the states that its table names. What is compared is therefore one step
-at a time, and the first departure reported is the first error, not what an earlier rounding made of
-the rest. TRACE.md says what each line must hold; `RULES` names what is checked here, and each
-method of `Check` checks one kind of line, in the order in which they come.
+that it names and hands on the states that its table names. So one step at a time is compared, and
+the first departure reported is the first error, not what an earlier rounding made of the rest.
+TRACE.md says what each line must hold; `RULES` names what is checked here, and each method of
+`Check` checks one kind of line, in the order in which they come.
 
---survey goes on after a departure in a number, counts them by rule, and says what the pattern
-means where it is known. --dump-at writes what the replay has there, cache, states and logits, as a
-forward dump: of the pass that drafts a step, or with a round alone of its verify.
+--survey goes on after a departure in a number and says what the pattern means. --dump-at writes
+what the replay has there as a forward dump: after a step's draft, or a round's verify.
 
 Exit status: 0 no departure, 1 departure, 2 not a trace that can be checked, 3 no departure in a
 trace that breaks off before its `end`.
@@ -27,6 +26,7 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 import itertools  # noqa: E402
 import math  # noqa: E402
+from collections import defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from functools import partial  # noqa: E402
@@ -50,13 +50,10 @@ TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.1}
 EXACT = 1e-9                 # for arithmetic on numbers that stand in the trace themselves
 RULES = dict(
     header="the sizes are those of config.json",
-    order="the lines of a round come in their order, all drafts before the first verify; rounds and "
-          "steps are counted from 0",
+    order="lines come in their order, all drafts of a round before its verifies; steps from 0",
     start="start is the number of tokens of text before the round",
-    skip="a draft leaves out the set of the last table for M layers, or for as many as a policy "
-         "chooses; none before the first",
-    exit="drafting goes on until K or N is reached, a stop token drawn or confidence below the "
-         "threshold, and no further; where the settings leave one open, or until a policy ends it",
+    skip="the set of the last table for M layers, or for as many as a policy takes; at first none",
+    exit="a draft ends at K, N, a stop token, a confidence below the threshold, or by a policy",
     confidence="confidence is the draft's highest probability at temperature 1, unfiltered",
     q="q is the draft's probability of the token: top-k, temperature, then top-p",
     p="p is the full model's probability of the token, by the same function as q",
@@ -66,18 +63,15 @@ RULES = dict(
     kind="the own token is plain if nothing was drafted, bonus if all was accepted, else residual",
     own="probability is that of the own token in p, or for a residual in norm(max(0, p - q))",
     emit="emitted are the accepted tokens and the own one, cut after the first stop token",
-    interval="layers are optimised after round 0 and every interval rounds, if K, M > 0, unless "
-             "the text is done; where the settings leave something open a policy may pass one by",
+    interval="a table after round 0 and every interval rounds, if K, M > 0 and the text goes on",
     probe="the probe is the last position read whose prediction was emitted",
-    column="D[i][0] is about 1, layer i-1 run on h[i-1]; below it that candidate does not see what "
-           "the verify saw (position, mask or slot), or is not held against h[i]",
+    column="D[i][0] is about 1; else this candidate's position, mask or slot is not the verify's",
     table="D[i][j] is how near h[i] the state of the cell is",
     choice="a cell has the nearer of its two states; on a tie the layer is skipped",
     path="skip is read back from D[L][M]",
     end="the text ends after a stop token or N tokens, its line says which, and nothing follows")
 # After a departure from one of these the trace itself says how it goes on.
 NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "column", "table", "choice"}
-Ways = tuple[list[float | None], list[float | None]]
 
 
 class Departure(Exception):
@@ -95,47 +89,35 @@ class Reached(Exception):
 def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list[Tensor]:
     """(V,) logits -> the distributions (V,) that a correct program may have made of them. Ours
     first; then those where of two logits 4 X apart, on either side of the edge of an argmax, top-k
-    or top-p, the other is kept, or both. Of many such logits three on each side are tried, those of
-    the tokens `about` first."""
+    or top-p, the other is kept, with top-k also both or none; and where the mass that top-p cuts at
+    is X more or less. Of many such logits three on each side are tried, those `about` first."""
     out = [probabilities(logits, s)]
     if s.temperature > 0 and s.top_k == 0 and s.top_p == 1:
         return out                                     # nothing is cut off
     plain = replace(s, temperature=s.temperature or 1.0, top_k=0, top_p=1.0)
-    ties = [None] if s.temperature > 0 and s.top_k > 0 else []
+    ties = s.temperature > 0 and s.top_k > 0
 
-    def near(which: Tensor) -> list[int]:
-        return sorted(which.nonzero()[:, 0].tolist(), key=lambda i: i not in about)[:3]
+    def near(which: Tensor) -> list[list[int]]:
+        """Three such tokens, [i] each."""
+        return sorted(which.nonzero().tolist(), key=lambda i: i[0] not in about)[:3]
 
-    for kept in cuts(logits, s, X, about):
+    for off in (0, -X, X) if s.temperature > 0 and s.top_p < 1 else (0,):
+        top_p = min(1.0, max(s.top_p + off / min(1, s.temperature or 1), 1e-300))
+        kept = probabilities(logits, replace(s, top_p=top_p)) > 0
         edge = logits[kept].amin()                     # of the last token kept
-        outside = near(~kept & (logits >= edge - 4 * X))
-        inside = near(kept & (logits <= edge + 4 * X))
-        sets = [kept]
-        for i, j in itertools.product(outside, [*inside, *ties]):
-            sets.append(kept.clone())
-            sets[-1][i] = True
-            if j is not None:
-                sets[-1][j] = False
-        out += [probabilities(logits.masked_fill(~each, -torch.inf), plain) for each in sets]
+        more = near(~kept & (logits >= edge - 4 * X))
+        less = near(kept & (logits <= edge + 4 * X))
+        changes = [([], []), *itertools.product(more, less)]
+        if ties:
+            changes += [(i, []) for i in more]
+        if ties and kept.sum() > s.top_k:
+            changes += [([], j) for j in less]
+        for i, j in changes:
+            changed = kept.clone()
+            changed[i] = True
+            changed[j] = False
+            out.append(probabilities(logits.masked_fill(~changed, -torch.inf), plain))
     return out
-
-
-def cuts(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> Iterator[Tensor]:
-    """(V,) of bool: the tokens kept; so also if what ties at the edge of top-k does not quite, or if
-    the mass that top-p cuts at is X more or less."""
-    after = [logits]                                   # top-k
-    if s.temperature > 0 and s.top_k > 0:
-        preferred = logits.clone()
-        preferred[about] += X / 2
-        order = preferred.topk(min(s.top_k, len(logits))).indices
-        lowest = torch.full_like(logits, -torch.inf)
-        after = [logits.where(logits >= logits[order].amin(), lowest),
-                 lowest.index_copy(0, order, logits[order])]
-    mass = X / min(1, s.temperature or 1)
-    off = (0, -mass, mass) if s.temperature > 0 and s.top_p < 1 else (0,)
-    for each, d in itertools.product(after, off):
-        top_p = min(1.0, max(s.top_p + d, 1e-300))
-        yield probabilities(each, replace(s, top_k=0, top_p=top_p)) > 0
 
 
 def owed(p: Tensor, q: Tensor | None) -> Tensor:                    # (V,), (V,) -> (V,) float64
@@ -154,20 +136,20 @@ def draws(p: Tensor, q: Tensor | None, token: int, u: float, slack: float) -> bo
 
 
 def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], Tensor], M: int,
-         near: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Ways]:
-    """The recurrence of dp_layer_skip.table, row by row, but its choices are `skipped`: how near
-    each cell comes if layer i-1 is run, and if it is skipped; None: that is no way to it."""
+         near: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[dict[str, float]]]:
+    """The recurrence of dp_layer_skip.table, row by row, but its choices are `skipped`. Of each
+    cell: how near it comes if layer i-1 is run ("0") and if it is skipped ("1"), if it can be."""
     g = h[:1]
-    yield [1.0], [None]
+    yield [{"0": 1.0}]
     for i in range(1, len(h)):
-        cells = range(min(i, M) + 1)
         run = run_layer(i - 1, g)
-        run_near = near(run, h[i]).tolist()
-        skip_near = near(g, h[i]).tolist()
-        yield ([run_near[j] if j < i else None for j in cells],
-               [skip_near[j - 1] if j > 0 else None for j in cells])
-        states = [g[j - 1] if skipped[i][j] == "1" else run[j] for j in cells]
-        g = torch.stack([h[i], *states[1:]])
+        row = [{"0": value} for value in near(run, h[i]).tolist()] + [{}]
+        for j, value in enumerate(near(g, h[i]).tolist()):
+            row[j + 1]["1"] = value
+        row = row[:min(i, M) + 1]
+        yield row
+        states = [g[j - 1] if skipped[i][j] == "1" else run[j] for j in range(1, len(row))]
+        g = torch.stack([h[i], *states])
 
 
 class Check:
@@ -176,6 +158,7 @@ class Check:
     def __init__(self, lines: Lines, model: Llama, header: dict, X: float, a: argparse.Namespace
                  ) -> None:
         said = header["settings"]
+        self.header = header
         self.lines = lines
         self.model = model
         self.s = Settings(said["temperature"], said["top_k"], said["top_p"], said["N"],
@@ -189,19 +172,17 @@ class Check:
         # Below temperature 1 a difference of two logits is that much larger.
         self.slack = X / min(1, self.s.temperature or 1)
         self.text = list(header["prompt_ids"])
-        self.prompt = len(self.text)
-        self.end = self.prompt + self.s.N
+        self.end = len(self.text) + self.s.N
         self.cached = 0
         self.cache = model.cache(self.end + (model.cfg.L + 1) * min(self.r, self.end))
         self.choice: Choice | None = None              # the last table's
         self.round = 0
         self.step: int | None = None
-        self.done = False
+        self.reason = ""                               # why the text has ended
         self.tally = {rule: Tally() for rule in RULES}
         self.outcomes: list[tuple[int, int]] = []      # of each round: drafted, accepted
         self.uniforms: list[float] = []
-
-    # ------------------------------------------------------------------ what rules are written in
+        self.taken: dict[str, list[dict]] = defaultdict(list)      # this round's lines, by event
 
     def depart(self, rule: str, field: str, theirs: Any, ours: Any, slack: float = 0.0,
                note: str = "", final: bool = False) -> None:
@@ -250,24 +231,25 @@ class Check:
         probability = dist[token].item() if masses[best] else line[field]
         self.close(rule, field, line[field], probability, tolerance, instead, masses[best])
         fit = [o for o, d in zip(options, off) if d <= tolerance] or [options[best]]
-        self.tally["draw"].checked += 1
-        if not any(draws(p, q, token, u, tolerance) for p, q in fit):
-            self.depart("draw", "token", token, ours, tolerance)
+        by_u = any(draws(p, q, token, u, tolerance) for p, q in fit)
+        self.equal("draw", "token", token, token if by_u else ours, slack=tolerance)
 
     def take(self, event: str, **want: Any) -> dict:
-        """The line looked at, which must be of this kind and hold what is wanted in these fields.
-        """
+        """The line looked at, which must be of this kind and hold this."""
         if not self.lines.now:
             raise Incomplete
         for name, ours in dict(event=event, **want).items():
             self.equal("order", name, self.lines.now.get(name), ours)
+        self.taken[event].append(self.lines.now)
         return self.lines.now
 
-    # ------------------------------------------------------------------ the rules, line by line
-
     def run(self) -> None:
+        for name, value in asdict(self.model.cfg).items():
+            theirs = self.header["config"][name]
+            if not alike(value, theirs):
+                self.depart("header", f"config.{name}", theirs, value)
         self.lines.advance()
-        while not self.done:
+        while not self.reason:
             self.check_round()
             self.round += 1
         self.check_end()
@@ -275,23 +257,25 @@ class Check:
     def check_round(self) -> None:
         self.check_begin()
         drafts = self.check_drafts()
-        k = len(drafts)
         drafted = [d["token"] for d in drafts]
+        k = len(drafts)
         h = read(self.model, self.text[self.cached:] + drafted, self.cached, self.cache)
-        self.logits = self.model.head(h[-1][-(k + 1):])                     # (k+1, V)
+        h = torch.stack([x[-(k + 1):] for x in h])                          # (L+1, k+1, D)
+        self.logits = self.model.head(h[-1])                                # (k+1, V)
         if self.a.dump_at == [self.round]:
-            self.dump(drafted, self.logits, [x[-(k + 1):] for x in h], [])
+            self.dump(drafted, self.logits, h, [])
         accepted = self.check_verdicts(drafts)
         own = self.check_own(drafts, accepted)
         self.outcomes.append((k, accepted))
         self.check_emit([*drafted[:accepted], own])
-        self.check_table(torch.stack([x[accepted - (k + 1)] for x in h]))
+        self.check_table(h[:, accepted])
         if self.lines.event == "times":
             self.take("times", round=self.round)
             self.lines.advance()
 
     def check_begin(self) -> None:
         self.step = None
+        self.taken.clear()
         self.begin = self.take("round", round=self.round)
         self.equal("start", "start", self.begin["start"], len(self.text))
         skip = self.begin["skip"]
@@ -318,7 +302,7 @@ class Check:
             h = self.model.forward(ids, rows, self.cache, left_out)
             logits = self.model.head(h[-1])
             if self.a.dump_at == [self.round, self.step]:
-                self.dump(drafted, logits, h, skip)
+                self.dump(drafted, logits, torch.stack(h), skip)
             confidence = logits[0].softmax(-1).amax().item()
             self.close("confidence", "confidence", line["confidence"], confidence, self.X)
             of_q = allowed(logits[0], self.s, self.X, [line["token"]])
@@ -405,21 +389,21 @@ class Check:
         self.equal("emit", "tokens", self.take("emit", round=self.round)["tokens"], tokens)
         self.text += tokens
         self.cached = len(self.text) - 1
-        self.reason = "stop" if stops else "length"
-        self.done = bool(stops) or len(self.text) == self.end
+        if stops or len(self.text) == self.end:
+            self.reason = "stop" if stops else "length"
         self.lines.advance()
 
     def check_table(self, probe: Tensor) -> None:                           # (L+1, D)
         L = self.model.cfg.L
         event = self.lines.event
         due = (self.K != 0 and self.M != 0 and self.round % (self.interval or 1) == 0
-               and not self.done)
+               and not self.reason)
         if event != "optimise" and (self.free or not due):
             return
         if event and due != (event == "optimise"):
             self.depart("interval", "event", event, "optimise" if due else "none")
         line = self.take("optimise", round=self.round)
-        # subtle: not the last position of the text, which is emitted and not yet read
+        # subtle: not the last token of the text, which is emitted and not yet read
         self.equal("probe", "position", line["position"], len(self.text) - 2)
         M = min(line["M"], L) if self.M is None else self.M
         self.equal("table", "M", line["M"], M, final=True)
@@ -434,41 +418,37 @@ class Check:
         self.ways = []                                 # of every row
         for i, row in enumerate(rows):
             self.ways.append(row)
-            for j, near in enumerate(zip(*row)):
+            for j, near in enumerate(row):
                 self.check_cell(i, j, near, line)
         self.equal("path", "skip", line["skip"], self.way_back(M))
         self.lines.advance()
 
-    def check_cell(self, i: int, j: int, near: Sequence[float | None], line: dict) -> None:
-        """near: if layer i-1 is run, and if it is skipped."""
-        way = {bit: value for bit, value in zip("01", near) if value is not None}
+    def check_cell(self, i: int, j: int, near: dict[str, float], line: dict) -> None:
         bit = line["skipped"][i][j]
         D = line["D"][i][j]
-        if bit not in way:
-            self.depart("choice", f"skipped[{i}][{j}]", bit, *way, final=True)
         slack = self.X / 4
-        best = max(way, key=way.get)
         self.tally["choice"].checked += 1
+        if bit not in near:
+            self.depart("choice", f"skipped[{i}][{j}]", bit, *near, final=True)
+        best = max(near, key=near.get)
         # A value that neither way has is no wrong choice: the table itself is wrong.
-        if way[best] - way[bit] > slack >= min(abs(D - value) for value in way.values()):
+        if near[best] - near[bit] > slack >= min(abs(D - value) for value in near.values()):
             self.depart("choice", f"skipped[{i}][{j}]", bit, best, slack,
-                        f"cosines {way[bit]:.9g} and {way[best]:.9g}")
+                        f"cosines {near[bit]:.9g} and {near[best]:.9g}")
         else:
-            self.close("table" if j else "column", f"D[{i}][{j}]", D, way[bit], slack)
+            self.close("table" if j else "column", f"D[{i}][{j}]", D, near[bit], slack)
 
     def check_end(self) -> None:
         self.step = None
         self.round -= 1
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
-        self.equal("end", "emitted", line["emitted"], len(self.text) - self.prompt)
+        self.emitted = len(self.text) - len(self.header["prompt_ids"])
+        self.equal("end", "emitted", line["emitted"], self.emitted)
         self.lines.advance()
         self.equal("end", "event", self.lines.event, "")
 
-    # ------------------------------------------------------------------ what the replay has
-
-    def dump(self, drafted: list[int], logits: Tensor, h: Sequence[Tensor], skip: list[int]
-             ) -> None:
+    def dump(self, drafted: list[int], logits: Tensor, h: Tensor, skip: list[int]) -> None:
         """The pass just made as a forward dump, up to its last token, and no further."""
         t = len(self.text) - 1
         ids = torch.tensor(self.text + drafted)
@@ -479,11 +459,9 @@ class Check:
             entries[name][skip, t:] = 0
         place = f"step {self.step}" if self.a.dump_at[1:] else "its verify"
         said = save_dump(self.a.out, self.model, trace.about(self.a.model), skip, prompt_ids=ids,
-                         logits=logits, hidden=torch.stack(list(h)), **entries)
+                         logits=logits, hidden=h, **entries)
         raise Reached(f"round {self.round}, {place}: {said}")
 
-
-# ------------------------------------------------------------------------------------ the command
 
 def prepare(lines: Lines, a: argparse.Namespace, kind: type[Check] = Check,
             model: Llama | None = None) -> Check:
@@ -495,9 +473,10 @@ def prepare(lines: Lines, a: argparse.Namespace, kind: type[Check] = Check,
     dtype = a.dtype or h["dtype"]
     X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])
     T = said["temperature"]
+    differ = [name for name in ours if h["model"].get(name) != ours[name]]
     for wrong, what in (
-            (h["model"] != ours, f"a trace of another model than {a.model}: SHA-256 there "
-             f"{h['model']}, here {ours}; --model names the folder"),
+            (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
+             f"SHA-256 of {', '.join(differ)}"),
             ((said["M"] or 0) > cfg.L, f"M is {said['M']}; the model has {cfg.L} layers"),
             (not prompt or max(prompt) >= cfg.V, f"prompt_ids: one or more below {cfg.V} wanted"),
             (len(prompt) + said["N"] > cfg.context, f"{len(prompt)} prompt tokens and N = "
@@ -509,33 +488,27 @@ def prepare(lines: Lines, a: argparse.Namespace, kind: type[Check] = Check,
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
     model = model or Llama.load(a.model, a.device, DTYPES[dtype])
-    check = kind(lines, model, h, X, a)
-    for name, value in asdict(cfg).items():
-        if not alike(value, h["config"][name]):
-            check.depart("header", f"config.{name}", h["config"][name], value)
-    return check
+    return kind(lines, model, h, X, a)
 
 
 def alike(ours: Any, theirs: Any) -> bool:
     """Equal, but for floats: those of a program that keeps them in float32 differ by 1e-7."""
-    if isinstance(ours, tuple) and isinstance(theirs, list):
+    if isinstance(ours, tuple) and theirs:
         return len(ours) == len(theirs) and all(map(alike, ours, theirs))
-    if isinstance(ours, float) and theirs is not None:
-        return math.isclose(ours, theirs, rel_tol=1e-6)
-    return ours == theirs
+    return math.isclose(ours, theirs, rel_tol=1e-6) if isinstance(ours, float) else ours == theirs
 
 
 @torch.inference_mode()
 def check_file(a: argparse.Namespace) -> tuple[int, str]:
     """-> exit status and report."""
-    status = 0
-    said: list[str] = []
-    check = None
     with open(a.file, "rb") as file:
-        lines = Lines(file)
+        check = prepare(Lines(file), a)
         try:
-            check = prepare(lines, a)
             check.run()
+            status = 0
+            seen = [f"{rule} {check.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
+            said = [f"no departure in {check.round + 1} rounds, {check.emitted} tokens; largest "
+                    f"difference in {', '.join(seen)}"]
         except Reached as e:
             return 0, str(e)
         except Departure as e:
@@ -544,49 +517,39 @@ def check_file(a: argparse.Namespace) -> tuple[int, str]:
         except Incomplete:
             status = 3
             said = [f"incomplete: {'a survey of' if a.survey else 'no departure in'} "
-                    f"{lines.number - 1} lines, and they break off in round {check.round}"]
+                    f"{check.lines.number - 1} lines, and they break off in round {check.round}"]
     if a.dump_at:
         raise Invalid("the replay does not come to round " + ", step ".join(map(str, a.dump_at))
-                      + "".join(f"; {line}" for line in said[:1]))
-    if check and a.survey:
+                      + "".join(f"; {line}" for line in said[:status]))
+    if a.survey:
         found, counted = survey(check.tally, check.outcomes)
         if status == 1:
             counted.append("  it ends there, as it is not known how the trace goes on:")
+        said = counted + (said if status else [])
         status = found or status
-        said = counted + said
-    elif status == 0:
-        seen = ", ".join(f"{rule} {check.tally[rule].largest:.1e}" for rule in ("p", "q", "table"))
-        said = [f"no departure in {check.round + 1} rounds, {len(check.text) - check.prompt} tokens"
-                f"; largest difference in {seen}"]
-    if check and check.s.temperature > 0:
+    if check.s.temperature > 0:
         said += repeated(check.uniforms)
     return status, "\n".join(said)
 
 
-def parser() -> Parser:
-    p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
-               "against this implementation (oracle/TRACE.md).")
-    p.add_argument("file", metavar="FILE")
-    p.add_argument("--model", metavar="DIR", default=str(DEMO),
-                   help="Hugging Face folder of the trace's model (default: the demo)")
-    p.add_argument("--tolerance", metavar="X", help="of a probability (default: "
-                   + ", ".join(f"{x:g} for {name}" for name, x in TOLERANCE.items()) + ")",
-                   type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
-    p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (default: the trace's)")
-    gpus = torch.cuda.device_count()
-    p.add_argument("--device", default="cpu", help="(default: %(default)s)", choices=[
-        "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))])
-    p.add_argument("--survey", action="store_true", help="go on after departures in numbers, count "
-                   "them by rule and say what the pattern means")
-    p.add_argument("--dump-at", type=numbers, metavar="ROUND[,STEP]", help="write cache, states "
-                   "and logits of the pass that drafts this step, or of the round's verify")
-    p.add_argument("--out", metavar="DUMP", help="the safetensors file that --dump-at writes")
-    return p
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        a = parser().parse_args(argv)
+        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
+                   "against this implementation (oracle/TRACE.md).")
+        p.add_argument("file", metavar="FILE")
+        p.add_argument("--model", metavar="DIR", default=str(DEMO),
+                       help="Hugging Face folder of the trace's model (default: the demo)")
+        p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
+                       type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
+        p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
+        gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+        p.add_argument("--device", default="cpu", help="(cpu)",
+                       choices=["cpu", *["cuda"][:len(gpus)], *gpus])
+        p.add_argument("--survey", action="store_true", help="go on after departures in numbers")
+        p.add_argument("--dump-at", type=numbers, metavar="ROUND[,STEP]", help="cache, states "
+                       "and logits of the pass that drafts this step, or of the round's verify")
+        p.add_argument("--out", metavar="DUMP", help="the file that --dump-at writes")
+        a = p.parse_args(argv)
         if (a.dump_at is None) != (a.out is None) or a.dump_at and len(a.dump_at) > 2:
             raise UsageError("--dump-at ROUND,STEP (or ROUND) goes with --out FILE")
         try:

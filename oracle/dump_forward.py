@@ -2,8 +2,7 @@
 
     python oracle/dump_forward.py FILE --prompt "def f(" [--skip 3,7] [flags of clasp_mini.py]
 
-With --skip the pass leaves those layers out, as a draft does. TRACE.md, "Forward dumps", says what
-is in the file; compare_dumps.py holds two of them against one another.
+With --skip the pass leaves those layers out, as a draft does. TRACE.md says what is in the file.
 """
 import sys
 from pathlib import Path
@@ -25,10 +24,8 @@ from text.safetensors_file import save  # noqa: E402
 
 TENSORS = dict(
     prompt_ids="(T,) the tokens",
-    logits="(n, V) of the last n tokens, all in a dump of a prompt: a row scores what follows its "
-           "token; before temperature",
-    hidden="(L+1, n, D) their residual stream: 0 the embedding, i what layer i receives, L the "
-           "last layer's output before the final norm; over a skipped layer it does not change",
+    logits="(n, V) of the last n tokens: a row scores what follows its token; before temperature",
+    hidden="(L+1, n, D) 0 the embedding, i what layer i receives, L before the final norm",
     keys="(L, T, G, hd) as cached, after the rotary embedding; zeros where a layer was skipped",
     values="(L, T, G, hd) as cached; zeros where a layer was skipped")
 
@@ -76,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         a.max_new_tokens = 1
         job = Job(a)
         ids = job.prompt()
-        L = job.cfg.L
-        if any(i >= L for i in a.skip):
-            raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {L - 1}")
+        if max(a.skip, default=0) >= job.cfg.L:
+            raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {job.cfg.L - 1}")
         job.load()
         print(dump_forward(job.model, ids, a.skip, a.file, about(job.folder)))
         return 0

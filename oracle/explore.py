@@ -3,10 +3,10 @@
     python oracle/explore.py --prompt "class Stack:" --temperature 0.8 --out run.html
     python oracle/explore.py --from-trace run.jsonl --model DIR --out run.html
 
-Either way the page is made of a trace (TRACE.md): tokens, p, q, a, u, verdicts, D and sets are
-those of its lines. What a trace leaves out, the distributions around the tokens and the choice that
-each cell of the table did not take, is what check_trace.py has while it follows the trace.
-`Story` says what the page is given; explore.html shows it and computes nothing but places.
+Either way the page is made of a trace (TRACE.md): what its lines say is shown as it stands there.
+What they leave out, the distributions around the tokens and the choice that each cell of the table
+did not take, check_trace.py has while it follows the trace. explore.html computes nothing but
+places.
 """
 import sys
 from pathlib import Path
@@ -14,14 +14,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
-import collections  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import tempfile  # noqa: E402
 from argparse import Namespace  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from command.cli import Parser, UsageError, answer  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from llama import Llama, ModelError, Tensor, torch  # noqa: E402
@@ -36,9 +36,8 @@ TEMPLATE = Path(__file__).resolve().with_name("explore.html")
 TOP = 6                      # tokens shown of each distribution, beside those that were drawn
 
 
-def digits(x: float, n: int = 5) -> float:
-    """x in n digits, to be shown."""
-    return float(f"{x:.{n}g}")
+def digits(x: float) -> float:
+    return float(f"{x:.5g}")
 
 
 def rounded(table: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
@@ -68,23 +67,9 @@ class Story(Check):
     sum(min(p, q)) as `overlap`, and `top` with [id, p, q]; in `own` `top` is [id, probability]; in
     `optimise` `other` is how near the state comes that a cell did not take."""
 
-    def __init__(self, *about: Any) -> None:
-        super().__init__(*about)
-        self.rounds: list[dict] = []
-        self.last: dict | None = None                  # the `end`, if the trace comes to it
-
-    def take(self, event: str, **want: Any) -> dict:
-        line = super().take(event, **want)
-        if event == "end":
-            self.last = line
-        else:
-            self.said[event].append(line)
-        return line
-
     def check_round(self) -> None:
-        self.said = collections.defaultdict(list)
         super().check_round()
-        said = self.said
+        said = self.taken
         p = probabilities(self.logits, self.s)                              # (k+1, V)
         q = [probabilities(logits, self.s) for logits in self.draft_logits]
         out = {name: self.begin[name] for name in ("start", "skip", "ended")}
@@ -92,26 +77,23 @@ class Story(Check):
         own = said["own"][0]
         accepted = self.outcomes[-1][1]
         dist = residual(p[accepted], q[accepted]) if own["kind"] == "residual" else p[accepted]
-        out["own"] = {name: own[name] for name in ("kind", "token", "probability", "u")}
-        out["own"]["at"] = bounds(dist, own["token"])
-        out["own"]["top"] = [[i, x] for i, x, _ in top(dist, dist, own["token"])]
+        best = [[i, x] for i, x, _ in top(dist, dist, own["token"])]
+        out["own"] = own | dict(at=bounds(dist, own["token"]), top=best)
         out["emit"] = said["emit"][0]["tokens"]
         for line in said["optimise"]:
-            other = [[skip if bit == "0" else run for run, skip, bit in zip(*ways, bits)]
-                     for ways, bits in zip(self.ways, line["skipped"])]
-            out["optimise"] = {name: line[name] for name in ("position", "M", "skipped", "skip")}
-            out["optimise"] |= dict(D=rounded(line["D"]), other=rounded(other))
+            other = [[near.get("10"[int(bit)]) for near, bit in zip(row, bits)]
+                     for row, bits in zip(self.ways, line["skipped"])]
+            out["optimise"] = line | dict(D=rounded(line["D"]), other=rounded(other))
         for line in said["times"]:
             out["times"] = [line[name] for name in ("draft", "verify", "optimise")]
         self.rounds.append(out)
 
 
-def told(p: Tensor, q: Tensor, d: dict, v: dict) -> dict:
+def told(p: Tensor, q: Tensor, draft: dict, verify: dict) -> dict:
     """A drafted token: its lines, and what stands around it in p and q."""
-    return dict(token=d["token"], q=d["q"], confidence=d["confidence"], u=d["u"],
-                at=bounds(q, d["token"]), overlap=digits(overlap(p, q).item()),
-                top=top(p, q, d["token"]), p=v["p"], a=v["a"], judged=v["u"],
-                accepted=v["accepted"])
+    token = draft["token"]
+    return verify | draft | dict(judged=verify["u"], at=bounds(q, token), top=top(p, q, token),
+                                 overlap=digits(overlap(p, q).item()))
 
 
 def accounts(header: dict, rounds: Sequence[dict]) -> list[dict]:
@@ -124,10 +106,14 @@ def accounts(header: dict, rounds: Sequence[dict]) -> list[dict]:
     for n, r in enumerate(rounds):
         k = len(r["draft"])
         left_out = len(r["skip"])
-        draft, verify = 1 - left_out / L, 1.0
+        draft = 1 - left_out / L
+        verify = 1.0
         if costs:
             try:
-                draft, verify = float(costs["draft"][left_out]), float(costs["verify"][k + 1])
+                draft = float(costs["draft"][left_out])
+                verify = float(costs["verify"][k + 1])
+                if not math.isfinite(draft + verify):
+                    raise ValueError
             except (LookupError, TypeError, ValueError):
                 raise Invalid(f"round {n}: passes of which the header has no costs") from None
         if n > 0:
@@ -148,23 +134,24 @@ def explored(path: str | Path, a: Namespace, model: Llama | None, tok: Tokenizer
     steps, and `end`, None if it breaks off."""
     with open(path, "rb") as file:
         story = prepare(Lines(file), a, Story, model)
-        header = story.lines.now
+        story.rounds = []
         try:
             story.run()
         except Incomplete:
             pass
         except Departure as e:
             raise Invalid(f"{e.args[0]}; check_trace.py says more") from None
+    h = story.header
     shown = Text(tok, ())
-    prompt = [[i, piece(shown, i)] for i in header["prompt_ids"]]
-    ids = {*header["prompt_ids"]}
+    prompt = [[i, piece(shown, i)] for i in h["prompt_ids"]]
+    ids = {*h["prompt_ids"]}
     for r in story.rounds:
         r["pieces"] = [piece(shown, i) for i in r["emit"]]
         for x in [*r["draft"], r["own"]]:
             ids |= {x["token"], *(row[0] for row in x["top"])}
-    return dict(settings=header["settings"], dtype=header["dtype"], L=header["config"]["L"],
-                V=header["config"]["V"], costs=bool(header["costs"]), end=story.last,
-                prompt=prompt, rounds=story.rounds, accounts=accounts(header, story.rounds),
+    return dict(settings=h["settings"], dtype=h["dtype"], L=h["config"]["L"], V=h["config"]["V"],
+                costs=bool(h["costs"]), end=next(iter(story.taken["end"]), None), prompt=prompt,
+                rounds=story.rounds, accounts=accounts(h, story.rounds),
                 tokens={i: alone(tok, i) for i in sorted(ids)})
 
 
@@ -179,21 +166,6 @@ def alone(tok: Tokenizer | None, i: int) -> str:
         return tok.decode_bytes([i]).decode("utf-8", errors="backslashreplace") if tok else str(i)
     except ModelError:
         return f"[{i}]"
-
-
-def page(data: dict) -> str:
-    """The template with the run in it. `<` in a text cannot end the element it stands in."""
-    said = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("{RUN}", said, 1)
-
-
-def flags() -> Parser:
-    p = parser()
-    p.usage = "python oracle/explore.py (--prompt TEXT | --from-trace FILE) --out PAGE [flags]"
-    p.add_argument("--from-trace", metavar="FILE", help="show this run; --model names its model")
-    p.add_argument("--out", metavar="PAGE", required=True, help="the HTML file to write")
-    p.set_defaults(tolerance=None, survey=True, dump_at=None)      # of check_trace.py
-    return p
 
 
 def told_of(a: Namespace) -> dict:
@@ -223,7 +195,12 @@ def told_of(a: Namespace) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        a = parsed(argv, flags())
+        p = parser()
+        p.usage = "python oracle/explore.py (--prompt TEXT | --from-trace FILE) --out PAGE [flags]"
+        p.add_argument("--from-trace", metavar="FILE", help="show this run of --model")
+        p.add_argument("--out", metavar="PAGE", required=True, help="the HTML file to write")
+        p.set_defaults(tolerance=None, survey=True, dump_at=None)      # of check_trace.py
+        a = parsed(argv, p)
         if a.from_trace and (a.prompt is not None or a.prompt_ids is not None or a.trace):
             raise UsageError("--from-trace goes without --prompt, --prompt-ids and --trace")
         if a.compare or a.json or a.verbose:
@@ -232,9 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--out {a.out}: no such folder")
         try:
             data = told_of(a)
-            said = page(data)
         except Invalid as e:
             raise UsageError(f"{a.from_trace or 'the run'}: {e}") from None
+        # `<` in a text of the run cannot end the element that it stands in.
+        said = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        said = TEMPLATE.read_text(encoding="utf-8").replace("{RUN}", said, 1)
         Path(a.out).write_text(said, encoding="utf-8")
         tokens = sum(len(r["emit"]) for r in data["rounds"])
         print(f"{a.out}: {len(data['rounds'])} rounds, {tokens} tokens, {len(said) / 1000:.0f} kB")

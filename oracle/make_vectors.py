@@ -13,15 +13,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
-import argparse  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 from collections import Counter, defaultdict  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from typing import NamedTuple  # noqa: E402
 
+from command.cli import Parser, answer  # noqa: E402
 from command.flags import DEMO  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from llama import Llama, torch  # noqa: E402
@@ -34,7 +33,6 @@ from text.tokenizer import Tokenizer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "def mean(values):\n"
-TINY_PROMPT = [3, 41, 7, 19, 5, 66, 0, 12, 41, 3, 79, 8]
 BASE = Settings(N=20, K=6, M=16, exit_threshold=0.3, interval=32)
 HOT = replace(BASE, temperature=1.0)
 NUCLEUS = replace(HOT, temperature=0.8, top_k=50, top_p=0.9)
@@ -42,32 +40,25 @@ LIVELY = replace(BASE, N=24, K=4, M=24, exit_threshold=0.15, interval=2)
 TINY = Settings(N=30, K=4, M=2, interval=2, temperature=0.2)
 
 
-class Vector(NamedTuple):
-    """A run to look for: one in which happens what `situations` counts, each at least so often; 0:
-    never."""
-    s: Settings
-    wanted: dict[str, int]
-    r: int = 1                                         # tokens of the probe
-
-
-VECTORS = {
-    "greedy": Vector(LIVELY, dict(rejected=3, bonus=1, K=1, confidence=1, table_after_rejection=2,
-                                  uncertain=0)),
-    "temperature": Vector(replace(LIVELY, temperature=1.0, M=22, K=3, exit_threshold=0.1), dict(
+# name: settings, and what must happen, counted by `situations`: at least so often; 0: never.
+VECTORS: dict[str, tuple[Settings, dict[str, int]]] = {
+    "greedy": (LIVELY, dict(rejected=3, bonus=1, K=1, confidence=1, table_after_rejection=2,
+                            uncertain=0)),
+    "temperature": (replace(LIVELY, temperature=1.0, M=22, K=3, exit_threshold=0.1), dict(
         rejected=3, bonus=2, K=1, confidence=1, doubted=1, table_after_rejection=1)),
-    "top-p": Vector(NUCLEUS, dict(rejected=2, bonus=2, excluded=1, confidence=1)),
-    "full-draft": Vector(replace(HOT, M=0), dict(bonus=3, rejected=0, tables=0, K=1, N=1)),
-    "plain": Vector(replace(HOT, K=0), dict(plain=20, drafted=0)),
-    "short-interval": Vector(replace(HOT, N=16, M=8, interval=2), dict(tables=3, sets=2)),
-    "stop-in-draft": Vector(HOT, dict(accepted_stop=1, bonus=1)),
-    "zero-verdict": Vector(NUCLEUS, dict(zero_verdict=1)),
-    "zero-draw": Vector(NUCLEUS, dict(zero_draw=1)),
-    "tiny-greedy": Vector(replace(TINY, temperature=0.0), dict(
+    "top-p": (NUCLEUS, dict(rejected=2, bonus=2, excluded=1, confidence=1)),
+    "full-draft": (replace(HOT, M=0), dict(bonus=3, rejected=0, tables=0, K=1, N=1)),
+    "plain": (replace(HOT, K=0), dict(plain=20, drafted=0)),
+    "short-interval": (replace(HOT, N=16, M=8, interval=2), dict(tables=3, sets=2)),
+    "stop-in-draft": (HOT, dict(accepted_stop=1, bonus=1)),
+    "zero-verdict": (NUCLEUS, dict(zero_verdict=1)),
+    "zero-draw": (NUCLEUS, dict(zero_draw=1)),
+    "tiny-greedy": (replace(TINY, temperature=0.0), dict(
         rejected=3, bonus=1, K=1, N=1, table_after_rejection=2, sets=2, uncertain=0)),
-    "tiny-temperature": Vector(TINY, dict(
+    "tiny-temperature": (TINY, dict(
         rejected=3, bonus=1, K=1, doubted=1, table_after_rejection=2, sets=2)),
-    "tiny-probe": Vector(replace(TINY, N=20), dict(rejected=3, table_after_rejection=2), r=3),
-    "tiny-top-p": Vector(replace(TINY, top_k=20, top_p=0.9), dict(
+    "tiny-probe": (replace(TINY, N=20), dict(rejected=3, table_after_rejection=2)),
+    "tiny-top-p": (replace(TINY, top_k=20, top_p=0.9), dict(
         rejected=3, bonus=1, excluded=1, table_after_rejection=2)),
 }
 
@@ -88,7 +79,6 @@ def situations(lines: list[dict]) -> Counter:
     as well."""
     threshold = lines[0]["settings"]["exit_threshold"]
     out = Counter()
-    sets = set()
     for r in by_round(lines):
         drafts, verdicts, own, ended = r["draft"], r["verify"], r["own"][0], r["round"][0]["ended"]
         out[own["kind"].replace("residual", "rejected")] += 1
@@ -96,8 +86,7 @@ def situations(lines: list[dict]) -> Counter:
         out["uncertain"] += any(0 < v["p"] < 1 for v in verdicts)
         out["excluded"] += any(v["accepted"] is False and v["a"] == 0 for v in verdicts)
         out["doubted"] += any(v["accepted"] and v["a"] < 0.9 for v in verdicts)
-        out["zero_verdict"] += any(
-            v["u"] == 0 and v["a"] == 0 and v["accepted"] is False for v in verdicts)
+        out["zero_verdict"] += any(v["u"] == v["a"] == v["accepted"] == 0 for v in verdicts)
         out["zero_draw"] += any(d["u"] == 0 and d["token"] > 0 for d in drafts)
         if drafts and (ended == "confidence" or drafts[-1]["confidence"] >= threshold):
             out[ended] += 1
@@ -105,8 +94,7 @@ def situations(lines: list[dict]) -> Counter:
         for table in r["optimise"]:
             out["tables"] += 1
             out["table_after_rejection"] += own["kind"] == "residual"
-            sets.add(tuple(table["skip"]))
-    out["sets"] = len(sets)
+    out["sets"] = len({str(line["skip"]) for line in lines if line["event"] == "optimise"})
     return out
 
 
@@ -135,53 +123,41 @@ class Maker:
         self.about = about(source)
         out.mkdir(parents=True, exist_ok=True)
 
-    def run(self, s: Settings, r: int, uniforms: Iterator[float], seed: int | None) -> list[dict]:
-        """The lines of a trace, without times."""
+    def run(self, name: str, s: Settings, seed: int, zero: int | None = None) -> list[dict]:
+        """The lines of a trace, without times; uniform number `zero` is a 0."""
+        chance = Chance(seed)
+        uniforms = (0.0 if n == zero else chance.uniform() for n in itertools.count())
+        policy = policy_of(s, self.model.cfg.L, 3 if name == "tiny-probe" else 1)
         text = io.StringIO()
-        policy = policy_of(s, self.model.cfg.L, r)
         for _ in write_trace(text, self.model, self.ids, s, Recording(uniforms.__next__),
-                             choose_skip, policy, self.about, {}, seed):
+                             choose_skip, policy, self.about, {}, seed if zero is None else None):
             pass
         lines = map(json.loads, text.getvalue().splitlines())
         return [line for line in lines if line["event"] != "times"]
 
-    def tries(self, name: str, v: Vector) -> Iterator[list[dict]]:
-        """Runs in which it may happen: of one seed after another, greedily of other M's."""
+    def runs(self, name: str, s: Settings) -> Iterator[list[dict]]:
+        """Runs in which it may happen."""
         for seed in range(200):
-            s = v.s
-            if s.temperature == 0:
-                s = replace(s, M=(s.M + seed) % (self.model.cfg.L + 1))
-            lines = self.run(s, v.r, uniforms(seed), seed)
+            if s.temperature == 0:                     # then another M is another run
+                s = replace(s, M=(s.M + min(seed, 1)) % (self.model.cfg.L + 1))
+            lines = self.run(name, s, seed)
             if name == "stop-in-draft":                # every drafted token is tried as a stop
                 drafted = [d["token"] for r in by_round(lines)[3:] for d in r["draft"][1:]]
                 for token in dict.fromkeys(drafted):
-                    yield self.run(replace(s, stop_ids=(token,)), v.r, uniforms(seed), seed)
+                    yield self.run(name, replace(s, stop_ids=(token,)), seed)
             elif name.startswith("zero"):              # every uniform number is tried as a 0
                 asked = [line for line in lines if line.get("u") is not None]
                 for n, line in enumerate(asked):
-                    if line["round"] > 1 and line["event"] == ("draft", "verify")["verd" in name]:
-                        yield self.run(s, v.r, uniforms(seed, zero=n), None)
+                    if line["round"] > 1 and (line["event"] == "verify") == ("verdict" in name):
+                        yield self.run(name, s, seed, n)
             else:
                 yield lines
 
     def make(self, name: str) -> None:
-        v = VECTORS[name]
-        for lines in self.tries(name, v):
-            if shows(lines, v.wanted):
-                text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-                (self.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-                return
-        raise AssertionError(f"no run has {v.wanted}")
-
-    def dump(self, name: str, length: int, skip: list[int]) -> None:
-        dump_forward(self.model, self.ids[:length], skip, self.out / f"{name}.safetensors",
-                     self.about)
-
-
-def uniforms(seed: int, zero: int | None = None) -> Iterator[float]:
-    """Those of a seed; 0 in place of number `zero`."""
-    chance = Chance(seed)
-    return (0.0 if n == zero else chance.uniform() for n in itertools.count())
+        s, wanted = VECTORS[name]
+        lines = next(lines for lines in self.runs(name, s) if shows(lines, wanted))
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        (self.out / f"{name}.jsonl").write_text(text)
 
 
 def tiny_model(folder: Path) -> None:
@@ -192,21 +168,29 @@ def tiny_model(folder: Path) -> None:
         max_position_embeddings=256, torch_dtype="bfloat16"), dtype=torch.bfloat16)
 
 
-def main(folder: Path = HERE) -> None:
+def make(folder: Path) -> None:
     torch.set_num_threads(1)
     tok = Tokenizer(DEMO)
     demo = Maker(DEMO, folder / "vectors", [tok.bos, *tok.encode(PROMPT)])
     tiny_model(folder / "tiny")
-    tiny = Maker(folder / "tiny", folder / "vectors", TINY_PROMPT)
+    tiny = Maker(folder / "tiny", folder / "vectors", [3, 41, 7, 19, 5, 66, 0, 12, 41, 3, 79, 8])
     for name in VECTORS:
         (tiny if name.startswith("tiny") else demo).make(name)
-    demo.dump("forward", 3, [])
-    demo.dump("forward-skip", 2, [3, 7, *range(12, 20)])
-    tiny.dump("tiny-forward", 12, [])
-    tiny.dump("tiny-forward-skip", 2, [1, 4])
+    for of, name, length, skip in (
+            (demo, "forward", 3, []), (demo, "forward-skip", 2, [3, 7, *range(12, 20)]),
+            (tiny, "tiny-forward", 12, []), (tiny, "tiny-forward-skip", 2, [1, 4])):
+        path = folder / "vectors" / f"{name}.safetensors"
+        dump_forward(of.model, of.ids[:length], skip, path, of.about)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def work() -> int:
+        p = Parser(description="Write the tiny model and all vectors.")
+        p.add_argument("folder", nargs="?", type=Path, default=HERE, metavar="FOLDER")
+        make(p.parse_args(argv).folder)
+        return 0
+    return answer(work)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Write the tiny model and all vectors.")
-    p.add_argument("folder", nargs="?", type=Path, default=HERE, metavar="FOLDER")
-    main(p.parse_args().folder)
+    sys.exit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from command.flags import VERSION as PROGRAM_VERSION
-from llama import torch
+from llama import Tensor, torch
 from speculative import Chance, Round, Settings, acceptance, generate
 
 VERSION = 3                  # of the format
@@ -24,8 +24,6 @@ PROGRAM = "clasp-mini"
 class Invalid(Exception):
     """Why a file is not a trace that can be checked, in one line for its user."""
 
-
-# ------------------------------------------------------------------------------------ writing
 
 class Recording(Chance):
     """A Chance whose uniforms come from `uniform`, and which keeps its answers of a round: `draws`,
@@ -48,7 +46,7 @@ class Recording(Chance):
         self.verdicts.append((a, self.last, accepted))
         return accepted
 
-    def draw(self, p: torch.Tensor) -> int:
+    def draw(self, p: Tensor) -> int:
         token = super().draw(p)
         self.draws.append((token, p[token].item(), self.last))
         return token
@@ -63,8 +61,7 @@ class Witness:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
 
-    def judged(self, confidence: Sequence[float], p: torch.Tensor, q: Sequence[torch.Tensor],
-               accepted: int) -> None:
+    def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
         self.p = p                                     # (k+1, V)
         self.q = q                                     # k times (V,)
         self.policy.judged(confidence, p, q, accepted)
@@ -89,14 +86,14 @@ def write_trace(out: TextIO, model: Any, prompt: Sequence[int], s: Settings, cha
                           for line in lines))
         out.flush()
 
+    witness = Witness(policy)
     settings = asdict(s) | numbers | dict(r=getattr(policy, "probe", 1), seed=seed)
     write(dict(event="header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
                settings=settings, costs=costs, prompt_ids=list(prompt)))
-    witness = Witness(policy)
     left = s.N
     for n, r in enumerate(generate(model, prompt, s, chance, choose, witness)):
-        why = ended(r, settings, left) if n > 0 else "prefill"
+        why = ended(n, r, settings, left)
         write(*(dict(event=event, round=n, **fields)
                 for event, fields in events(r, chance, witness, why)))
         chance.forget()
@@ -106,19 +103,13 @@ def write_trace(out: TextIO, model: Any, prompt: Sequence[int], s: Settings, cha
     write(dict(event="end", reason="stop" if stopped else "length", emitted=s.N - left))
 
 
-def ended(r: Round, settings: dict, left: int) -> str:
-    """What ended the draft of a round before which `left` tokens may still be emitted."""
+def ended(n: int, r: Round, settings: dict, left: int) -> str:
+    """What ended the draft of round n, before which `left` tokens may still be emitted."""
     k = len(r.drafted)
-    threshold = settings["exit_threshold"]
-    if k == settings["K"]:
-        return "K"
-    if k == left - 1:
-        return "N"
-    if k > 0 and r.drafted[-1] in settings["stop_ids"]:
-        return "stop"
-    if k > 0 and threshold is not None and r.confidence[-1] < threshold:
-        return "confidence"
-    return "policy"
+    doubtful = k > 0 and r.confidence[-1] < (settings["exit_threshold"] or 0)
+    so = dict(prefill=n == 0, K=k == settings["K"], N=k == left - 1,
+              stop=k > 0 and r.drafted[-1] in settings["stop_ids"], confidence=doubtful)
+    return next((why for why in so if so[why]), "policy")
 
 
 def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[tuple[str, dict]]:
@@ -131,11 +122,10 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
     for step, token in enumerate(r.drafted):
         p = witness.p[step, token]
         q = witness.q[step][token]
-        verdict = (acceptance(p, q).item(), None, None)          # never judged
-        if step < len(chance.verdicts):
-            verdict = chance.verdicts[step]
-        yield "verify", dict(step=step, token=token, p=p.item(), q=q.item(),
-                             **dict(zip(("a", "u", "accepted"), verdict)))
+        never_judged = (acceptance(p, q).item(), None, None)
+        a, u, accepted = [*chance.verdicts, *[never_judged] * k][step]
+        yield "verify", dict(step=step, token=token, p=p.item(), q=q.item(), a=a, u=u,
+                             accepted=accepted)
     kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
     token, probability, u = chance.draws[k]
     yield "own", dict(kind=kind, token=token, probability=probability, u=u)
@@ -177,8 +167,6 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
         out[name] = digest.hexdigest()
     return out
 
-
-# ------------------------------------------------------------------------------------ reading
 
 # What may stand in a field. With ? behind it also null, with s a list of such. A JSON true is no
 # number, though Python's True is an int.
@@ -265,9 +253,9 @@ class Lines:
         self.number += 1
         self.now = {}
         self.event = ""
-        where = f"line {self.number}"
         if raw is None:
             return
+        where = f"line {self.number}"
         if not raw.endswith(b"\n"):
             raise Invalid(f"{where}: cut short, it does not end with a newline")
         try:
