@@ -1,7 +1,6 @@
-"""The page of explore.py, opened in a real browser: what stands there is what the trace says. Without
-Chromium (Debian: apt-get install chromium) only what needs no browser is tested.
+"""The page of explore.py, opened in a real browser: what stands there is what the trace says.
+Without Chromium (Debian: apt-get install chromium) only what needs no browser is tested.
 """
-import contextlib
 import html
 import json
 import re
@@ -13,22 +12,19 @@ import torch
 
 from oracle import explore
 from oracle.make_vectors import by_round
-from oracle.test_oracle import RUNS, TINY, find, jsonl, with_line, with_settings
+from oracle.test_oracle import RUNS, TINY, find, jsonl, with_line
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt-get install chromium)")
 FLAGS = ["--model", str(TINY), "--device", "cpu", "--prompt-ids", "3,41,7", "--temperature", "0.2"]
 
 
-def paged(folder, lines, *edit):
-    """The page of a trace; with an edit of its text a wrong one."""
-    (folder / "t").write_bytes(lines if isinstance(lines, bytes) else jsonl(*lines))
+def paged(folder, lines):
+    """The page of a trace."""
+    (folder / "t").write_bytes(jsonl(*lines))
     assert explore.main(["--from-trace", str(folder / "t"), "--model", str(TINY), "--out",
                          str(folder / "page.html")]) == 0
-    text = (folder / "page.html").read_text()
-    if edit:
-        assert text.count(edit[0]) == 1, f"the page has changed, its wrong ones have not: {edit[0]}"
-    return text.replace(*edit) if edit else text
+    return (folder / "page.html").read_text()
 
 
 def data_of(text):
@@ -39,13 +35,12 @@ def data_of(text):
 def look(folder, text, script):
     """What `script` returns once the page is open; a fault of either leaves the title as it was,
     which is no JSON. Time is the browser's own: nobody waits for it."""
-    (folder / "look.html").write_text(text + "<script>(async () => { const answer = async () => {"
-                                      f"{script}}}; document.title = JSON.stringify(await answer());"
-                                      "})()</script>")
-    p = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/chrome",
-         "--virtual-time-budget=99999", "--dump-dom", f"file://{folder}/look.html"],
-        capture_output=True, text=True, timeout=120)
+    told = f"(async () => {{{script}}})().then(x => document.title = JSON.stringify(x))"
+    (folder / "look.html").write_text(f"{text}<script>{told}</script>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/chrome",
+             "--virtual-time-budget=99999", "--dump-dom"]
+    p = subprocess.run([CHROMIUM, *flags, f"file://{folder}/look.html"], capture_output=True,
+                       text=True, timeout=120)
     return json.loads(html.unescape(re.search("(?s)<title>(.*?)</title>", p.stdout)[1]))
 
 
@@ -102,8 +97,8 @@ def held_against(told, lines, accounts):
             at = next(places)
             assert (at["n"], at["s"], at["kind"]) == (n, s, kind)
             ours = [x for x in at["fields"] if x[0] in dict(fields)]
-            assert len(ours) == len(fields) and all(
-                x[0] == field and same(field, want, *x[1:]) for x, (field, want) in zip(ours, fields))
+            assert [x[0] for x in ours] == [field for field, _ in fields]
+            assert all(same(field, want, *x[1:]) for x, (field, want) in zip(ours, fields))
             said = {field: float(value) for field, value, _ in at["account"]}
             spent = accounts[n]["drafting"] + accounts[n]["verifying"]
             assert said["spent"] == pytest.approx(spent) and accounts[n].items() <= said.items()
@@ -122,19 +117,23 @@ def held_against(told, lines, accounts):
 
 
 @in_a_browser
-@pytest.mark.parametrize("name, edit", [
-    ("tiny-temperature", ()), ("tiny-probe", ()),
-    ("tiny-probe", ('scale(x.u, ...x.at),\n      h("p", {class: "verdict"}, d(',
-                    'scale(x.judged, ...x.at),\n      h("p", {class: "verdict"}, d(')),
-    ("tiny-probe", ("spent = a.drafting + a.verifying, all", "spent = a.drafting, all")),
-    ("tiny-probe", ('fill(t + kept(r) + 1, t + k, "stale");', ""))], ids=lambda x: str(x)[:30])
-def test_what_stands_in_the_page_is_what_the_trace_says(name, edit, tmp_path):
+@pytest.mark.parametrize("name", ["tiny-temperature", "tiny-probe"])
+def test_what_stands_in_the_page_is_what_the_trace_says(name, tmp_path):
     """Every step of nine rounds: tokens, p, q, a, u, verdicts, sets, D, the account, the token that
-    is lit in the text. Rejects a page that confuses two of them, as the edited ones do."""
-    text = paged(tmp_path, RUNS[name], *edit)
-    told = look(tmp_path, text, WALK)
-    with pytest.raises(AssertionError) if edit else contextlib.nullcontext():
-        held_against(told, RUNS[name], data_of(text)["accounts"])
+    is lit in the text. Rejects a page that confuses two of them."""
+    text = paged(tmp_path, RUNS[name])
+    held_against(look(tmp_path, text, WALK), RUNS[name], data_of(text)["accounts"])
+
+
+@in_a_browser
+def test_a_wrong_page_is_found(tmp_path):
+    """The test above can fail."""
+    right, wrong = "scale(x.judged, 0, x.a)", "scale(x.u, 0, x.a)"
+    text = paged(tmp_path, RUNS["tiny-probe"])
+    assert right in text
+    told = look(tmp_path, text.replace(right, wrong), WALK)
+    with pytest.raises(AssertionError):
+        held_against(told, RUNS["tiny-probe"], data_of(text)["accounts"])
 
 
 @pytest.mark.parametrize("name", ["tiny-temperature", "tiny-top-p", "tiny-probe"])
@@ -181,8 +180,8 @@ def test_keys_links_and_the_play_button_lead_everywhere(tmp_path):
     end = (last, count[last])
     n = next(n for n, r in enumerate(rounds) if n and r["optimise"])
     moves = [("#round=2&step=1", (2, 1)), ("ArrowRight", (2, 2)), ("ArrowLeft", (2, 1)),
-             ("ArrowDown", (3, 0)), ("ArrowUp", (2, 0)), ("ArrowLeft", (1, count[1])), ("Home", (0, 0)),
-             ("ArrowLeft", (0, 0)), ("ArrowUp", (0, 0)), ("End", end), ("ArrowRight", end),
+             ("ArrowDown", (3, 0)), ("ArrowUp", (2, 0)), ("ArrowLeft", (1, count[1])),
+             ("Home", (0, 0)), ("ArrowLeft", (0, 0)), ("ArrowUp", (0, 0)), ("End", end), ("ArrowRight", end),
              ("ArrowDown", end), ("Home", (0, 0)), (" ", (0, 1)), (" ", (0, 1)),
              (".#map a[data-round='4']", (4, 0)), (".#next", (4, 1)), ("#round=99&step=99", end),
              ("#round=-3&step=x", (0, 0)), (f"#round={n}&step={count[n]}&cell=3,1", (n, count[n]))]
@@ -214,33 +213,29 @@ class HostileTokenizer:
         pass
 
     def decode_bytes(self, ids):
-        return b"".join("€".encode()[i - 77:][:1] if i > 76 else HOSTILE[i % len(HOSTILE)].encode()
-                        for i in ids)
+        return b"".join("€".encode()[i - 77:][:1] if i > 76 else HOSTILE[i % 10].encode() for i in ids)
 
 
 @in_a_browser
-@pytest.mark.parametrize("edit", [
-    (), ("node.append(...kids.flat(9));", "for (const x of kids.flat(9)) typeof x === 'string' ? "
-         "node.innerHTML += x : node.append(x);")])
-def test_tokens_that_look_like_markup_are_text(edit, tmp_path, monkeypatch):
+def test_tokens_that_look_like_markup_are_text(tmp_path, monkeypatch):
     """Rejects a page that sets a token's text as markup or ends its data at one, one that lets a
-    token turn the text around it, as the edited one does, and any address in it."""
+    token turn the text around it, and any address in it."""
     monkeypatch.setattr(explore, "Tokenizer", HostileTokenizer)
-    text = paged(tmp_path, RUNS["tiny-temperature"], *edit)
+    text = paged(tmp_path, RUNS["tiny-temperature"])
     assert set(re.findall(r"\w+://[\w./]*", text)) == {"http://www.w3.org/2000/svg"}
     script = WALK.replace("return told;", """return [typeof hacked, document.querySelectorAll(
       "img, iframe, [onmouseover]").length, document.getElementById("words").textContent];""")
     hacked, foreign, words = look(tmp_path, text, script)
-    safe = (hacked, foreign) == ("undefined", 0) and "\u202e" not in words and (
-        "\\u{202e}" in words and HOSTILE[0] in words and "onmouseover='hacked=1'" in words)
-    assert safe == (not edit)
+    assert (hacked, foreign) == ("undefined", 0) and "\u202e" not in words
+    assert "\\u{202e}" in words and HOSTILE[0] in words and "onmouseover='hacked=1'" in words
 
 
 def test_a_character_split_over_tokens_is_whole_in_the_text():
     """Rejects a text of replacement characters, and a token that claims the whole character."""
     shown = explore.Text(HostileTokenizer(), ())
     assert [explore.piece(shown, i) for i in (77, 78, 79)] == ["", "", "€"]
-    assert [explore.alone(HostileTokenizer(), i) for i in (77, 78, 79)] == ["\\xe2", "\\x82", "\\xac"]
+    alone = [explore.alone(HostileTokenizer(), i) for i in (77, 78, 79)]
+    assert alone == ["\\xe2", "\\x82", "\\xac"]
 
 
 def test_a_trace_cut_short_is_shown_as_far_as_its_rounds_are_whole(tmp_path):
@@ -280,20 +275,11 @@ def test_a_run_and_its_trace_give_the_same_page_also_by_the_policy_or_broken_off
         drafting=sum(spent), verifying=sum(verify)), rel=1e-4)
 
 
-def twice(lines, event):
-    i = find(lines, event)
-    return [*lines[:i], lines[i], *lines[i:]]
-
-
 GIVEN = ["--from-trace", "t", "--model", str(TINY), "--out", "page"]
 
 
 @pytest.mark.parametrize("edit, flags, status, said", [
-    (lambda x: x[1:], GIVEN, 2, "event 'round'"),
-    (lambda x: twice(x, "own"), GIVEN, 2, "event: trace 'own'"),
-    (lambda x: with_line(x, find(x, "optimise"), skipped=["0"]), GIVEN, 2, "entries per line of sk"),
-    (lambda x: with_line(x, 0, prompt_ids=[]), GIVEN, 2, "prompt_ids"),
-    (lambda x: with_settings(x, N=8), GIVEN, 2, "trace 'draft', ours 'the end of the draft'"),
+    (lambda x: [*x[:3], x[2], *x[3:]], GIVEN, 2, "event: trace 'own'"),           # two own tokens
     (lambda x: with_line(x, 0, costs=dict(draft=[1], verify=[1])), GIVEN, 2, "has no costs"),
     (lambda x: with_line(x, 0, costs=dict(draft=[float("nan")] * 9, verify=[1] * 9)), GIVEN, 2,
      "has no costs"),
@@ -303,7 +289,8 @@ GIVEN = ["--from-trace", "t", "--model", str(TINY), "--out", "page"]
     (list, [*GIVEN, "--prompt", "x"], 2, "--from-trace goes without"),
     (list, ["--out", "page", "--from-trace", "/no/trace"], 1, "No such file"),
     (list, ["--out", "page", "--model", "/no/such/model"], 1, "no such folder")])
-def test_what_cannot_be_shown_gets_one_line(edit, flags, status, said, capsys, tmp_path, monkeypatch):
+def test_what_cannot_be_shown_gets_one_line(edit, flags, status, said, capsys, tmp_path,
+                                            monkeypatch):
     """Rejects a traceback, a page that is made nonetheless, and a flag silently without effect."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t").write_bytes(jsonl(*edit(RUNS["tiny-temperature"])))

@@ -113,25 +113,25 @@ def with_settings(lines, **changes):
 
 
 LIVELY = replace(S, N=24, interval=3, temperature=0.5, top_k=0, top_p=1.0)
-FOURTH = dict(step=3, confidence=lambda c: c > 0.06, round=lambda n: n < 4)    # K ends the draft
-SITUATIONS = [("own", dict(kind="residual")), ("own", dict(kind="bonus")),
-              ("optimise", dict(round=3)), ("verify", dict(accepted=None)), ("draft", FOURTH),
-              ("verify", dict(accepted=True, a=lambda a: a < 0.9))]
+JUDGED = dict(accepted=lambda v: v is not None, a=lambda a: a < 0.9)
+UNJUDGED = dict(accepted=None)
 
 
 @pytest.fixture(scope="module")
 def lively(random_model):
     """The lines of a sampled trace in which everything happens."""
+    situations = [("own", dict(kind="residual")), ("own", dict(kind="bonus")), ("draft", dict(step=3)),
+                  ("optimise", dict(round=3)), ("verify", UNJUDGED), ("verify", JUDGED)]
     for seed in range(50):
         lines = trace_of(random_model, [3, 41, 7], LIVELY, seed=seed)
-        if all(find(lines, event, **want) is not None for event, want in SITUATIONS):
+        if all(find(lines, event, **want) is not None for event, want in situations):
             return lines
     raise AssertionError("50 seeds without a lively run")
 
 
 # ---------------------------------------------------------------- what is right passes
 
-ANY = dict(max_new_tokens=[1, 9, 30], temperature=[0, 0.2, 1], top_k=[0, 3, 20], top_p=[1, 0.9, 0.05],
+ANY = dict(max_new_tokens=[1, 9, 30], temperature=[0, 0.2, 1], top_k=[0, 3, 20], top_p=[1, 0.9],
            dtype=list(DTYPES), strategy=["clasp", "clasp", "paper", "ar"], probe=[2, 5, 30],
            skip_layers=[0, 1, 2, 5], draft_length=[0, 1, 4, 12], interval=[1, 2, 5],
            draft_exit_threshold=[0, 0.1, 0.7], prompt_ids=["3", "3,41,7", "8,7,9," * 30])
@@ -196,18 +196,6 @@ def test_what_a_policy_says_must_be_so_and_what_the_settings_name_holds(check, t
         assert re.search(f"rule {rule}", said), (field, said)
 
 
-def test_a_stop_token_ends_the_text_wherever_it_stands(check, random_model):
-    """Rejects "length" for a stop that is the N-th token, in a trace and in the checker. (In a
-    draft: stop-in-draft.jsonl.)"""
-    plain = replace(LIVELY, K=0)
-    text = [x["token"] for x in trace_of(random_model, [3, 41, 7], plain) if x["event"] == "own"]
-    N = next(n for n in range(6, 24) if text[n - 1] not in text[:n - 1])
-    plain = replace(plain, N=N, stop_ids=(text[N - 1],))
-    lines = trace_of(random_model, [3, 41, 7], plain)
-    assert lines[-1] == dict(event="end", reason="stop", emitted=N) and check(lines)[0] == 0
-    assert "rule end" in check(with_line(lines, len(lines) - 1, reason="length"))[1]
-
-
 # ---------------------------------------------------------------- what is wrong is found
 
 RULE_OF = dict(      # what is said of a line in which this field alone is wrong
@@ -220,8 +208,6 @@ RULE_OF = dict(      # what is said of a line in which this field alone is wrong
     optimise=dict(round="order", position="probe", M="table", D="table", skip="path"))
 OTHER_WORDS = dict(prefill="K", K="N", N="K", stop="K", confidence="K", plain="bonus",
                    bonus="residual", residual="plain", length="stop")
-JUDGED = dict(accepted=lambda v: v is not None, a=lambda a: a < 0.9)
-UNJUDGED = dict(accepted=None)
 
 
 def other(field, value):
@@ -302,14 +288,13 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("column", at("optimise", lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), **THIRD), ""),
     ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(4, "110"), **THIRD), ""),
     ("end", at("end", lambda x, i: x.append(x[1]) or 1), ""),
-    ("own", at("own", settings(temperature=0.6)), ""), ("own", at("own", settings(top_p=0.5)), ""),
+    ("own", at("own", settings(temperature=0.6)), ""),
     ("own", at("own", lambda x, i: x[0].update(prompt_ids=[3, 40, 7])), ""),
     ("exit", at("draft", settings(K=3), step=3), ""),
     ("exit", at("draft", settings(exit_threshold=0.9), step=1), ""),
     ("interval", at("optimise", lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"])), ""),
     ("table", at("optimise", settings(M=1)), ""),
     ("header", at("header", lambda x, i: x[0]["config"].update(eps=1.00001e-5)), ""),
-    ("header", at("header", lambda x, i: x[0]["config"].update(scaling=[8.0, 1.0, 4.0, 64])), ""),
 ]
 
 
@@ -490,19 +475,16 @@ MORE = {
 NAMED_BY = {        # a rule; of all others any one does
     **dict.fromkeys(CHANCES, "warning: [0-9]+ of [0-9]+ uniform numbers"),
     "the drafts' keys stay after a verify": "rule confidence", "residual = p": "rule own",
-    "residual through a softmax": "rule own", "bonus from unfiltered logits": "rule own",
-    "the draft skips another set": "rule confidence", "the forward has another eps": "rule header",
-    "a has no upper limit": "rule ratio", "one position too far": "rule column",
-    "the worse choice wins": "rule choice", "drafting goes on behind a stop token": "rule exit"}
-# No departure is what is as right, or right up to rounding; in no trace stands what a run shows, how
-# long it takes, or how wide its numbers were. The third block takes a u of 0, a number just at an
-# edge or none, or what this model or policy has not. Of the last no trace is written, or its
-# numbers come from elsewhere (see CHANCES).
+    "the forward has another eps": "rule header", "a has no upper limit": "rule ratio",
+    "one position too far": "rule column", "the worse choice wins": "rule choice",
+    "drafting goes on behind a stop token": "rule exit"}
+# What is as right, up to rounding, or in no trace; what takes a u of 0, a number just at an edge or
+# none, or what this model or policy has not; and what writes no trace or other numbers (see CHANCES).
 UNSEEN = {
     "ties are run", "top-k cuts ties by id", "uniforms of 24 bits", "scratch begins at the probe",
     "a skipped layer writes", "a call for every cell", "g[i,0] is computed again",
-    "the host waits for every layer", "the stars stand one row early", "the printed case is another",
-    "a stop in a draft is told twice", "the verify's seconds are the draft's too",
+    "the host waits for every layer", "the stars stand one row early", "a stop in a draft is told twice",
+    "the printed case is another", "the verify's seconds are the draft's too",
     "the cosine is as wide as the states", "norms in bfloat16", "rotary tables in bfloat16",
     "errors ride along in the states' dtype", "the running sum is float32",
     "accepts at u = a", "draws at u = the running sum", "drafting ends at the threshold",
@@ -539,9 +521,8 @@ def test_repeated_uniforms_are_told_from_chance():
     """Rejects an alarm for the repeats that float32's 2^24 numbers must have in a long trace, or
     for what happens to every tenth; and silence about few repeats in a short one, about one of 53
     bits, and about zeros alone."""
-    gen = torch.Generator().manual_seed(0)
-    narrow = torch.rand(6000, generator=gen).tolist()
-    wide = torch.rand(6000, generator=gen, dtype=torch.float64).tolist()
+    narrow = torch.rand(6000, generator=torch.Generator().manual_seed(0)).tolist()
+    wide = [Chance(0).uniform() + n / 2 ** 14 for n in range(6000)]
     assert len(set(narrow)) < 6000 and len(set(narrow[:1800])) == 1800
     for fine in (narrow, [*narrow[:1800], narrow[0]], wide, [], [0.0]):
         assert repeated(fine) == []
@@ -562,9 +543,7 @@ MEANINGS = [        # what departs: (rule, round, kind of line), .. | the rounds
     ([("own", 0, "plain")], [NONE], "only the bonus and what is drawn alone"),
     ([("own", 1, "residual")], [NONE, REJECTED], "only residuals depart"),
     ([("q", 1, "draft"), ("p", 1, "verify")], [NONE, REJECTED], "what is made of logits does not"),
-    ([("q", 1, "draft")], [NONE, REJECTED], "its filters alone"),
     ([("p", 1, "verify")], [NONE, REJECTED], "the verify alone"),
-    ([("draw", 1, "draft")], [NONE, REJECTED], "a few draws and nothing else"),
     ([("column", 0, "optimise"), ("table", 0, "optimise")], [NONE], "column 0: the candidate"),
     ([("choice", 0, "optimise")], [NONE], "column 0 agrees"),
 ]
@@ -607,16 +586,13 @@ NO_TRACES = [                          # what is in the file, what is said
     (lambda x: jsonl(*x)[:-5], "line {n}: cut short"),
     (lambda x: jsonl(*x[1:]), "line 1: event 'round'"),
     (lambda x: with_line(x, 0, version=2), "version is 2; (3,) wanted"),
-    (lambda x: with_line(x, 0, extra=1), "unknown field 'extra'"),
     (lambda x: with_line(x, 0, model={"config.json": 0}), "a trace of another model"),
-    (lambda x: with_line(x, 0, config=[]), "config is []; object wanted"),
     (lambda x: with_line(x, 0, prompt_ids=[50]), "prompt_ids"),
     (lambda x: with_settings(x, N=10 ** 8), "the model's context of 2048"),
     (lambda x: with_settings(x, M=6), "M is 6; the model has 5 layers"),
     (lambda x: with_settings(x, K=1.0), "K is 1.0"), (lambda x: with_settings(x, r=0), "r is 0"),
     (lambda x: with_settings(x, temperature=1e-30), "checks nothing"),
     (lambda x: with_settings(x, temperature=math.nan), "temperature is nan"),
-    (lambda x: with_line(x, 1, event="circle"), "line 2: event 'circle'"),
     (lambda x: with_line(x, 2, u=1.0), "u is 1.0"), (lambda x: with_line(x, 2, kind=[]), "kind is"),
     (lambda x: with_line(x, 2, token=50), "line 3, own: token 50 of 50"),
     (lambda x: with_line(x, 2, **{"\n\ud800": 1}), "unknown field '\\n\\ud800'"),
@@ -857,16 +833,12 @@ def test_make_vectors_is_all_it_takes(tmp_path, monkeypatch):
 
 CHANGING = {       # a wrong program, the vector that it cannot reproduce
     "accepts at u = a": "zero-verdict", "draws at u = the running sum": "zero-draw",
-    "drafting goes on behind a stop token": "stop-in-draft",
-    "the text goes on after an accepted stop": "stop-in-draft",
-    "the probe is the last drafted token": "greedy",
+    "the text goes on after an accepted stop": "stop-in-draft", "residual = p": "top-p",
+    "the probe is the last drafted token": "greedy", "one position for all tokens": "tiny-probe",
     "the probe is the token before the round": "short-interval",
-    "several tokens are compared by the last": "tiny-probe",
-    "one position for all tokens": "tiny-probe", "residual = p": "top-p",
-    "layers are optimised a round late": "temperature",
+    "layers are optimised a round late": "temperature", "p without the filters": "tiny-top-p",
     "query heads dealt to kv heads in turn": "tiny-greedy",
-    "LLaMA-3.1's stretching left out": "tiny-greedy",
-    "scores divided by the root of D": "tiny-temperature", "p without the filters": "tiny-top-p",
+    "LLaMA-3.1's stretching left out": "tiny-temperature",
 }
 
 
@@ -899,9 +871,8 @@ def test_the_contract_names_every_field_rule_tolerance_and_vector():
     said = text.partition("`--survey` goes on after a departure from ")[2].partition("counts")[0]
     assert set(re.findall("`([a-z]+)`", said)) == NUMERIC
     assert all(f"| {name} | {x:g} |" in text for name, x in TOLERANCE.items())
-    dumps = dict(re.findall(r"([0-9][0-9.e-]*) in\s+(float64|float32|bfloat16)", text))
-    assert {float(x): f"torch.{name}" for x, name in dumps.items()} == {
-        x: str(dtype) for dtype, x in compare_dumps.TOLERANCE.items()}
+    dumps = re.findall(r"([0-9][0-9.e-]*) in\s+(float64|float32|bfloat16)", text)
+    assert {DTYPES[name]: float(x) for x, name in dumps} == compare_dumps.TOLERANCE
     example = [json.loads(x) for x in re.findall(r"^\{.*\}$", text, re.M)[1:]]
     for line in example:
         trace.match(line, trace.EVENTS[line["event"]], "the example")
