@@ -171,20 +171,16 @@ def test_the_likeliest_tokens_and_the_place_of_a_draw_by_hand():
 
 
 @in_a_browser
-def test_keys_links_and_the_play_button_lead_everywhere(tmp_path):
-    """Rejects a key without effect or with another's, an end that wraps round, a link that leads
-    beside, and a cell that tells of another."""
+def test_keys_links_and_the_play_button_lead_on_and_not_beyond_the_ends(tmp_path):
+    """Rejects a key without effect or with another's, an end that wraps round, and a link that
+    leads beside."""
     rounds = by_round(RUNS["tiny-temperature"])
     count = [len(list(expected(r))) - 1 for r in rounds]
-    last = len(rounds) - 1
-    end = (last, count[last])
-    n = next(n for n, r in enumerate(rounds) if n and r["optimise"])
-    moves = [("#round=2&step=1", (2, 1)), ("ArrowRight", (2, 2)), ("ArrowLeft", (2, 1)),
-             ("ArrowDown", (3, 0)), ("ArrowUp", (2, 0)), ("ArrowLeft", (1, count[1])),
-             ("Home", (0, 0)), ("ArrowLeft", (0, 0)), ("ArrowUp", (0, 0)), ("End", end), ("ArrowRight", end),
-             ("ArrowDown", end), ("Home", (0, 0)), (" ", (0, 1)), (" ", (0, 1)),
-             (".#map a[data-round='4']", (4, 0)), (".#next", (4, 1)), ("#round=99&step=99", end),
-             ("#round=-3&step=x", (0, 0)), (f"#round={n}&step={count[n]}&cell=3,1", (n, count[n]))]
+    end = (len(rounds) - 1, count[-1])
+    moves = [("#round=2&step=1", (2, 1)), ("ArrowRight", (2, 2)), ("ArrowDown", (3, 0)),
+             ("ArrowUp", (2, 0)), ("ArrowLeft", (1, count[1])), ("Home", (0, 0)),
+             ("ArrowLeft", (0, 0)), ("End", end), ("ArrowRight", end), ("#round=-3&step=x", (0, 0)),
+             (" ", (0, 1)), (" ", (0, 1)), (".#map a[data-round='4']", (4, 0)), (".#next", (4, 1))]
     told = look(tmp_path, paged(tmp_path, RUNS["tiny-temperature"]), """
       const told = [], wait = ms => new Promise(done => setTimeout(done, ms));
       for (const move of MOVES) {
@@ -195,11 +191,9 @@ def test_keys_links_and_the_play_button_lead_everywhere(tmp_path):
         await wait(move === " " ? 1500 : 50);          // playing, a step takes 1.1 seconds
         told.push(document.getElementById("where").textContent);
       }
-      return [told, document.querySelector("#cell [data-field=D]").value];
-      """.replace("MOVES", json.dumps([move for move, _ in moves])))
-    for (move, (n, s)), said in zip(moves, told[0], strict=True):
-        assert said == f"round {n} of {last}, step {s} of {count[n]}", move
-    assert float(told[1]) == round(rounds[n]["optimise"][0]["D"][3][1], 6)
+      return told;""".replace("MOVES", json.dumps([move for move, _ in moves])))
+    for (move, (n, s)), said in zip(moves, told, strict=True):
+        assert said == f"round {n} of {end[0]}, step {s} of {count[n]}", move
 
 
 HOSTILE = ["</script><script>hacked = 1</script>", "<img src=x onerror='hacked=1'>", "<!--<script>",
@@ -213,7 +207,8 @@ class HostileTokenizer:
         pass
 
     def decode_bytes(self, ids):
-        return b"".join("€".encode()[i - 77:][:1] if i > 76 else HOSTILE[i % 10].encode() for i in ids)
+        return b"".join("€".encode()[i - 77:i - 76] if i > 76 else HOSTILE[i % 10].encode()
+                        for i in ids)
 
 
 @in_a_browser

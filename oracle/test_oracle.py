@@ -120,8 +120,8 @@ UNJUDGED = dict(accepted=None)
 @pytest.fixture(scope="module")
 def lively(random_model):
     """The lines of a sampled trace in which everything happens."""
-    situations = [("own", dict(kind="residual")), ("own", dict(kind="bonus")), ("draft", dict(step=3)),
-                  ("optimise", dict(round=3)), ("verify", UNJUDGED), ("verify", JUDGED)]
+    situations = [("own", dict(kind="residual")), ("own", dict(kind="bonus")), ("verify", JUDGED),
+                  ("optimise", dict(round=3)), ("verify", UNJUDGED), ("draft", dict(step=3))]
     for seed in range(50):
         lines = trace_of(random_model, [3, 41, 7], LIVELY, seed=seed)
         if all(find(lines, event, **want) is not None for event, want in situations):
@@ -173,7 +173,7 @@ def test_a_trace_has_whole_rounds_whenever_it_is_broken_off(random_model, tmp_pa
         for n in range(4):
             next(run)
             last = json.loads(path.read_text().splitlines()[-1])
-            assert path.read_bytes()[-1:] == b"\n" and (last["event"], last["round"]) == ("times", n)
+            assert (last["event"], last["round"]) == ("times", n)
         run.close()
     assert json.loads(path.read_text().splitlines()[-1]) == last
 
@@ -341,7 +341,7 @@ def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, 
         lines = trace_of(random_model, [3, 41, 7], s, seed=seed, dtype=DTYPES[dtype])
         if find(lines, "verify", accepted=None, a=lambda a: a < 1):
             break
-    line = lines[find(lines, "own")]       # where in the running sum its token ends, by a slow model
+    line = lines[find(lines, "own")]       # where in the running sum its token ends, slowly
     w = random_checkpoint(tmp_path / "m", dict(num_hidden_layers=5))
     p = (reference(*w, torch.tensor([3, 41, 7]))[0][-1] / temperature).softmax(-1)
     line["end"] = p[:line["token"] + 1].sum().item()
@@ -350,7 +350,7 @@ def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, 
     for rule, allowed in slack.items():
         for by, status in ((0.9, 0), (1.1, 1)):
             got, out, err = check(nudged(lines, rule, by * allowed))
-            assert (got, err) == (status, "") and (not got or f"rule {rule}" in out), (rule, by, out)
+            assert (got, err) == (status, "") and (got == 0 or f"rule {rule}" in out), out
     for tolerance, status in ((1.2 * X, 0), (X, 1), (0, 2)):
         assert check(nudged(lines, "q", 1.1 * slack["q"]), "--tolerance", tolerance)[0] == status
 
@@ -371,8 +371,9 @@ def test_a_tie_decided_the_other_way_is_no_departure(check, tmp_path):
     """Rejects a checker that asks for our choice between states that are equally near: of a model
     whose layers 2 and 3 do nothing. (Of logits that tie: the next but one.)"""
     w = random_checkpoint(tmp_path / "tied", dict(num_hidden_layers=5))[1]
-    for name in [f"{i}.{matrix}" for i in (2, 3) for matrix in ("self_attn.o_proj", "mlp.down_proj")]:
-        w[f"model.layers.{name}.weight"].zero_()
+    for name in w:
+        if re.search(r"layers\.[23]\..*(o_proj|down_proj)", name):
+            w[name].zero_()
     save({name: x.float() for name, x in w.items()}, tmp_path / "tied" / "model.safetensors", {})
     right = trace_of(tmp_path / "tied", [3, 41, 7], S)
     with running("ties are run"):
@@ -479,12 +480,13 @@ NAMED_BY = {        # a rule; of all others any one does
     "one position too far": "rule column", "the worse choice wins": "rule choice",
     "drafting goes on behind a stop token": "rule exit"}
 # What is as right, up to rounding, or in no trace; what takes a u of 0, a number just at an edge or
-# none, or what this model or policy has not; and what writes no trace or other numbers (see CHANCES).
+# none, or what this model or policy has not; what writes no trace or other numbers (see CHANCES).
 UNSEEN = {
     "ties are run", "top-k cuts ties by id", "uniforms of 24 bits", "scratch begins at the probe",
     "a skipped layer writes", "a call for every cell", "g[i,0] is computed again",
-    "the host waits for every layer", "the stars stand one row early", "a stop in a draft is told twice",
+    "the host waits for every layer", "the stars stand one row early",
     "the printed case is another", "the verify's seconds are the draft's too",
+    "a stop in a draft is told twice",
     "the cosine is as wide as the states", "norms in bfloat16", "rotary tables in bfloat16",
     "errors ride along in the states' dtype", "the running sum is float32",
     "accepts at u = a", "draws at u = the running sum", "drafting ends at the threshold",
@@ -616,7 +618,8 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     for said, main, *arguments in (
             ("directory", check_trace, DEMO), ("not JSON", check_trace, DEMO / "config.json"),
             ("config.json", check_trace, right, "--model", "/no"),
-            ("another model", check_trace, right), ("--out", check_trace, right, "--dump-at", "1,2"),
+            ("--out", check_trace, right, "--dump-at", "1,2"),
+            ("another model", check_trace, right),
             ("--device", check_trace, right, "--device", "cuda:99"),
             ("--skip 6: the model has layers", dump_forward, tmp_path / "d", "--model", TINY,
              "--prompt-ids", "3", "--skip", "1,6")):
@@ -779,12 +782,10 @@ def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, cap
 # ---------------------------------------------------------------- the vectors
 
 def alike(a, b):
-    """Equal, but for floats, which may be 1e-9 apart, and versions of programs."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(k == "versions" or alike(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return type(a) is type(b) and (abs(a - b) < 1e-9 if type(a) is float else a == b)
+    """Equal lines but for versions, and floats, which may be 1e-9 apart."""
+    near = [json.loads(json.dumps([lines[0] | dict(versions=0), *lines[1:]]),
+                       parse_float=lambda x: round(float(x), 8)) for lines in (a, b)]
+    return near[0] == near[1]
 
 
 def reproduced(name):
@@ -806,8 +807,8 @@ def test_a_vector_is_what_this_program_makes_of_its_uniforms_and_shows_its_situa
     assert alike(RUNS[name], reproduced(name))
     assert make_vectors.shows(RUNS[name], make_vectors.VECTORS[name][1])
     assert RUNS[name][-1]["reason"] == ("stop" if name == "stop-in-draft" else "length")
-    if SOURCE[name] == TINY or name == "temperature":  # the demo's tables are long, and tell no more
-        status, out, err = check(RUNS[name], model=SOURCE[name])
+    if SOURCE[name] == TINY:                           # the demo's tables tell no more
+        status, out, err = check(RUNS[name], model=TINY)
         assert (status, err) == (0, "") and "warning" not in out
 
 
@@ -846,13 +847,12 @@ CHANGING = {       # a wrong program, the vector that it cannot reproduce
 def test_a_wrong_program_does_not_reproduce_the_vectors(wrong):
     """Rejects vectors too tame to tell: each of these programs must come to other lines, to what is
     no number, or ask for more uniforms than there are."""
-    lines = []
+    name = CHANGING[wrong]
     try:
         with running(wrong):
-            lines = reproduced(CHANGING[wrong])
+            assert not alike(RUNS[name], reproduced(name))
     except (RuntimeError, ValueError):
         pass
-    assert not alike(RUNS[CHANGING[wrong]], lines)
 
 
 # ---------------------------------------------------------------- the documents
