@@ -127,7 +127,8 @@ def knobs(job: Job, prompts: Prompts) -> dict[str, dict[str, Curves]]:
     around the best so far, beside the policy, which decides all."""
     panels = defaultdict(dict)
     for title, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
-        ours = speed(job, prompts, replace(job.plain, temperature=temperature), lambda: policy_of(job))
+        s = replace(job.plain, temperature=temperature)
+        ours = speed(job, prompts, s, lambda: policy_of(job))
         for name, of in sweep(job, prompts, temperature)[0].items():
             fixed = {str(value): x for value, x in of.items()}
             panels[name][title] = {"fixed": fixed, "the policy": dict.fromkeys(fixed, ours)}

@@ -64,9 +64,10 @@ def parser() -> Parser:
     return p
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags of the main command, held against one another. Raises UsageError."""
-    a = parser().parse_args(argv)
+def parsed(argv: Sequence[str] | None, p: Parser | None = None) -> argparse.Namespace:
+    """The flags of the main command, or of a parser that adds to them, held against one another.
+    Raises UsageError."""
+    a = (p or parser()).parse_args(argv)
     if a.system is not None and not a.chat:
         raise UsageError("--system goes with --chat")
     if a.prompt_ids is not None and (a.chat or a.prompt is not None):

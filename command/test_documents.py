@@ -14,10 +14,14 @@ TESTS = {path for path in PROGRAMS if path.name.startswith("test_")}
 
 
 def flags_of(path):
-    """The flags that a program here takes: its own, and where it adds to them the command's."""
-    source, main = path.read_text(encoding="utf-8"), ROOT / "command" / "flags.py"
-    inherits = path != main and re.search(r"clasp_mini\.parser\(\)|command\.flags import", source)
-    return {*re.findall(r'"(--[a-z-]+)"', source), "--help", *(flags_of(main) if inherits else ())}
+    """The flags that a program here takes: its own, and those of the files that it has them from."""
+    source = path.read_text(encoding="utf-8")
+    flags = {*re.findall(r'"(--[a-z-]+)"', source), "--help"}
+    for file, use in (("command/flags.py", r"from command\.flags import|clasp_mini\.parser\(\)"),
+                      ("bench/questions.py", r"from bench\.questions import")):
+        if re.search(use, source):
+            flags |= flags_of(ROOT / file)
+    return flags
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

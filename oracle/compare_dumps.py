@@ -22,17 +22,6 @@ from command.cli import Parser, UsageError, answer, number  # noqa: E402
 # Of the largest number in its part of a layer. Seen between float32 and float64, over 32 layers of
 # the demo, 1e-6; between bfloat16 and float64 0.03.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.1}
-EMBEDDING = "the embedding: its rows, or how bfloat16 is read (the upper half of a float32)"
-VALUES = ("the norm before attention (eps stands inside the root; float32 statistics), or the "
-          "value projection")
-FIRST_KEYS = "values agree, so the norm does: the key projection, as nothing turns at position 0"
-KEYS = ("values and the keys at position 0 agree: the rotary embedding, its layout (pairs k and "
-        "k + hd/2), theta, LLaMA-3.1's scaling, angles not in float64")
-FIRST_STATE = ("keys and values agree, and the first token attends to itself alone: which kv head "
-               "a query head reads (h // (H/G)), the output projection, or the feed-forward part")
-STATE = ("keys, values and the first token agree: queries and their rotation, the scale hd^-0.5, "
-         "the mask, the softmax, or which query heads read which kv head (h // (H/G))")
-LOGITS = "the states agree: the final norm, or the head (is it tied to the embedding?)"
 
 
 def read(path: str) -> dict[str, Tensor]:
@@ -45,15 +34,25 @@ def read(path: str) -> dict[str, Tensor]:
         raise UsageError(f"{path}: cannot be read as safetensors: {e}") from None
 
 
-def parts(d: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, tuple[str, str]]]:
+def parts(d: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, str, str]]:
     """(name, (rows, ...), what it means if it departs in the first token, or only later) in the
     order of computation."""
-    yield "the embedding, hidden[0]", d["hidden"][0], (EMBEDDING, EMBEDDING)
+    embedding = "the embedding: its rows, or how bfloat16 is read (the upper half of a float32)"
+    yield "the embedding, hidden[0]", d["hidden"][0], embedding, embedding
+    norm = "the norm before attention (eps inside the root; float32 statistics), or W of the values"
     for i in range(len(d["keys"])):
-        yield f"layer {i}, values[{i}]", d["values"][i], (VALUES, VALUES)
-        yield f"layer {i}, keys[{i}]", d["keys"][i], (FIRST_KEYS, KEYS)
-        yield f"layer {i}, its output hidden[{i + 1}]", d["hidden"][i + 1], (FIRST_STATE, STATE)
-    yield "the logits", d["logits"], (LOGITS, LOGITS)
+        yield f"layer {i}, values[{i}]", d["values"][i], norm, norm
+        yield (f"layer {i}, keys[{i}]", d["keys"][i],
+               "values agree, so the norm does: the keys' matrix, as nothing turns at position 0",
+               "values and the keys at position 0 agree: the rotary embedding, its layout (pairs k "
+               "and k + hd/2), theta, LLaMA-3.1's scaling, angles not in float64")
+        yield (f"layer {i}, its output hidden[{i + 1}]", d["hidden"][i + 1],
+               "keys and values agree, and the first token sees itself: which kv head a query "
+               "head reads (h // (H/G)), the output's matrix, or the feed-forward part",
+               "keys, values and the first token agree: queries and their rotation, the scale "
+               "hd^-0.5, the mask, the softmax, which query head reads which kv head (h // (H/G))")
+    head = "the states agree: the final norm, or the head (is it tied to the embedding?)"
+    yield "the logits", d["logits"], head, head
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor],
@@ -65,13 +64,14 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor],
                              f"{list(theirs[name].shape)}")
     if not torch.equal(ours["prompt_ids"], theirs["prompt_ids"]):
         raise UsageError("prompt_ids: these are dumps of different tokens")
-    T, worst = len(ours["prompt_ids"]), 0.0
+    T = len(ours["prompt_ids"])
+    worst = 0.0
     X = tolerance or max(TOLERANCE.get(d["hidden"].dtype, TOLERANCE[torch.bfloat16])
                          for d in (ours, theirs))
-    for (name, a, (first, later)), (_, b, _) in zip(parts(ours), parts(theirs)):
-        a, b = a.double(), b.double()
-        scale = a.abs().max().item() or 1.0
-        off = ((a - b).abs() / scale).flatten(1).nan_to_num(torch.inf).amax(1)         # (rows,)
+    for (name, a, first, later), (_, b, *_) in zip(parts(ours), parts(theirs)):
+        scale = a.double().abs().max().item() or 1.0
+        off = (a.double() - b.double()).abs().flatten(1) / scale
+        off = off.nan_to_num(torch.inf).amax(1)                             # (rows,)
         if off.max() > X:
             row = int((off > X).int().argmax())
             token = T - len(a) + row

@@ -2,33 +2,30 @@
 
     python oracle/dump_forward.py FILE --prompt "def f(" [--skip 3,7] [flags of clasp_mini.py]
 
-With --skip the pass leaves those layers out, as a draft does. TRACE.md, "Forward dumps", says what
-is in the file; compare_dumps.py holds two of them against one another.
+With --skip the pass leaves those layers out, as a draft does. TRACE.md says what is in the file.
 """
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Instead of this folder, whose trace.py would stand before the standard library's.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
 import json  # noqa: E402
+from collections.abc import Iterable, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 
-import clasp_mini  # noqa: E402
-from llama import Llama, torch  # noqa: E402
-from oracle import trace  # noqa: E402
-from speculative import CHUNK  # noqa: E402
 from command.cli import UsageError, answer, numbers  # noqa: E402
+from command.flags import parsed, parser  # noqa: E402
+from command.job import Job  # noqa: E402
+from llama import Llama, torch  # noqa: E402
+from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
+from speculative import CHUNK  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 
 TENSORS = dict(
     prompt_ids="(T,) the tokens",
-    logits="(n, V) of the last n tokens, all in a dump of a prompt: a row scores what follows its "
-           "token; before temperature",
-    hidden="(L+1, n, D) their residual stream: 0 the embedding, i what layer i receives, L the "
-           "last layer's output before the final norm; over a skipped layer it does not change",
+    logits="(n, V) of the last n tokens: a row scores what follows its token; before temperature",
+    hidden="(L+1, n, D) 0 the embedding, i what layer i receives, L before the final norm",
     keys="(L, T, G, hd) as cached, after the rotary embedding; zeros where a layer was skipped",
     values="(L, T, G, hd) as cached; zeros where a layer was skipped")
 
@@ -36,9 +33,9 @@ TENSORS = dict(
 def save_dump(path: str | Path, model: Llama, about: dict, skip: Iterable[int],
               **tensors: torch.Tensor) -> str:
     """Write the tensors of `TENSORS`; -> what has been written, in words."""
-    meta = dict(version=trace.VERSION, program=trace.PROGRAM, tensors=TENSORS, skip=sorted(skip),
-                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."), **about)
     assert tensors.keys() == TENSORS.keys()
+    meta = dict(version=VERSION, program=PROGRAM, tensors=TENSORS, skip=sorted(skip),
+                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."), **about)
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     # One entry: several would come in any order, and the same dump not be the same bytes.
     save(tensors, path, {"clasp-forward": json.dumps(meta)})
@@ -50,33 +47,36 @@ def save_dump(path: str | Path, model: Llama, about: dict, skip: Iterable[int],
 def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path: str | Path,
                  about: dict) -> str:
     """One pass over `prompt` without the layers `skip`; -> what has been written, in words."""
-    ids, cache = torch.tensor(prompt, device=model.device), model.cache(len(prompt))
-    left_out, logits, hidden, t = [i in skip for i in range(model.cfg.L)], [], [], 0
-    for part in ids.split(CHUNK):
-        x, h = model.forward(part, cache.sequence(t, len(part)), cache, left_out, last=len(part),
-                             states=True)
-        logits, hidden, t = [*logits, x], [*hidden, h], t + len(part)
-    return save_dump(path, model, about, skip, prompt_ids=ids, logits=torch.cat(logits),
-                     hidden=torch.cat(hidden, 1), keys=cache.k.transpose(1, 2),
+    cache = model.cache(len(prompt))
+    left_out = [i in skip for i in range(model.cfg.L)]
+    parts = []
+    for t in range(0, len(prompt), CHUNK):
+        ids = torch.tensor(prompt[t:t + CHUNK], device=model.device)
+        parts.append(model.forward(ids, cache.sequence(t, len(ids)), cache, left_out))
+    hidden = torch.stack([torch.cat(each) for each in zip(*parts)])         # (L+1, T, D)
+    return save_dump(path, model, about, skip, prompt_ids=torch.tensor(prompt), hidden=hidden,
+                     logits=model.head(hidden[-1]), keys=cache.k.transpose(1, 2),
                      values=cache.v.transpose(1, 2))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = clasp_mini.parser()
+        p = parser()
         p.usage = "python oracle/dump_forward.py FILE --prompt TEXT [--skip 3,7] [flags]"
         p.description = "Write one forward pass over a prompt as safetensors (oracle/TRACE.md)."
         p.add_argument("file", metavar="FILE", help="the safetensors file to write")
         p.add_argument("--skip", type=numbers, default=[], metavar="3,7",
                        help="layers that the pass leaves out")
-        a = p.parse_args(argv)
-        a.max_new_tokens, a.eager = 0, True            # one pass is not worth recording
-        job = clasp_mini.Job(a)
-        ids, L = job.prompt(), job.cfg.L
-        if any(i >= L for i in a.skip):
-            raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {L - 1}")
+        a = parsed(argv, p)
+        a.strategy = "ar"                              # no costs are measured for one pass
+        a.eager = True                                 # nor is it worth recording
+        a.max_new_tokens = 1
+        job = Job(a)
+        ids = job.prompt()
+        if max(a.skip, default=0) >= job.cfg.L:
+            raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {job.cfg.L - 1}")
         job.load()
-        print(dump_forward(job.model, ids, a.skip, a.file, trace.about(job.folder)))
+        print(dump_forward(job.model, ids, a.skip, a.file, about(job.folder)))
         return 0
     return answer(work)
 

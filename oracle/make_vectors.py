@@ -13,22 +13,22 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
-import argparse  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
-from collections import Counter  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections import Counter, defaultdict  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
-import clasp_mini  # noqa: E402
+from command.cli import Parser, answer  # noqa: E402
+from command.flags import DEMO  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from llama import Llama, torch  # noqa: E402
-from oracle import trace  # noqa: E402
 from oracle.dump_forward import dump_forward  # noqa: E402
+from oracle.trace import Recording, about, write_trace  # noqa: E402
+from policy.adaptive import Adaptive  # noqa: E402
+from speculative import Chance, Paper, Settings  # noqa: E402
 from tests.slow_llama import AS_4, random_checkpoint  # noqa: E402
-from oracle.trace import Recording, by_round, write_trace  # noqa: E402
-from speculative import Chance, Settings  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -37,25 +37,127 @@ BASE = Settings(N=20, K=6, M=16, exit_threshold=0.3, interval=32)
 HOT = replace(BASE, temperature=1.0)
 NUCLEUS = replace(HOT, temperature=0.8, top_k=50, top_p=0.9)
 LIVELY = replace(BASE, N=24, K=4, M=24, exit_threshold=0.15, interval=2)
-DEMO = {            # name: settings, and how often at least what must happen
-    "greedy": (LIVELY, dict(rejected=3, bonus=1, K=1, confidence=1, table_after_rejection=2)),
+TINY = Settings(N=30, K=4, M=2, interval=2, temperature=0.2)
+
+
+# name: settings, and what must happen, counted by `situations`: at least so often; 0: never.
+VECTORS: dict[str, tuple[Settings, dict[str, int]]] = {
+    "greedy": (LIVELY, dict(rejected=3, bonus=1, K=1, confidence=1, table_after_rejection=2,
+                            uncertain=0)),
     "temperature": (replace(LIVELY, temperature=1.0, M=22, K=3, exit_threshold=0.1), dict(
         rejected=3, bonus=2, K=1, confidence=1, doubted=1, table_after_rejection=1)),
     "top-p": (NUCLEUS, dict(rejected=2, bonus=2, excluded=1, confidence=1)),
-    "full-draft": (replace(HOT, M=0), dict(bonus=3, K=1, N=1)),
-    "plain": (replace(HOT, K=0), {}),
+    "full-draft": (replace(HOT, M=0), dict(bonus=3, rejected=0, tables=0, K=1, N=1)),
+    "plain": (replace(HOT, K=0), dict(plain=20, drafted=0)),
     "short-interval": (replace(HOT, N=16, M=8, interval=2), dict(tables=3, sets=2)),
-}
-TINY = {
-    "tiny-greedy": (Settings(N=30, K=4, M=2, interval=2), dict(
-        rejected=3, bonus=1, K=1, N=1, table_after_rejection=2, sets=2)),
-    "tiny-temperature": (Settings(N=30, K=4, M=2, interval=2, temperature=0.2), dict(
+    "stop-in-draft": (HOT, dict(accepted_stop=1, bonus=1)),
+    "zero-verdict": (NUCLEUS, dict(zero_verdict=1)),
+    "zero-draw": (NUCLEUS, dict(zero_draw=1)),
+    "tiny-greedy": (replace(TINY, temperature=0.0), dict(
+        rejected=3, bonus=1, K=1, N=1, table_after_rejection=2, sets=2, uncertain=0)),
+    "tiny-temperature": (TINY, dict(
         rejected=3, bonus=1, K=1, doubted=1, table_after_rejection=2, sets=2)),
-    "tiny-probe": (Settings(N=20, K=4, M=2, interval=2, r=3, temperature=0.2), dict(
-        rejected=3, table_after_rejection=2)),
-    "tiny-top-p": (Settings(N=30, K=4, M=2, interval=2, temperature=0.2, top_k=20, top_p=0.9), dict(
+    "tiny-probe": (replace(TINY, N=20), dict(rejected=3, table_after_rejection=2)),
+    "tiny-top-p": (replace(TINY, top_k=20, top_p=0.9), dict(
         rejected=3, bonus=1, excluded=1, table_after_rejection=2)),
 }
+
+
+def by_round(lines: list[dict]) -> list[dict[str, list[dict]]]:
+    """The rounds of a trace: event -> its lines in the round, in their order."""
+    out = []
+    for line in lines:
+        if line["event"] == "round":
+            out.append(defaultdict(list))
+        if "round" in line:
+            out[-1][line["event"]].append(line)
+    return out
+
+
+def situations(lines: list[dict]) -> Counter:
+    """How often what happens in a trace. A draft's end counts if nothing else would have ended it
+    as well."""
+    threshold = lines[0]["settings"]["exit_threshold"]
+    out = Counter()
+    for r in by_round(lines):
+        drafts, verdicts, own, ended = r["draft"], r["verify"], r["own"][0], r["round"][0]["ended"]
+        out[own["kind"].replace("residual", "rejected")] += 1
+        out["drafted"] += len(drafts)
+        out["uncertain"] += any(0 < v["p"] < 1 for v in verdicts)
+        out["excluded"] += any(v["accepted"] is False and v["a"] == 0 for v in verdicts)
+        out["doubted"] += any(v["accepted"] and v["a"] < 0.9 for v in verdicts)
+        out["zero_verdict"] += any(v["u"] == v["a"] == v["accepted"] == 0 for v in verdicts)
+        out["zero_draw"] += any(d["u"] == 0 and d["token"] > 0 for d in drafts)
+        if drafts and (ended == "confidence" or drafts[-1]["confidence"] >= threshold):
+            out[ended] += 1
+            out["accepted_stop"] += ended == "stop" and verdicts[-1]["accepted"] is True
+        for table in r["optimise"]:
+            out["tables"] += 1
+            out["table_after_rejection"] += own["kind"] == "residual"
+    out["sets"] = len({str(line["skip"]) for line in lines if line["event"] == "optimise"})
+    return out
+
+
+def shows(lines: list[dict], wanted: dict[str, int]) -> bool:
+    happens = situations(lines)
+    return all(happens[what] >= least if least else not happens[what]
+               for what, least in wanted.items())
+
+
+def policy_of(s: Settings, L: int, r: int) -> Paper | Adaptive:
+    """The paper's numbers; where r tokens choose the layers by the policy that can, told that a
+    draft costs nothing, so that it always pays."""
+    if r == 1:
+        return Paper(s, L)
+    return Adaptive(s, [0.0] * (L + 1), [1.0] * (s.K + 2), K=s.K, M=s.M,
+                    exit_threshold=s.exit_threshold, interval=s.interval, probe=r)
+
+
+class Maker:
+    """Looks for runs of one model and writes them."""
+
+    def __init__(self, source: Path, out: Path, ids: list[int]) -> None:
+        self.model = Llama.load(source, dtype=torch.float64)
+        self.out = out
+        self.ids = ids
+        self.about = about(source)
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, s: Settings, seed: int, zero: int | None = None) -> list[dict]:
+        """The lines of a trace, without times; uniform number `zero` is a 0."""
+        chance = Chance(seed)
+        uniforms = (0.0 if n == zero else chance.uniform() for n in itertools.count())
+        policy = policy_of(s, self.model.cfg.L, 3 if name == "tiny-probe" else 1)
+        text = io.StringIO()
+        for _ in write_trace(text, self.model, self.ids, s, Recording(uniforms.__next__),
+                             choose_skip, policy, self.about, {}, seed if zero is None else None):
+            pass
+        lines = map(json.loads, text.getvalue().splitlines())
+        return [line for line in lines if line["event"] != "times"]
+
+    def runs(self, name: str, s: Settings) -> Iterator[list[dict]]:
+        """Runs in which it may happen."""
+        for seed in range(200):
+            if s.temperature == 0:                     # then another M is another run
+                s = replace(s, M=(s.M + min(seed, 1)) % (self.model.cfg.L + 1))
+            lines = self.run(name, s, seed)
+            if name == "stop-in-draft":                # every drafted token is tried as a stop
+                drafted = [d["token"] for r in by_round(lines)[3:] for d in r["draft"][1:]]
+                for token in dict.fromkeys(drafted):
+                    yield self.run(name, replace(s, stop_ids=(token,)), seed)
+            elif name.startswith("zero"):              # every uniform number is tried as a 0
+                asked = [line for line in lines if line.get("u") is not None]
+                for n, line in enumerate(asked):
+                    if line["round"] > 1 and (line["event"] == "verify") == ("verdict" in name):
+                        yield self.run(name, s, seed, n)
+            else:
+                yield lines
+
+    def make(self, name: str) -> None:
+        s, wanted = VECTORS[name]
+        lines = next(lines for lines in self.runs(name, s) if shows(lines, wanted))
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        (self.out / f"{name}.jsonl").write_text(text)
 
 
 def tiny_model(folder: Path) -> None:
@@ -66,114 +168,29 @@ def tiny_model(folder: Path) -> None:
         max_position_embeddings=256, torch_dtype="bfloat16"), dtype=torch.bfloat16)
 
 
-def uniforms(seed: int, zero: int | None) -> Iterator[float]:
-    """Those of a seed; 0 in place of number `zero`."""
-    chance = Chance(seed)
-    return (0.0 if n == zero else chance.uniform() for n in itertools.count())
-
-
-def situations(lines: list[dict]) -> Counter:
-    """How often what happens in a trace. A draft's end counts if nothing else would have ended it
-    as well."""
-    threshold, out, sets = lines[0]["settings"]["exit_threshold"], Counter(), set()
-    for r in by_round(lines):
-        drafts, verdicts, own, ended = r["draft"], r["verify"], r["own"][0], r["round"][0]["ended"]
-        out[own["kind"].replace("residual", "rejected")] += 1
-        out["excluded"] += any(v["accepted"] is False and v["a"] == 0 for v in verdicts)
-        out["doubted"] += any(v["accepted"] and v["a"] < 0.9 for v in verdicts)
-        if drafts:
-            alone = ended == "confidence" or drafts[-1]["confidence"] >= threshold
-            out[ended] += alone
-            out["accepted_stop"] += alone and ended == "stop" and verdicts[-1]["accepted"] is True
-        for table in r["optimise"]:
-            out["tables"] += 1
-            out["table_after_rejection"] += own["kind"] == "residual"
-            sets.add(tuple(table["skip"]))
-    out["sets"] = len(sets)
-    return out
-
-
-class Maker:
-    """Looks for runs of one model and writes them."""
-
-    def __init__(self, source: Path, out: Path, ids: list[int]) -> None:
-        self.model, self.out, self.ids = Llama.load(source, dtype=torch.float64), out, ids
-        self.about = trace.about(source)
-        out.mkdir(parents=True, exist_ok=True)
-
-    def run(self, s: Settings, seed: int, zero: int | None = None) -> list[dict]:
-        """The lines of a trace, without times."""
-        text = io.StringIO()
-        for _ in write_trace(self.model, self.ids, s, Recording(uniforms(seed, zero).__next__),
-                             choose_skip, text, self.about, seed if zero is None else None):
-            pass
-        lines = map(json.loads, text.getvalue().splitlines())
-        return [line for line in lines if line["event"] != "times"]
-
-    def write(self, name: str, lines: list[dict]) -> None:
-        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-        (self.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-    def first(self, s: Settings, wanted: dict[str, int]) -> list[dict]:
-        """The first seed's run in which all that is wanted happens; greedily, the nearest M's."""
-        tries = [(s, seed) for seed in range(200)] if s.temperature else [
-            (replace(s, M=M), 0) for M in sorted(range(1, self.model.cfg.L + 1),
-                                                 key=lambda M: abs(M - s.M))]
-        for each, seed in tries:
-            lines = self.run(each, seed)
-            happens = situations(lines)
-            if all(happens[what] >= least for what, least in wanted.items()):
-                return lines
-        raise AssertionError(f"no run of {len(tries)} has {wanted}")
-
-    def stop_in_draft(self, s: Settings) -> list[dict]:
-        """A run that ends with a drafted and accepted stop token, where the draft would else have
-        gone on. Of a run without stop tokens every drafted token is tried as one."""
-        for seed in range(200):
-            drafted = [d["token"] for r in by_round(self.run(s, seed))[3:] for d in r["draft"][1:]]
-            for token in dict.fromkeys(drafted):
-                lines = self.run(replace(s, stop_ids=(token,)), seed)
-                if situations(lines)["accepted_stop"] and len(by_round(lines)) > 3:
-                    return lines
-        raise AssertionError("no stop token inside a draft in 200 runs")
-
-    def zero(self, s: Settings, event: str) -> list[dict]:
-        """A run with one u = 0: it judges a token that the full model excludes, or it draws where
-        the first tokens are excluded."""
-        for seed in range(200):
-            asked = [x for x in self.run(s, seed) if x.get("u") is not None]
-            for n, line in enumerate(asked):
-                if line["event"] == event and line["round"] > 1 and line.get("a", 0) == 0:
-                    lines = self.run(s, seed, n)
-                    line, = [x for x in lines if x.get("u") == 0]
-                    if event == "verify" or line["token"] > 0:
-                        return lines
-        raise AssertionError(f"no {event} for u = 0 in 200 runs")
-
-    def dumps(self, name: str, length: int, skip: list[int]) -> None:
-        for which, T, left_out in (("", length, []), ("-skip", 2, skip)):
-            dump_forward(self.model, self.ids[:T], left_out,
-                         self.out / f"{name}{which}.safetensors", self.about)
-
-
-def main(folder: Path = HERE) -> None:
+def make(folder: Path) -> None:
     torch.set_num_threads(1)
-    tok = Tokenizer(clasp_mini.DEMO)
-    demo = Maker(clasp_mini.DEMO, folder / "vectors", [tok.bos, *tok.encode(PROMPT)])
-    for name, (s, wanted) in DEMO.items():
-        demo.write(name, demo.first(s, wanted))
-    demo.write("stop-in-draft", demo.stop_in_draft(HOT))
-    demo.write("zero-verdict", demo.zero(NUCLEUS, "verify"))
-    demo.write("zero-draw", demo.zero(NUCLEUS, "draft"))
-    demo.dumps("forward", 3, [3, 7, *range(12, 20)])
+    tok = Tokenizer(DEMO)
+    demo = Maker(DEMO, folder / "vectors", [tok.bos, *tok.encode(PROMPT)])
     tiny_model(folder / "tiny")
     tiny = Maker(folder / "tiny", folder / "vectors", [3, 41, 7, 19, 5, 66, 0, 12, 41, 3, 79, 8])
-    for name, (s, wanted) in TINY.items():
-        tiny.write(name, tiny.first(s, wanted))
-    tiny.dumps("tiny-forward", 12, [1, 4])
+    for name in VECTORS:
+        (tiny if name.startswith("tiny") else demo).make(name)
+    for of, name, length, skip in (
+            (demo, "forward", 3, []), (demo, "forward-skip", 2, [3, 7, *range(12, 20)]),
+            (tiny, "tiny-forward", 12, []), (tiny, "tiny-forward-skip", 2, [1, 4])):
+        path = folder / "vectors" / f"{name}.safetensors"
+        dump_forward(of.model, of.ids[:length], skip, path, of.about)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def work() -> int:
+        p = Parser(description="Write the tiny model and all vectors.")
+        p.add_argument("folder", nargs="?", type=Path, default=HERE, metavar="FOLDER")
+        make(p.parse_args(argv).folder)
+        return 0
+    return answer(work)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Write the tiny model and all vectors.")
-    p.add_argument("folder", nargs="?", type=Path, default=HERE, metavar="FOLDER")
-    main(p.parse_args().folder)
+    sys.exit(main())

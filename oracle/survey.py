@@ -38,7 +38,7 @@ def meaning(bad: dict[str, Tally], tally: dict[str, Tally],
     if "column" in bad:
         yield ("column 0: the candidate that skips nothing does not see what the verify saw, or "
                "what it is held against is not h[i]; look at its position, mask and slot")
-    elif bad.keys() & {"table", "parent"}:
+    elif bad.keys() & {"table", "choice"}:
         yield ("column 0 agrees, so a candidate alone is right: look at who sees whom among them, "
                "at the state that is handed on, at the choice and its ties, at cosines in float32")
     if "ratio" in bad:

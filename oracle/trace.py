@@ -1,23 +1,23 @@
 """A trace of a run, which another implementation can be held against: here it is written and read
 back. TRACE.md is the contract.
 
-`HEADER` and `schema` are the grammar: what may stand in each field of each line. Whether the values
+`HEADER` and `EVENTS` are the grammar: what may stand in each field of each line. Whether the values
 are *right* is the business of check_trace.py.
 """
 import hashlib
 import json
+import math
 import platform
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from llama import Config, Llama, torch
-from speculative import CHUNK, Chance, Round, Settings, generate
 from command.flags import VERSION as PROGRAM_VERSION
+from llama import Tensor, torch
+from speculative import Chance, Round, Settings, acceptance, generate
 
-VERSION = 2                  # of the format
+VERSION = 3                  # of the format
 PROGRAM = "clasp-mini"
 
 
@@ -25,49 +25,123 @@ class Invalid(Exception):
     """Why a file is not a trace that can be checked, in one line for its user."""
 
 
-class Incomplete(Exception):
-    """The file ends, in whole lines, before the trace does."""
-
-
-# ------------------------------------------------------------------------------------ writing
-
 class Recording(Chance):
-    """A Chance whose uniforms come from `uniform`, and which keeps a log of what it was asked:
-    ("accept", a, u, verdict) and ("draw", p, u, token)."""
+    """A Chance whose uniforms come from `uniform`, and which keeps its answers of a round: `draws`,
+    (token, its probability, u), and `verdicts`, (a, u, accepted)."""
 
     def __init__(self, uniform: Callable[[], float]) -> None:
-        self.source, self.log = uniform, []
+        self.source = uniform
+        self.forget()
+
+    def forget(self) -> None:
+        self.draws: list[tuple[int, float, float]] = []
+        self.verdicts: list[tuple[float, float, bool]] = []
 
     def uniform(self) -> float:
         self.last = self.source()
         return self.last
 
     def accept(self, a: float) -> bool:
-        verdict = super().accept(a)
-        self.log.append(("accept", a, self.last, verdict))
-        return verdict
+        accepted = super().accept(a)
+        self.verdicts.append((a, self.last, accepted))
+        return accepted
 
-    def draw(self, p: torch.Tensor) -> int:
+    def draw(self, p: Tensor) -> int:
         token = super().draw(p)
-        self.log.append(("draw", p, self.last, token))
+        self.draws.append((token, p[token].item(), self.last))
         return token
 
 
-def fingerprint(folder: str | Path) -> dict[str, str]:
-    """name -> SHA-256 (hex) of every file that determines the model's numbers."""
-    folder, index = Path(folder), "model.safetensors.index.json"
-    names = ["config.json", "model.safetensors"]
-    if not (folder / names[1]).exists():
-        shards = set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
-        names[1:] = [index, *sorted(shards)]
-    out = {}
-    for name in names:
-        with open(folder / name, "rb") as f:
-            digest = hashlib.sha256()
-            while part := f.read(1 << 20):
-                digest.update(part)
-        out[name] = digest.hexdigest()
-    return out
+class Witness:
+    """A policy that does as another one, and keeps the p and q that this is told of last."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
+        self.p = p                                     # (k+1, V)
+        self.q = q                                     # k times (V,)
+        self.policy.judged(confidence, p, q, accepted)
+
+
+def record(job: Any, ids: Sequence[int], seed: int, policy: Any) -> Iterator[Round]:
+    """The rounds of a job of the command, each written to its --trace before it is yielded."""
+    with open(job.a.trace, "w", encoding="utf-8") as out:
+        yield from write_trace(out, job.model, ids, job.settings, Recording(Chance(seed).uniform),
+                               job.choose, policy, about(job.folder), job.named, seed,
+                               job.costs)
+
+
+def write_trace(out: TextIO, model: Any, prompt: Sequence[int], s: Settings, chance: Recording,
+                choose: Callable[..., Any], policy: Any, about: dict, numbers: dict,
+                seed: int | None = None, costs: dict | None = None) -> Iterator[Round]:
+    """`generate`, each round written to `out` before it is yielded. What follows the policy is for
+    the header; of the paper's `numbers` None is left to the policy. If the run is broken off, what
+    has been written is whole rounds, without `end`."""
+    def write(*lines: dict) -> None:
+        out.write("".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
+                          for line in lines))
+        out.flush()
+
+    witness = Witness(policy)
+    settings = asdict(s) | numbers | dict(r=getattr(policy, "probe", 1), seed=seed)
+    write(dict(event="header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
+               config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
+               settings=settings, costs=costs, prompt_ids=list(prompt)))
+    left = s.N
+    for n, r in enumerate(generate(model, prompt, s, chance, choose, witness)):
+        why = ended(n, r, settings, left)
+        write(*(dict(event=event, round=n, **fields)
+                for event, fields in events(r, chance, witness, why)))
+        chance.forget()
+        left -= len(r.emitted)
+        stopped = r.emitted[-1] in s.stop_ids
+        yield r
+    write(dict(event="end", reason="stop" if stopped else "length", emitted=s.N - left))
+
+
+def ended(n: int, r: Round, settings: dict, left: int) -> str:
+    """What ended the draft of round n, before which `left` tokens may still be emitted."""
+    k = len(r.drafted)
+    doubtful = k > 0 and r.confidence[-1] < (settings["exit_threshold"] or 0)
+    so = dict(prefill=n == 0, K=k == settings["K"], N=k == left - 1,
+              stop=k > 0 and r.drafted[-1] in settings["stop_ids"], confidence=doubtful)
+    return next((why for why in so if so[why]), "policy")
+
+
+def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[tuple[str, dict]]:
+    """A round's lines."""
+    k = len(r.drafted)
+    yield "round", dict(start=r.start, skip=indices(r.skip), ended=why)
+    for step, token in enumerate(r.drafted):
+        _, q, u = chance.draws[step]
+        yield "draft", dict(step=step, token=token, q=q, confidence=r.confidence[step], u=u)
+    for step, token in enumerate(r.drafted):
+        p = witness.p[step, token]
+        q = witness.q[step][token]
+        never_judged = (acceptance(p, q).item(), None, None)
+        a, u, accepted = [*chance.verdicts, *[never_judged] * k][step]
+        yield "verify", dict(step=step, token=token, p=p.item(), q=q.item(), a=a, u=u,
+                             accepted=accepted)
+    kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
+    token, probability, u = chance.draws[k]
+    yield "own", dict(kind=kind, token=token, probability=probability, u=u)
+    yield "emit", dict(tokens=r.emitted)
+    if r.choice:
+        D, skipped = r.choice.D, r.choice.skipped
+        yield "optimise", dict(
+            position=r.start - 1 + r.accepted, M=len(D[0]) - 1,
+            D=[row[:i + 1] for i, row in enumerate(D)],
+            skipped=["".join("01"[bit] for bit in row[:i + 1]) for i, row in enumerate(skipped)],
+            skip=indices(r.choice.skip()))
+    yield "times", dict(zip(("draft", "verify", "optimise"), r.seconds))
+
+
+def indices(skip: Sequence[bool]) -> list[int]:
+    return [i for i, left_out in enumerate(skip) if left_out]
 
 
 def about(folder: str | Path) -> dict[str, dict[str, str]]:
@@ -76,225 +150,136 @@ def about(folder: str | Path) -> dict[str, dict[str, str]]:
         PROGRAM: PROGRAM_VERSION, "torch": torch.__version__, "python": platform.python_version()})
 
 
-def record(job: Any, ids: Sequence[int], path: str | Path) -> Iterator[Round]:
-    """The rounds of a job of the command, each written to the trace at `path` before it is yielded
-    (clasp_mini.py --trace)."""
-    with open(path, "w", encoding="utf-8") as out:
-        yield from write_trace(job.model, ids, job.settings, Recording(Chance(job.a.seed).uniform),
-                               job.choose, out, about(job.folder), job.a.seed, job.costs)
+def fingerprint(folder: str | Path) -> dict[str, str]:
+    """name -> SHA-256 (hex) of every file that determines the model's numbers."""
+    folder = Path(folder)
+    weights = ["model.safetensors"]
+    if not (folder / weights[0]).exists():
+        index = "model.safetensors.index.json"
+        shards = json.loads((folder / index).read_text("utf-8"))["weight_map"].values()
+        weights = [index, *sorted(set(shards))]
+    out = {}
+    for name in ["config.json", *weights]:
+        digest = hashlib.sha256()
+        with open(folder / name, "rb") as f:
+            while part := f.read(1 << 20):
+                digest.update(part)
+        out[name] = digest.hexdigest()
+    return out
 
 
-def write_trace(model: Llama, prompt: Sequence[int], s: Settings, chance: Recording,
-                choose: Callable[..., Any], out: TextIO, about: dict, seed: int | None = None,
-                costs: dict[str, Any] | None = None) -> Iterator[Round]:
-    """`generate`, each round written to `out` before it is yielded; with `costs` by the policy that
-    adapts. `about` and `seed` are for the header. If the run is broken off, what has been written
-    is whole rounds, without `end`."""
-    def write(lines: list[dict]) -> None:
-        out.write("".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
-                          for line in lines))
-        out.flush()
-
-    write([dict(event="header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
-                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
-                settings=dict(asdict(s), seed=seed), costs=costs, prompt_ids=list(prompt))])
-    policy = Adaptive(s, **costs) if costs else None
-    left, last = s.N, None
-    for n, r in enumerate(generate(model, prompt, s, chance, choose, policy)):
-        events = _events(r, chance.log, ended(r, s, left) if n else "prefill")
-        write([dict(event=event, round=n, **fields) for event, fields in events])
-        chance.log.clear()             # its distributions have V entries: one round of them at most
-        left, last = left - len(r.emitted), r.emitted[-1]
-        yield r
-    write([dict(event="end", reason="stop" if last in s.stop_ids else "length",
-                emitted=s.N - left)])
-
-
-def ended(r: Round, s: Settings, left: int) -> str:
-    """What ended the draft of a round before which `left` tokens may still be emitted."""
-    k = len(r.drafted)
-    if k == s.K or k == left - 1:
-        return "K" if k == s.K else "N"
-    if k and r.drafted[-1] in s.stop_ids:
-        return "stop"
-    doubted = k and s.exit_threshold is not None and r.confidence[-1] < s.exit_threshold
-    return "confidence" if doubted else "policy"
-
-
-def _events(r: Round, log: list, ended: str) -> Iterator[tuple[str, dict]]:
-    """A round's lines. Its log: a draw for each drafted token, the verdicts up to the first
-    rejection, and the draw of the full model's own token."""
-    v, k = r.verdict, len(r.drafted)
-    draws, verdicts, (_, drawn_from, u_own, own) = log[:k], log[k:-1], log[-1]
-    yield "round", dict(start=r.start, skip=[i for i, s in enumerate(r.skip) if s], ended=ended)
-    for step, token in enumerate(r.drafted):
-        yield "draft", dict(step=step, token=token, q=v.q[step], confidence=r.confidence[step],
-                            u=draws[step][2])
-    for step, token in enumerate(r.drafted):
-        _, _, u, accepted = verdicts[step] if step < len(verdicts) else (None,) * 4
-        yield "verify", dict(step=step, token=token, p=v.p[step], q=v.q[step], a=v.a[step], u=u,
-                             accepted=accepted)
-    yield "own", dict(kind="plain" if k == 0 else "bonus" if r.accepted == k else "residual",
-                      token=own, probability=drawn_from[own].item(), u=u_own)
-    yield "emit", dict(tokens=r.emitted)
-    if r.choice:
-        M = len(r.choice.D[0]) - 1
-        yield "optimise", dict(
-            position=r.start - 1 + r.accepted, M=M,
-            D=[row[:i + 1] for i, row in enumerate(r.choice.D)],
-            parents=["".join("01"[bit] for bit in row[:i + 1])
-                     for i, row in enumerate(r.choice.parents)],
-            skip=[i for i, s in enumerate(r.choice.skip()) if s])
-    yield "times", dict(zip(("draft", "verify", "optimise"), r.seconds))
-
-
-# ------------------------------------------------------------------------------------ reading
-
-Field = tuple[str, Callable[[Any], bool]]              # what is wanted, in words; whether it is
-
-
-def whole(low: int, high: int) -> Field:
-    # A JSON true is no number here, though Python's True is an int.
-    return f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
-
-
-def real(low: float, high: float) -> Field:
-    return (f"a number from {low:g} to {high:g}",
-            lambda v: type(v) in (int, float) and low <= v <= high)
-
-
-def some(item: Field) -> Field:
-    return f"a list, each {item[0]}", lambda v: type(v) is list and all(map(item[1], v))
-
-
-def maybe(item: Field) -> Field:
-    return f"{item[0]}, or null", lambda v: v is None or item[1](v)
-
-
-def word(*allowed: str) -> Field:
-    return " or ".join(allowed), lambda v: v in allowed
-
-
-COUNT, SIZE, SEED = whole(0, 10 ** 9), whole(1, 10 ** 9), maybe(whole(0, 2 ** 64))
-TEXT = ("a text", lambda v: type(v) is str)
-FLAG, NOT_NEGATIVE = ("true or false", lambda v: type(v) is bool), real(0, 1e300)
-TEXTS = ("an object of texts", lambda v: type(v) is dict and all(map(TEXT[1], v.values())))
-CHANCE = ("a number from 0 up to, but not, 1", lambda v: type(v) in (int, float) and 0 <= v < 1)
-NUCLEUS = ("a number above 0, at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1)
-# What the replay has a number of its own for: one out of range is a departure like any other.
-NUMBER = ("a finite number", lambda v: type(v) in (int, float) and abs(v) < 1e300)
-COSTS = ("an object, or null", lambda v: v is None or type(v) is dict)
+# What may stand in a field. With ? behind it also null, with s a list of such. A JSON true is no
+# number, though Python's True is an int.
+KINDS: dict[str, Callable[[Any], bool]] = dict(
+    text=lambda v: type(v) is str,
+    flag=lambda v: type(v) is bool,
+    object=lambda v: type(v) is dict,
+    count=lambda v: type(v) is int and 0 <= v <= 2 ** 64,
+    size=lambda v: type(v) is int and 0 < v <= 2 ** 64,
+    # What the replay has a number of its own for: one out of range is a departure like any other.
+    number=lambda v: type(v) in (int, float) and abs(v) < 1e300,
+    positive=lambda v: KINDS["number"](v) and v >= 0,
+    part=lambda v: KINDS["number"](v) and 0 < v <= 1,
+    uniform=lambda v: KINDS["number"](v) and 0 <= v < 1)
 
 HEADER: dict[str, Any] = dict(
-    event=word("header"), schema=word("clasp-trace"), version=whole(VERSION, VERSION),
-    program=TEXT, model=TEXTS, versions=TEXTS,
-    config=dict(dict.fromkeys(("L", "D", "H", "G", "hd", "ffn", "V", "context"), SIZE),
-                eps=NOT_NEGATIVE, tied=FLAG, theta=NOT_NEGATIVE, scaling=maybe(some(NOT_NEGATIVE))),
-    dtype=word("float32", "float64", "bfloat16"),
-    settings=dict(temperature=NOT_NEGATIVE, top_k=COUNT, top_p=NUCLEUS, N=SIZE,
-                  stop_ids=some(COUNT), K=maybe(whole(0, CHUNK - 1)), M=maybe(COUNT),
-                  exit_threshold=maybe(real(0, 1)), interval=maybe(SIZE), r=whole(1, CHUNK // 2),
-                  seed=SEED),
-    costs=COSTS, prompt_ids=some(COUNT))
+    event="text", schema=("clasp-trace",), version=(VERSION,), program="text", model="object",
+    versions="object", config="object", dtype=("float32", "float64", "bfloat16"),
+    settings="object", costs="object?", prompt_ids="counts")
+CONFIG = dict(
+    L="size", D="size", H="size", G="size", hd="size", ffn="size", V="size", context="size",
+    eps="positive", theta="positive", tied="flag", scaling="positives?")
+SETTINGS = dict(
+    temperature="positive", top_k="count", top_p="part", N="size", stop_ids="counts", K="count?",
+    M="count?", exit_threshold="positive?", interval="size?", r="size", seed="count?")
+LINE = dict(event="text", round="count")
+EVENTS: dict[str, dict[str, Any]] = dict(
+    round=LINE | dict(start="count", skip="counts",
+                      ended=("prefill", "K", "N", "stop", "confidence", "policy")),
+    draft=LINE | dict(step="count", token="count", q="number", confidence="number", u="uniform"),
+    verify=LINE | dict(step="count", token="count", p="number", q="number", a="number",
+                       u="uniform?", accepted="flag?"),
+    own=LINE | dict(kind=("plain", "residual", "bonus"), token="count", probability="number",
+                    u="uniform"),
+    emit=LINE | dict(tokens="counts"),
+    optimise=LINE | dict(position="count", M="count", D="numberss", skipped="texts", skip="counts"),
+    times=LINE | dict(draft="positive", verify="positive", optimise="positive"),
+    end=dict(event="text", reason=("stop", "length"), emitted="count"))
 
 
-def schema(cfg: Config) -> dict[str, dict[str, Field]]:
-    """event -> field -> what may stand there, in a trace of a model of these sizes."""
-    token, count, layers = whole(0, cfg.V - 1), whole(0, cfg.context), some(whole(0, cfg.L - 1))
-    bits = ("a text of 0 and 1", lambda v: type(v) is str and not v.strip("01"))
-    return {event: dict(event=word(event), round=count, **fields) for event, fields in dict(
-        round=dict(start=count, skip=layers,
-                   ended=word("prefill", "K", "N", "stop", "confidence", "policy")),
-        draft=dict(step=count, token=token, q=NUMBER, confidence=NUMBER, u=CHANCE),
-        verify=dict(step=count, token=token, p=NUMBER, q=NUMBER, a=NUMBER,
-                    u=maybe(CHANCE), accepted=maybe(FLAG)),
-        own=dict(kind=word("plain", "residual", "bonus"), token=token, probability=NUMBER,
-                 u=CHANCE),
-        emit=dict(tokens=some(token)),
-        optimise=dict(position=count, M=count, D=some(some(NUMBER)), parents=some(bits),
-                      skip=layers),
-        times=dict(draft=NOT_NEGATIVE, verify=NOT_NEGATIVE, optimise=NOT_NEGATIVE)).items()} | dict(
-            end=dict(event=word("end"), reason=word("stop", "length"), emitted=count))
+def holds(kind: str | tuple, value: Any) -> bool:
+    """Is the value of this kind, or one of the words?"""
+    if isinstance(kind, tuple):
+        return value in kind and type(value) is type(kind[0])
+    if kind.endswith("?"):
+        return value is None or holds(kind[:-1], value)
+    if kind.endswith("s"):
+        return type(value) is list and all(holds(kind[:-1], each) for each in value)
+    return KINDS[kind](value)
 
 
 def short(value: Any) -> str:
     """A value from a file as a message may show it: on one line, of a bounded length."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    said = ascii(value)
+    return said if len(said) <= 60 else said[:57] + "..."
 
 
 def match(line: dict, fields: dict, where: str) -> None:
     """Raise Invalid unless `line` has exactly these fields and each holds what it may."""
-    for wrong, names in (("unknown", line.keys() - fields.keys()),
-                         ("missing", fields.keys() - line.keys())):
-        if names:
-            raise Invalid(f"{where}: {wrong} field {short(min(names))}")
-    for name, field in fields.items():
-        if isinstance(field, dict):
-            if type(line[name]) is not dict:
-                raise Invalid(f"{where}: {name} is {short(line[name])}; an object wanted")
-            match(line[name], field, f"{where}, {name}")
-        elif not field[1](line[name]):
-            raise Invalid(f"{where}: {name} is {short(line[name])}; {field[0]} wanted")
-
-
-def read(file: Iterable[bytes]) -> Iterator[dict]:
-    """The objects of a file of JSON lines, one at a time, each with a text `event`. Raises Invalid,
-    with the line number: these files come from other programs."""
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    for n, raw in enumerate(file, 1):
-        if not raw.endswith(b"\n"):
-            raise Invalid(f"line {n}: cut short, it does not end with a newline")
-        try:
-            line = json.loads(raw, parse_constant=constant)
-        except (ValueError, RecursionError) as e:
-            raise Invalid(f"line {n}: not JSON: {short(str(e))}") from None
-        if type(line) is not dict or type(line.get("event")) is not str:
-            raise Invalid(f"line {n}: a JSON object with a text \"event\" wanted")
-        yield line
-
-
-def by_round(lines: Iterable[dict]) -> list[dict[str, list[dict]]]:
-    """The rounds of a trace: event -> its lines in the round, in their order."""
-    out: list[dict[str, list[dict]]] = []
-    for line in lines:
-        if line["event"] == "round":
-            out.append(defaultdict(list))
-        if "round" in line:
-            out[-1][line["event"]].append(line)
-    return out
+    for name, kind in fields.items():
+        if name not in line:
+            raise Invalid(f"{where}: missing field {name!r}")
+        value = line[name]
+        if not holds(kind, value):
+            raise Invalid(f"{where}: {name} is {short(value)}; {kind} wanted (TRACE.md)")
+    if len(line) > len(fields):
+        raise Invalid(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
 
 
 class Lines:
-    """A trace as a cursor: `now` is the line looked at, line `number` of the file, checked against
-    the grammar alone: HEADER, then `schema` once the sizes are known."""
+    """A trace as a cursor: `now` is the line looked at, line `number` of the file, held against the
+    grammar alone; of kind `event`. Behind the last line it is {}, of kind ""."""
 
     def __init__(self, file: Iterable[bytes]) -> None:
-        self.lines, self.number, self.now, self.schema = read(file), 0, {}, {}
+        self.file = iter(file)
+        self.number = 0
+        self.grammar = dict(header=HEADER)
+        self.V = math.inf
 
     def advance(self) -> None:
-        """To the next line. Raises Incomplete if there is none, or Invalid."""
-        self.now, self.number = next(self.lines, None), self.number + 1
-        if self.now is None:
-            raise Incomplete
-        if self.schema:
-            event = self.now["event"]
-            if event not in self.schema:
-                raise Invalid(f"line {self.number}: no such event: {short(event)}")
-            match(self.now, self.schema[event], f"line {self.number}, {event}")
+        """To the next line, a JSON object. Raises Invalid, with the line's number: these files come
+        from other programs."""
+        raw = next(self.file, None)
+        self.number += 1
+        self.now = {}
+        self.event = ""
+        if raw is None:
+            return
+        where = f"line {self.number}"
+        if not raw.endswith(b"\n"):
+            raise Invalid(f"{where}: cut short, it does not end with a newline")
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError) as e:
+            raise Invalid(f"{where}: not JSON: {short(str(e))}") from None
+        event = line.get("event") if type(line) is dict else None
+        if type(event) is not str or event not in self.grammar:
+            raise Invalid(f"{where}: event {short(event)}, where a JSON object with one of "
+                          f"{', '.join(self.grammar)} is wanted")
+        match(line, self.grammar[event], f"{where}, {event}")
+        for token in [line.get("token", 0), *line.get("tokens", ())]:
+            if token >= self.V:
+                raise Invalid(f"{where}, {event}: token {token} of {self.V}")
+        self.now = line
+        self.event = event
 
     def header(self) -> dict:
-        try:
-            self.advance()
-        except Incomplete:
-            raise Invalid("empty; a trace begins with a header") from None
-        h = self.now
-        if h["event"] != "header" or h.get("schema") != "clasp-trace":
-            raise Invalid("line 1: not the header of a clasp-trace")
-        if h.get("version") != VERSION:
-            raise Invalid(f"line 1: version {short(h.get('version'))} of the format; this program "
-                          f"reads version {VERSION}")
-        match(h, HEADER, "line 1, header")
-        return h
+        """The first line."""
+        self.advance()
+        if not self.now:
+            raise Invalid("empty; a trace begins with a header")
+        match(self.now["config"], CONFIG, "line 1, config")
+        match(self.now["settings"], SETTINGS, "line 1, settings")
+        self.grammar = EVENTS
+        self.V = self.now["config"]["V"]
+        return self.now
