@@ -18,7 +18,7 @@ Glossary (8B in brackets)
     L    decoder layers [32]                D     width of the residual stream [4096]
     H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
     hd   head size [128]                    V     vocabulary [128256]
-    T    rows of a pass, the first at t     S     slots of the cache; the first W are looked at
+    T    rows of a pass, the first at t     S     slots of the cache; a pass looks at the first W
     h[i] the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
 The model owns weights and nothing else; `Cache` stores; the caller counts positions. To roll back a
@@ -26,11 +26,13 @@ rejected draft is therefore arithmetic: what lies behind is overwritten before a
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +48,8 @@ class Rows(NamedTuple):
     cos: Tensor                 # (T, 1, hd) rotary table at each row's position
     sin: Tensor                 # (T, 1, hd) likewise, the first half negated (see `rotate`)
     slots: Tensor               # (T,) cache slot that each row writes
-    bias: Tensor                # (T, R, W) added to its scores, the same for all R query heads of a
-                                #           kv head. 0: may read this slot, -inf: may not
+    bias: Tensor                # (T, R, W) added to the row's scores, the same for all R query
+                                #           heads of a kv head. 0: may read this slot, -inf: not
 
     def first(self, J: int) -> Rows:
         """The first J of these rows."""
@@ -77,8 +79,8 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         slots = self.slot[t:t + T]
-        # Row 0 sits at position t, so it may read slots 0 .. t. Without the t the mask is right in
-        # prefill and wrong ever after, and nothing crashes: the text just gets worse.
+        # A row at position t may read slots 0 .. t. Compared with 0, 1, 2, ... in the place of t, t+1,
+        # ... the mask is right in prefill and wrong ever after: the text just gets worse.
         may_read = self.slot[:t + T] <= slots[:, None]                          # (T, W)
         return self.rows(slots, slots, may_read)
 
@@ -88,13 +90,14 @@ class Cache:
         full model's entry for the token is neither read, or the token would be seen twice, nor
         harmed."""
         assert t + J < self.S, f"{J} slots behind {t} in a cache of {self.S}"
-        slot = self.slot[:t + 1 + J]
-        slots = slot[t + 1:]
-        may_read = (slot < t) | (slot == slots[:, None])                        # (J, W)
-        return self.rows(self.slot[t].expand(J), slots, may_read)
+        visible = self.slot[:t + 1 + J]
+        slots = visible[t + 1:]
+        may_read = (visible < t) | (visible == slots[:, None])                  # (J, W)
+        position = torch.full_like(slots, t)
+        return self.rows(position, slots, may_read)
 
     def rows(self, position: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
-        """(T,), (T,), (T, W) of bool -> the rows that are told so."""
+        """(T,), (T,), (T, W) of bool -> Rows, with the rotary table and the bias looked up."""
         bias = torch.zeros_like(may_read, dtype=self.dtype).masked_fill(~may_read, -math.inf)
         bias = bias[:, None].repeat(1, self.R, 1)                               # -> (T, R, W)
         return Rows(self.cos[position], self.sin[position], slots, bias)
@@ -125,8 +128,8 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) * weight. eps () is one number in the dtype of the statistics,
-    float32 or wider."""
+    """x / sqrt(mean(x^2) + eps) * weight. eps is a tensor of one number, and its dtype is that of
+    the statistics: float32 or wider."""
     x_wide = x.type(eps.dtype)
     total = x_wide.square().sum(-1, keepdim=True)
     mean = torch.add(eps, total, alpha=1 / x.shape[-1])         # total / D + eps, in one call
@@ -143,8 +146,8 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
 
 def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config,
               eps: Tensor) -> Tensor:                                       # (T, D) -> (T, D)
-    """What attention adds to the residual stream. keys, values (G, S, hd) are the
-    layer's part of the cache: the rows write their slots, then read what they may."""
+    """What attention adds to the residual stream. keys, values (G, S, hd) are the layer's part of
+    the cache: the rows write their slots, then read what they may. eps: as in rms_norm."""
     T = len(x)
     W = rows.bias.shape[-1]
     R = c.H // c.G
@@ -191,7 +194,7 @@ class Llama:
         self.dtype = embed.dtype
         wide = torch.promote_types(self.dtype, torch.float32)       # of norms, softmax, logits
         self.eps = torch.tensor(cfg.eps, device=self.device, dtype=wide)
-        self.block = decoder_layer                     # or the same function, compiled
+        self.block = decoder_layer                     # gpu/ puts a compiled one in its place
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and the scratch slots behind them."""
@@ -204,9 +207,9 @@ class Llama:
         h = [F.embedding(ids, self.embed)]                                  # (T, D)
         for i in range(self.cfg.L):
             if skip and skip[i]:
-                # The residual stream flows past. This layer's cache keeps a hole at these slots,
-                # which is safe: all steps of a draft skip the same layers, and then the verify runs
-                # every layer over these slots before anyone reads there.
+                # The residual stream flows past, and this layer writes nothing into its cache. No
+                # later step of the draft misses it, for all of them skip the same layers; and the
+                # verify runs every layer over these slots before anyone reads there.
                 h.append(h[i])
             else:
                 h.append(self.layer(i, h[i], rows, cache))
@@ -227,16 +230,22 @@ class Llama:
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
         `device` in `dtype` (default: bfloat16 on a GPU, else float32); every tensor is used exactly
-        once, or `part(name, tensor)` of it. Raises ModelError."""
+        once, or what `part(name, tensor)` makes of it (gpu/: a share). Raises ModelError."""
         c = Config.load(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
+        if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
+            other = left.pop("lm_head.weight")
+            table = left.setdefault("model.embed_tokens.weight", other)
+            if not table().equal(other()):
+                raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, "
+                                 "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
             if name not in left:
                 raise ModelError(f"{folder}: the weights lack {name}")
-            got = left.pop(name).get_tensor(name)
+            got = left.pop(name)()
             if got.shape != shape or not got.is_floating_point():
                 raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                                  f"config.json these are floats of shape {list(shape)}")
@@ -324,7 +333,7 @@ class Config:
                   context=number("max_position_embeddings", 2048),
                   tied=c.get("tie_word_embeddings", False),
                   theta=number("rope_theta", 1e4, float), scaling=scaling or None)
-        if cfg.H % cfg.G or cfg.hd % 2 or scaling and scaling[1] >= scaling[2]:
+        if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
             raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
         return cfg
 
@@ -334,23 +343,53 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ModelError(f"{path}: cannot be read as a JSON object: {e}") from None
+        why = getattr(e, "strerror", None) or e
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}{instead(path)}") from None
 
 
-def tensors(folder: Path) -> dict[str, Any]:
-    """name -> the memory-mapped file with it: model.safetensors, or the shards of an index."""
+# What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.
+INSTEAD = {"snapshots/*/config.json": "of a hub cache: take the folder that it is in",
+           "params.json": "of Meta's own files: take Hugging Face's",
+           "*.gguf": "which is not read: take a folder of safetensors",
+           "pytorch_model*.bin": "which is not read: convert it to safetensors"}
+
+
+def instead(path: Path) -> str:
+    """What stands in the place of a file that cannot be read, in words to add; "" if unknown."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                pointer = file.read(23) == b"version https://git-lfs"
+            return "; it is a pointer of Git LFS: git lfs pull" if pointer else ""
+        for pattern, what in INSTEAD.items():
+            for other in sorted(path.parent.glob(pattern))[:1]:
+                return f"; there is {other.relative_to(path.parent)}, {what}"
+    return ""
+
+
+def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """name -> what reads it from the memory-mapped file that has it: model.safetensors, or the
+    shards of an index, which says in which of them a tensor counts."""
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
+    home = {}
     if index.exists() and not paths[0].exists():
-        paths = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+        home = read_json(index).get("weight_map", {})
+        try:
+            paths = sorted({folder / file for file in home.values()})
+        except (AttributeError, TypeError):
+            raise ModelError(f"{index}: weight_map does not say which file has which tensor") from None
     found = {}
     for path in paths:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: missing, broken or cut short: {e}") from None
-        # Checkpoints from before 2024 carry the rotary frequencies, which follow from config.json.
-        found |= {name: file for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
+            raise ModelError(f"{path}: missing, broken or cut short: {e}{instead(path)}") from None
+        for name in file.keys():
+            where = folder / home[name] if name in home else path
+            # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
+            if where == path and not name.endswith("rotary_emb.inv_freq"):
+                found[name] = partial(file.get_tensor, name)
     return found
 
 

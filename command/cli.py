@@ -2,6 +2,7 @@
 own name, and every end has its exit status. Serves the main command and those of bench/, oracle/.
 """
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one line instead of the whole usage."""
 
     def error(self, message: str) -> None:
+        if "expected one argument" in message:
+            message += "; one that begins with - is written behind =, as in --prompt=-x"
         raise UsageError(message.removeprefix("argument ") + " (--help lists the flags)")
 
 
@@ -59,10 +62,30 @@ def saved(path: Path, p: Parser, names: Iterable[str]) -> dict:
 
 
 def interruptible() -> None:
-    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see the top
-    of clasp_mini.py) it just ended the process. Ignored, as under nohup, it stays."""
+    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see
+    command/start.py) it just ended the process. Ignored, as under nohup, it stays."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """PyTorch says so in a RuntimeError of its own on a GPU, and in any on a CPU."""
+    words = str(e)
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
+        "memory" in words and "alloc" in words)
+
+
+def open_streams() -> None:
+    """Make the three streams such as the rest may use. What is read by a program is UTF-8; only a
+    terminal, which may lack characters, knows better."""
+    for name, mode in (("stdin", "r"), ("stderr", "w"), ("stdout", "w")):
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, open(os.devnull, mode))
+            if name == "stdout":
+                raise OSError(errno.EBADF, "closed")
+    if hasattr(sys.stdout, "reconfigure"):             # a notebook's has not
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
 
 
 def answer(work: Callable[[], int]) -> int:
@@ -70,11 +93,18 @@ def answer(work: Callable[[], int]) -> int:
     2 (usage), 130 (Ctrl-C) or 141 (the reader of our output has gone)."""
     name = Path(sys.argv[0]).name
     try:
-        sys.stdout.reconfigure(errors="replace")       # for a terminal that lacks characters
-        status = work()
+        open_streams()
+        try:
+            status = work()
+        except SystemExit as e:
+            if e.code:
+                raise
+            status = 0                                 # --help, --version
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status
-    except (UsageError, ModelError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as e:
+    except (UsageError, ModelError, FloatingPointError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not out_of_memory(e):
+            raise
         line = str(e).strip().replace("\n", " ")
         print(f"{name}: {line or 'out of memory'}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1

@@ -2,24 +2,34 @@
 then the weights. What the user left open is decided here, and said where it is not obvious.
 """
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from command.cli import UsageError, interruptible, saved
+from command.cli import UsageError, interruptible, out_of_memory, saved
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError
 from policy import costs
-from policy.adaptive import Adaptive, budgets
-from speculative import Paper, Round, Settings
-from text.tokenizer import EOT, Tokenizer, stop_ids
+from policy.adaptive import budgets
+from speculative import Round, Settings
+from text.tokenizer import EOT, Tokenizer, has_other_template, stop_ids
 
 NUMBERS = ("K", "M", "exit_threshold", "interval")     # of the paper: what its policy goes by
+
+
+def waited_since() -> float:
+    """When the user began to wait: with the process, if this is its first and only job."""
+    start = sys.modules.pop("command.start", None)
+    return start.BEGAN if start else time.perf_counter()
 
 
 def note(text: str) -> None:
@@ -32,17 +42,19 @@ class Job:
     Model = Llama                                      # of several GPUs: gpu/ranks.py
 
     def __init__(self, a: argparse.Namespace) -> None:
+        self.began = waited_since()
         self.a = a
+        self.own_prompt = a.prompt is None and a.prompt_ids is None          # the model's
         self.folder = Path(a.model)
         if not self.folder.is_dir():
-            raise ModelError(f"{self.folder}: no such folder")
+            what = "a file; give the folder it is in" if self.folder.exists() else "no such folder"
+            raise ModelError(f"{self.folder}: {what}")
         self.cfg = Config.load(self.folder)
         self.stops = stop_ids(self.folder)
         self.take_saved_flags()
         self.device = self.checked_device()
         self.tokenizer = self.checked_tokenizer()
         self.dtype = self.chosen_dtype()
-        self.probe = a.probe or (4 if self.device.type == "cuda" and a.strategy == "clasp" else 1)
         named = (a.draft_length, a.skip_layers, a.draft_exit_threshold, a.interval)
         self.named = dict(zip(NUMBERS, named))         # None: left open
         if a.strategy == "ar":
@@ -55,26 +67,38 @@ class Job:
         if self.M > self.cfg.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {self.cfg.L} layers")
         self.adaptive = None in self.named.values()
-        self.settings = Settings(a.temperature, a.top_k, a.top_p, a.max_new_tokens, self.stops,
+        # Who decides. With all its numbers named clasp is the paper's loop.
+        self.ran = "paper" if a.strategy == "clasp" and not self.adaptive else a.strategy
+        self.probe = a.probe or 1
+        N = 128 if a.max_new_tokens is None else a.max_new_tokens
+        self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
                                  **({} if self.adaptive else self.named))
         self.plain = replace(self.settings, K=0, M=0)
-        self.costs = None
-        if self.adaptive and a.costs:
-            self.costs = costs.load(a.costs, self.cfg.L, self.K)
+        self.length = N                                # of a text and its prompt
+        self.load_seconds = 0.0
+        self.measure_seconds = 0.0
+        self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
+        self.guessed = False                           # are the costs?
+        self.costs = self.known_costs() if self.adaptive else None
 
     # ------------------------------------------------------------------ what is found beforehand
 
     def take_saved_flags(self) -> None:
         """What the user left open is as clasp.json in the model's folder says. Its temperature and
-        seed go with its prompt."""
+        seed go with its prompt, and its numbers with a policy that is not the paper's."""
         own = dict(device="cuda" if torch.cuda.is_available() else "cpu", prompt=None, costs=None,
                    temperature=0.0, seed=0, skip_layers=None, draft_length=None,
                    draft_exit_threshold=None, interval=None, probe=None)
         named = saved(self.folder / "clasp.json", parser(), own)
-        if self.a.prompt is not None or self.a.prompt_ids is not None:
-            named.pop("temperature", None)
-            named.pop("seed", None)
-        for name, value in (own | named).items():
+        passed_over = []
+        if not self.own_prompt:
+            passed_over += ["temperature", "seed"]
+        if self.a.strategy == "paper":
+            passed_over += ["skip_layers", "draft_length", "draft_exit_threshold", "interval",
+                            "probe"]
+        for name, value in own.items():
+            if name in named and name not in passed_over:
+                value = named[name]
             if getattr(self.a, name) is None:
                 setattr(self.a, name, value)
 
@@ -94,10 +118,14 @@ class Job:
             if self.a.prompt_ids is None:              # ids need none; one makes them readable
                 raise
             return None
-        if max(tokenizer.special.values()) >= self.cfg.V:
-            raise ModelError(f"{self.folder}: the tokenizer has more tokens than the model's "
-                             f"{self.cfg.V}")
-        if self.a.chat and tokenizer.special[EOT] not in self.stops:
+        for i in tokenizer.stop_ids:
+            if i < tokenizer.bos and i not in tokenizer.special.values():
+                note(f"an ordinary token ends the text, as the model's files say: {i}, "
+                     f"{tokenizer.decode([i])!r}")
+        if self.a.chat and has_other_template(self.folder):
+            note("the folder's chat template is not followed: --chat writes LLaMA-3's first format, "
+                 "without what later models add (--prompt-ids takes any tokens)")
+        if self.a.chat and tokenizer.special.get(EOT) not in self.stops:
             note("<|eot_id|> does not stop this model, so it was hardly trained on --chat")
         return tokenizer
 
@@ -116,31 +144,81 @@ class Job:
         note(f"computing in bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
         return torch.bfloat16
 
+    def known_costs(self) -> dict[str, Any]:
+        """What passes cost: as a file says, or an earlier run measured, or else a guess."""
+        if self.a.costs:
+            return costs.load(self.a.costs, self.cfg.L, self.K)
+        if os.path.exists(self.shelf):                 # False where one may not look
+            with contextlib.suppress(ModelError):      # a table cut short is measured again
+                return costs.load(str(self.shelf), self.cfg.L, self.K)
+        self.guessed = True
+        return costs.guess(self.cfg, self.K)
+
     # -------------------------------------------------------------------------------- the model
 
     def load(self) -> "Job":
         """Read the weights; on a GPU also record the passes."""
-        self.model = self.Model.load(self.folder, self.device, self.dtype)
-        self.choose = choose_skip
-        if self.device.type == "cuda" and not self.a.eager:
-            from gpu.replay import recorded
-            self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
-                                               not self.a.no_compile)
-        if self.adaptive and not self.costs:
-            self.costs = costs.measure(self.model, self.choose, self.K, self.M, self.probe)
+        with self.enough_memory():
+            self.model = self.Model.load(self.folder, self.device, self.dtype,
+                                         part=self.progress())
+            self.choose = choose_skip
+            if self.device.type == "cuda" and not self.a.eager:
+                from gpu.replay import recorded
+                self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
+                                                   not self.a.no_compile)
+        self.load_seconds = time.perf_counter() - self.began
         interruptible()                                # from here on the text is kept
         return self
 
-    @staticmethod
-    def agreed(rounds: Iterator[Round]) -> Iterator[Round]:
-        """The rounds of a run; where several processes share it, only if all agree on them."""
-        return rounds
+    @contextlib.contextmanager
+    def enough_memory(self) -> Iterator[None]:
+        """For what weights and cache do not fit into, found beforehand or by who allocates."""
+        c = self.cfg
+        layer = c.D * (2 * c.H + 2 * c.G) * c.hd + 3 * c.D * c.ffn
+        weights = (c.L * layer + (2 - c.tied) * c.V * c.D) * self.dtype.itemsize
+        cache = 2 * c.L * c.G * c.hd * self.length * self.dtype.itemsize
+        short = ModelError(f"out of memory: in {str(self.dtype).removeprefix('torch.')} the weights "
+                           f"take {weights / 1e9:.1f} GB, the cache of {self.length} tokens "
+                           f"{cache / 1e9:.1f} GB; take fewer --max-new-tokens or a smaller model")
+        if self.device.type == "cpu" and weights + cache > memory_here():
+            raise short
+        try:
+            yield
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e):
+                raise
+            raise short from None
 
-    def policy(self) -> Paper | Adaptive:
-        """Who decides: the paper's numbers or, where one of them was left open, ours."""
-        if self.adaptive:
-            return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe)
-        return Paper(self.settings, self.cfg.L)
+    def progress(self) -> Callable[[str, Tensor], Tensor]:
+        """Says on a terminal how much of a large model has been read."""
+        done = 0
+        shown = time.monotonic()
+
+        def part(_: str, x: Tensor) -> Tensor:
+            nonlocal done, shown
+            done += x.nbytes
+            if sys.stderr.isatty() and time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                print(f"\rloading: {done / 1e9:.1f} GB\r", end="", file=sys.stderr, flush=True)
+            return x
+        return part
+
+    def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
+        """What a verify costs here, for the policy: measured once, kept for later runs."""
+        began = time.perf_counter()
+        self.costs["verify"] = costs.measure(model, cache, text, self.K)
+        self.guessed = False
+        kept = costs.keep(self.shelf, self.costs)
+        self.measure_seconds += time.perf_counter() - began
+        if self.a.temperature:
+            note("costs were measured in this run, so its seed may give another text next time; "
+                 + (f"from then on one: {self.shelf}" if kept else "they could not be kept"))
+        return self.costs["verify"]
+
+    def agreed(self, rounds: Iterator[Round]) -> Iterator[Round]:
+        """The rounds of a run; where several processes share it, only if all agree on them."""
+        with self.enough_memory():
+            yield from rounds
 
     def report(self) -> dict:
         """The settings as --json prints them."""
@@ -156,16 +234,26 @@ class Job:
         if self.a.prompt_ids is not None:
             return self.fits(self.a.prompt_ids)
         try:
-            text = sys.stdin.buffer.read().decode() if self.a.prompt == "-" else self.a.prompt
-            (text or "").encode()
+            text = self.a.prompt or ""
+            if text == "-":
+                text = sys.stdin.buffer.read().decode("utf-8-sig")
+            (text + (self.a.system or "")).encode()
         except UnicodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
         if not text:
             raise UsageError("--prompt is missing or empty; give at least one character")
+        spelled = [name for name in self.tokenizer.special if name in text]
+        if spelled:
+            note(f"{spelled[0]} in the prompt is text, not that special token (--chat writes its "
+                 "own, --prompt-ids takes any)")
         return self.fits(self.encode([dict(role="user", content=text)]))
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Turns -> ids: the chat format with --chat, else their bare text after the begin token."""
+        size = sum(len(m["content"].encode()) for m in messages)
+        if size > self.cfg.context * self.tokenizer.longest:         # not even tokenized
+            raise UsageError(f"the prompt's {size} bytes cannot fit the model's context of "
+                             f"{self.cfg.context} tokens")
         if self.a.chat:
             system = [dict(role="system", content=self.a.system)] if self.a.system else []
             return self.tokenizer.chat(system + messages)
@@ -173,17 +261,31 @@ class Job:
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
 
     def fits(self, ids: list[int]) -> list[int]:
-        """`ids`, if the model can read them and then write what is asked for."""
+        """`ids`, if the model can read them and then write what is asked for; if nothing is, what
+        the context leaves."""
         V = self.cfg.V
-        N = self.settings.N
         context = self.cfg.context
+        N = self.settings.N
+        if self.a.max_new_tokens is None:
+            N = max(1, min(N, context - len(ids)))
+            self.settings = replace(self.settings, N=N)
+            self.plain = replace(self.plain, N=N)
         if max(ids) >= V:
             raise UsageError(f"token {max(ids)} is not in the model's vocabulary of {V}")
         if len(ids) + N > context:
             fit = f": --max-new-tokens {context - len(ids)} fits" if len(ids) < context else ""
             raise UsageError(f"{len(ids)} prompt tokens and {N} new ones exceed the model's "
                              f"context of {context}{fit}")
+        self.length = len(ids) + N
         return ids
+
+
+def memory_here() -> float:
+    """Bytes of memory that this machine has, where that is known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
 
 
 def paper_numbers(L: int) -> dict[str, float]:

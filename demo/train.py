@@ -4,7 +4,7 @@ former demo model, from which the weights start; `demo/README.md` is the model c
 
     python demo/train.py tokenizer        # tokenizer.model, from both kinds of text
     python demo/train.py samples --folder FOLDER               # what the model writes itself
-    python demo/train.py distil --former FOLDER --compile      # resumable
+    python demo/train.py distil --former FOLDER --compile
     python demo/train.py export           # model.safetensors and the two config files
     python demo/train.py measure          # the held-out loss of what is shipped
 
@@ -28,7 +28,6 @@ import random
 import re
 import sys
 import sysconfig
-import time
 import tokenize
 from pathlib import Path
 
@@ -49,6 +48,11 @@ L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
 THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
 BOS, EOS = RANKS, RANKS + 1
 DRAFT = 8                          # tokens that a draft is taken to have, in training
+STEPS, MASKS, ROWS, LENGTH = 4066, 4, 4, 256   # in each 4 skip masks, of 4 rows of 256 tokens
+LR, DECAY = 1.8e-3, 0.7            # of the matrices and of the rest; the last part, where it falls
+LONG_FROM = 0.86                   # from here on rows span the whole context
+MIXED, SAMPLED = 0.15, 0.4         # shares of rows: of two kinds, written by the model itself
+STATE = DEMO / "distil_state.pt"   # the weights in training, never shipped
 
 # The layers that may go: on both kinds, on code only, on prose only; the other four never. A first
 # training had 12, 8 and 8 of them: those on prose only were the ones that a still older model, of
@@ -464,118 +468,65 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
 
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
-    torch.set_num_threads(a.threads)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:                          # started by torchrun: one process per core beats threads
-        torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
     device = torch.device(a.device)
     train_text, held_text = corpus()
     data = {k: Text(train_text[k], k) for k in KINDS}
     held = {k: Text(held_text[k], k) for k in KINDS}
     written = json.loads((DEMO / "samples.json").read_text())
     sampled = {k: Text(written[k], k) for k in KINDS}
-    if rank == 0:
-        for k in KINDS:
-            size = sum(len(t.encode()) for t in held_text[k])
-            print(f"{k}: train {len(data[k].ids):,} tokens, of which {data[k].prose.sum():,} amid "
-                  f"prose; held out {len(held[k].ids):,} tokens, {size / len(held[k].ids):.2f} "
-                  f"bytes per token", flush=True)
+    for k in KINDS:
+        print(f"{k}: train {len(data[k].ids):,} tokens, of which {data[k].prose.sum():,} amid "
+              f"prose; held out {len(held[k].ids):,}", flush=True)
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
-    opts = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    state = DEMO / "distil_state.pt"                                     # ours alone, never shipped
-    step, log, spent, rows = 0, [], 0.0, None
-    if state.exists():
-        s = torch.load(state, weights_only=True)
-        model.load_state_dict(s["model"])
-        for o, saved in zip(opts, s["opts"]):
-            o.load_state_dict(saved)
-        step, log, spent = s["step"], s["log"], s["spent"]
-        print(f"begun at step {step} of {state.name}", flush=True)
-    else:
-        model.begin_from(a.former)
+    opts = [torch.optim.Muon(matrices, lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
+    model.begin_from(a.former)
     if a.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
         for name in ("compare", "contrast", "turns"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
-    began, window = time.time(), []
-    while True:
-        # How far we are: by steps, or by the clock where only so much time is to be had.
-        seconds = spent + time.time() - began
-        frac = seconds / 60 / a.minutes if a.minutes else step / a.steps
-        if world > 1:                      # one clock for all
-            torch.distributed.broadcast(clock := torch.tensor([frac]), 0)
-            frac = clock.item()
-        if frac >= 1:
-            break
+    rows = None
+    window = []
+    for step in range(a.steps):
         # A step's data and masks depend on its number alone; the last steps see the whole context.
+        frac = step / a.steps
         rng = random.Random(a.seed * 1_000_003 + step)
-        T = a.length if frac < a.long_from else CONTEXT
-        B = max(1, round(a.length * a.rows / T))
+        T = LENGTH if frac < LONG_FROM else CONTEXT
+        B = max(1, round(LENGTH * ROWS / T))
         if rows is None or rows.T != T:
             rows, written = Rows(data, T, True), Rows(sampled, T, False)
-        scale = min(1.0, (step + 1) / 50, (1 - frac) / a.decay)   # warm up, hold, linearly to zero
+        scale = min(1.0, (step + 1) / 50, (1 - frac) / DECAY)     # warm up, hold, linearly to zero
         for o in opts:
             for g in o.param_groups:
-                g["lr"] = a.lr * scale
+                g["lr"] = LR * scale
         total = 0.0
-        for n, (kind, mask, wrong) in enumerate(masks(a.masks, rng)):
-            drawn = [(written if rng.random() < a.sampled else rows).draw(kind, rng, a.mixed)
+        for kind, mask, wrong in masks(MASKS, rng):
+            drawn = [(written if rng.random() < SAMPLED else rows).draw(kind, rng, MIXED)
                      for _ in range(B)]
-            if n % world != rank:
-                continue
             ids, own, human = (torch.stack(part).to(device) for part in zip(*drawn))
             with torch.autocast(device.type, torch.bfloat16):
                 loss = model.pair_loss(ids, own, human, kind, mask, wrong)
-            (loss / a.masks).backward()
-            total += loss.item() / a.masks
-        if world > 1:
-            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                              for p in model.parameters()] + [torch.tensor([total], device=device)])
-            torch.distributed.all_reduce(flat)
-            *grads, loss_sum = flat.split([p.numel() for p in model.parameters()] + [1])
-            total = loss_sum.item()
-            for p, g in zip(model.parameters(), grads):
-                p.grad = g.view_as(p)
+            (loss / MASKS).backward()
+            total += loss.item() / MASKS
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in opts:
             o.step()
             o.zero_grad(set_to_none=True)
-        step += 1
         window.append(total)
-        if rank == 0 and step % a.every == 0:
-            report(model, held, device, log, step, step * a.masks * a.rows * a.length, window,
-                   spent + time.time() - began)
-            store(model, opts, step, log, spent + time.time() - began, state)
+        if (step + 1) % 150 == 0 or step + 1 == a.steps:
+            print(f"step {step + 1} train {sum(window) / len(window):.3f}", end=" ")
+            for kind in KINDS:
+                full, own, other = evaluate(model, held[kind].ids, kind, device)
+                print(f"| {kind}: held-out {full:.3f}, kept with its own set {own:.3f}, with the "
+                      f"other's {other:.3f}", end=" ")
+            print(flush=True)
             window = []
-    if rank == 0 and window:
-        report(model, held, device, log, step, step * a.masks * a.rows * a.length, window,
-               spent + time.time() - began)
-        store(model, opts, step, log, spent + time.time() - began, state)
-
-
-def report(model: Model, held: dict[str, Text], device: torch.device, log: list, step: int,
-           seen: int, window: list[float], seconds: float) -> None:
-    loss, line = sum(window) / len(window), [step, seen]
-    print(f"step {step} tokens {seen / 1e6:.2f}M train {loss:.3f}", end=" ")
-    line.append(loss)
-    for kind in KINDS:
-        full, own, other = evaluate(model, held[kind].ids, kind, device)
-        print(f"| {kind}: held-out {full:.3f}, kept with its own set {own:.3f}, with the other's "
-              f"{other:.3f}", end=" ")
-        line += [full, own, other]
-    print(f"| {seconds / 60:.1f} min", flush=True)
-    log.append([*line, seconds])
-
-
-def store(model: Model, opts: list, step: int, log: list, seconds: float, state: Path) -> None:
-    torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step,
-                    log=log, spent=seconds), state.with_suffix(".tmp"))
-    state.with_suffix(".tmp").replace(state)
+            torch.save(model.state_dict(), STATE)
 
 
 @torch.no_grad()
@@ -600,11 +551,9 @@ def evaluate(model: Model, held: Tensor, kind: str, device: torch.device, rows: 
 
 
 def export(folder: Path) -> None:
-    """distil_state.pt -> the standard Hugging Face folder: bf16 weights, config, generation
-    config."""
-    s = torch.load(DEMO / "distil_state.pt", weights_only=True)
+    """The trained weights -> the standard Hugging Face folder: in bf16, with the configs."""
     out = {}
-    for name, t in s["model"].items():
+    for name, t in torch.load(STATE, weights_only=True).items():
         for part, home in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
             for p in home:
                 name = name.replace(f".{p}_proj", f".{part}.{p}_proj")
@@ -622,7 +571,7 @@ def export(folder: Path) -> None:
     if folder != DEMO:
         (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
     n = sum(t.numel() for t in out.values())
-    print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB, step {s['step']}, {s['spent'] / 60:.0f} minutes")
+    print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB")
 
 
 @torch.inference_mode()
@@ -632,14 +581,13 @@ def measure(folder: Path) -> None:
     model, texts, T = Llama.load(folder), corpus()[1], CONTEXT // 2
     for kind in KINDS:
         held, size = Text(texts[kind], kind).ids, sum(len(t.encode()) for t in texts[kind])
-        for name, skip in (("all layers", None), *((f"without the set of {k}", planted(k))
+        for name, skip in (("all layers", ()), *((f"without the set of {k}", planted(k))
                                                    for k in KINDS)):
             total = 0.0
             for part in held.split(T):
                 ids, cache = torch.cat((torch.tensor([BOS]), part)), model.cache(len(part))
-                logits, _ = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip,
-                                          last=len(part))
-                total += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+                h = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
+                total += F.cross_entropy(model.head(h[-1]), ids[1:], reduction="sum").item()
             print(f"{kind}, {name}: {total / len(held):.3f} nats per token, "
                   f"{total / size / math.log(2):.3f} bits per byte, {len(held):,} held-out tokens",
                   flush=True)
@@ -658,23 +606,8 @@ def main() -> None:
     m = sub.add_parser("distil")
     m.add_argument("--former", type=Path, required=True,
                    help="folder of the model to begin from: model.safetensors, tokenizer.model")
-    m.add_argument("--steps", type=int, default=4066)
-    m.add_argument("--minutes", type=float, default=0,
-                   help="train for so long, not for a number of steps")
-    m.add_argument("--lr", type=float, default=1.8e-3)
-    m.add_argument("--decay", type=float, default=0.7,
-                   help="last part of the training, over which the rate falls to zero")
-    m.add_argument("--long-from", type=float, default=0.86,
-                   help="part of the training after which rows span the whole context")
-    m.add_argument("--length", type=int, default=256)
-    m.add_argument("--rows", type=int, default=4, help="sequences that share one skip mask")
-    m.add_argument("--masks", type=int, default=4, help="skip masks per step")
-    m.add_argument("--mixed", type=float, default=0.15, help="share of rows of two kinds")
-    m.add_argument("--sampled", type=float, default=0.4,
-                   help="share of rows that the model itself has written")
-    m.add_argument("--every", type=int, default=150, help="steps between two reports")
+    m.add_argument("--steps", type=int, default=STEPS)
     m.add_argument("--seed", type=int, default=5)
-    m.add_argument("--threads", type=int, default=1)
     m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     m.add_argument("--compile", action="store_true")
     a = p.parse_args()

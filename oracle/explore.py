@@ -21,6 +21,7 @@ from argparse import Namespace  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
+from clasp_mini import policy_of  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
@@ -184,7 +185,7 @@ def told_of(a: Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         a.trace = a.trace or f"{folder}/trace.jsonl"
         try:
-            for r in record(job, ids, a.seed):
+            for r in record(job, ids, a.seed, policy_of(job)):
                 if sys.stderr.isatty():
                     done = r.start + len(r.emitted) - len(ids)
                     print(f"\r{done} tokens", end="\r", file=sys.stderr, flush=True)

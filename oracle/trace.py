@@ -67,11 +67,11 @@ class Witness:
         self.policy.judged(confidence, p, q, accepted)
 
 
-def record(job: Any, ids: Sequence[int], seed: int) -> Iterator[Round]:
+def record(job: Any, ids: Sequence[int], seed: int, policy: Any) -> Iterator[Round]:
     """The rounds of a job of the command, each written to its --trace before it is yielded."""
     with open(job.a.trace, "w", encoding="utf-8") as out:
         yield from write_trace(out, job.model, ids, job.settings, Recording(Chance(seed).uniform),
-                               job.choose, job.policy(), about(job.folder), job.named, seed,
+                               job.choose, policy, about(job.folder), job.named, seed,
                                job.costs)
 
 

@@ -59,7 +59,7 @@ def shelf(folder: Path, *on: object) -> Path:
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
              for path in sorted(folder.glob("*.safetensors"))]
     what = repr((read_json(folder / "config.json"), files, torch.__version__, *on))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return home / "clasp-mini" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 

@@ -2,18 +2,23 @@
 Instruct models. tiktoken does the merging; here the files of a model are read.
 """
 import base64
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tiktoken
 
-from llama import ModelError, read_json
+from llama import ModelError, instead, read_json
 
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+BOS = "<|begin_of_text|>"
+HEADER = "<|start_header_id|>"
+END_HEADER = "<|end_header_id|>"
 EOT = "<|eot_id|>"
-NAMED = {0: "<|begin_of_text|>", 1: "<|end_of_text|>",
-         6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: EOT}
+NAMED = {0: BOS, 1: "<|end_of_text|>", 6: HEADER, 7: END_HEADER, 9: EOT}
+BLANKS = 990_000             # in a row, before the library that splits text runs out of its stack
+OPTIONS = ("special", "normalized", "single_word", "lstrip", "rstrip")      # of a token added
 
 
 def stop_ids(folder: str | Path) -> tuple[int, ...]:
@@ -34,49 +39,105 @@ def _token_ids(folder: str | Path, key: str) -> tuple[int, ...]:
     return ()
 
 
+def has_other_template(folder: Path) -> bool:
+    """Does the folder's chat template write what `Tokenizer.chat` does not, as from LLaMA-3.1 on the
+    dates that begin every system turn? Judged by the texts that it holds."""
+    template = ""
+    settings = folder / "tokenizer_config.json"
+    alone = folder / "chat_template.jinja"
+    if alone.exists():
+        template = alone.read_text(encoding="utf-8", errors="replace")
+    elif settings.exists():
+        template = str(read_json(settings).get("chat_template") or "")
+    texts = re.findall(r"""'([^']*)'|"([^"]*)\"""", template)
+    ours = "|".join(map(re.escape, (HEADER, END_HEADER, EOT, BOS)))
+    rest = {re.sub(ours, "", a + b).replace("\\n", "").strip() for a, b in texts}
+    return not rest <= {"", "role", "content", "assistant"}
+
+
 class Tokenizer:
-    """Byte-pair encoding with LLaMA-3's ranks, from Meta's tokenizer.model or Hugging Face's
-    tokenizer.json.
+    """Byte-pair encoding with LLaMA-3's ranks, from Hugging Face's tokenizer.json or Meta's
+    tokenizer.model.
 
     >>> tok = Tokenizer("demo")
     >>> tok.decode(tok.encode("def f(x):"))
     'def f(x):'
+
+    special   name -> id of the tokens that no text can spell
+    bos       the one that begins a text
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        readers = {folder / "tokenizer.model": _ranks_of_meta,
-                   folder / "original" / "tokenizer.model": _ranks_of_meta,
-                   folder / "tokenizer.json": _ranks_of_hugging_face}
+        readers = {folder / "tokenizer.json": _ranks_of_hugging_face,
+                   folder / "tokenizer.model": _ranks_of_meta,
+                   folder / "original" / "tokenizer.model": _ranks_of_meta}
         path = next((p for p in readers if p.exists()), None)
         if not path:
-            raise ModelError(f"{folder}: no tokenizer.model (here or in original/) and no "
-                             "tokenizer.json; --prompt-ids works without one")
-        ranks, self.special = readers[path](path)
-        if ({*ranks.values()} != {*range(len(ranks))} or not {*NAMED.values()} <= {*self.special}
+            raise ModelError(f"{folder}: no tokenizer.json and no tokenizer.model, here or in "
+                             "original/; --prompt-ids works without one")
+        ranks, added = readers[path](path)
+        if ({*ranks.values()} != {*range(len(ranks))}
                 or not all(bytes([b]) in ranks for b in range(256))):
-            raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., a "
-                             "single byte has none, or a special token is missing")
-        self.bos, self.stop_ids = self.special["<|begin_of_text|>"], stop_ids(folder)
-        # A file that was cut short moves every special token.
-        if self.bos not in (_token_ids(folder, "bos_token_id") or [self.bos]):
+            raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., or a "
+                             "single byte has none")
+        self.special = {name: a["id"] for name, a in added.items() if a["special"]}
+        self.stop_ids = stop_ids(folder)
+        self.bos = _begin_of_text(folder, path, self.special)
+        # Meta's file does not say where its special tokens are. One that was cut short moves them.
+        if path.suffix == ".model" and max(_token_ids(folder, "bos_token_id"), default=0) > self.bos:
             raise ModelError(f"{path}: cut short or another model's: <|begin_of_text|> is "
                              f"{self.bos} here, which the config's bos_token_id denies")
+        self.longest = max(map(len, ranks))            # bytes of a token
+        self._bytes = {i: token for token, i in ranks.items()}
+        self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
+        self._added = added
+        self._spelled = []
+        if len(self.special) < len(added):             # what is not normalized is looked for first
+            self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
+                             for kind in (False, True)]
         self._bpe = tiktoken.Encoding("llama-3", pat_str=SPLIT, mergeable_ranks=ranks,
-                                      special_tokens=self.special)
+                                      special_tokens={})
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text -> ids. No special token is added, and none can be written: "<|eot_id|>" in
-        a user's text is a handful of ordinary tokens."""
-        return self._bpe.encode_ordinary(text)
+        """Ordinary text -> ids, and words that were added to the vocabulary. No special token is
+        added, and none can be written: "<|eot_id|>" in a user's text is a handful of ordinary
+        tokens."""
+        if len(text) > BLANKS and max(map(len, re.findall(r"\s+", text)), default=0) > BLANKS:
+            raise ModelError(f"more than {BLANKS} blanks in a row: tiktoken cannot split that")
+        pieces = [text]
+        for pattern in self._spelled:
+            pieces = [part for piece in pieces for part in self._cut(piece, pattern)]
+        ids = []
+        for piece in pieces:
+            ids += [piece] if isinstance(piece, int) else self._bpe.encode_ordinary(piece)
+        return ids
+
+    def _cut(self, piece: str | int, pattern: re.Pattern) -> list[str | int]:
+        """A piece of text, cut where a word stands that was added, of which the id remains; by the
+        rules of the tokenizers library."""
+        if isinstance(piece, int):
+            return [piece]
+        out = []
+        done = 0
+        for match in pattern.finditer(piece):
+            a = self._added[match[0]]
+            start, end = match.span()
+            around = piece[start - 1:start] + piece[end:end + 1]
+            if a["special"] or a["single_word"] and re.search(r"\w", around):
+                continue
+            while a["lstrip"] and start > done and piece[start - 1].isspace():
+                start -= 1
+            while a["rstrip"] and piece[end:end + 1].isspace():
+                end += 1
+            out += [piece[done:start], a["id"]]
+            done = end
+        return [*out, piece[done:]]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """ids -> bytes; a token may end in the middle of a character. Special tokens come out by
-        name."""
-        try:
-            return self._bpe.decode_bytes(ids)
-        except KeyError:
-            raise ModelError(f"the tokenizer has no token for one of {list(ids)[:8]}") from None
+        name, and what only the model knows, whose table may be padded, as nothing."""
+        return b"".join(self._bytes.get(i, b"") for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """ids -> text; bytes that are no UTF-8 become U+FFFD."""
@@ -85,17 +146,46 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """[{"role": ..., "content": ...}, ...] -> ids up to where the assistant's answer begins, as
         the Instruct models were trained: content stripped, every turn closed by <|eot_id|>."""
+        lacking = [name for name in (HEADER, END_HEADER, EOT) if name not in self.special]
+        if lacking:
+            raise ModelError(f"the tokenizer has no {lacking[0]}: another chat format than "
+                             "LLaMA-3's; write it with --prompt-ids")
         ids = [self.bos]
         for m in messages:
             ids += [*self._header(m["role"]), *self.encode(m["content"].strip()), self.special[EOT]]
         return [*ids, *self._header("assistant")]
 
     def _header(self, role: str) -> list[int]:
-        return [self.special["<|start_header_id|>"], *self.encode(role),
-                self.special["<|end_header_id|>"], *self.encode("\n\n")]
+        return [self.special[HEADER], *self.encode(role), self.special[END_HEADER],
+                *self.encode("\n\n")]
 
 
-def _ranks_of_meta(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+def _begin_of_text(folder: Path, path: Path, special: dict[str, int]) -> int:
+    """The token that begins a text, which some models renamed: as tokenizer_config.json names it,
+    else LLaMA-3's, else by its number in a config."""
+    settings = folder / "tokenizer_config.json"
+    name = read_json(settings).get("bos_token") if settings.exists() else None
+    name = name.get("content") if isinstance(name, dict) else name
+    for name in (name, BOS):
+        if isinstance(name, str) and name in special:
+            return special[name]
+    for i in _token_ids(folder, "bos_token_id"):
+        if i in special.values():
+            return i
+    raise ModelError(f"{path}: no {BOS}, and neither tokenizer_config.json's bos_token nor a "
+                     "config's bos_token_id names the special token in its place")
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern:
+    """Matches any of them, of several at one place the longest."""
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+Ranks = tuple[dict[bytes, int], dict[str, dict]]       # token -> rank; name -> what was added
+
+
+def _ranks_of_meta(path: Path) -> Ranks:
     """Lines "base64(bytes) rank"; 256 special tokens follow the ranks, of which five matter and the
     rest are reserved (later versions of LLaMA-3 renamed some of those; the ids of the five never
     moved). Parsed here, since tiktoken's own reader keeps a copy under a hash of the *path* and
@@ -105,12 +195,14 @@ def _ranks_of_meta(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
         ranks = {base64.b64decode(t, validate=True): int(r) for t, r in rows}
     except ValueError as e:
         raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3, base64 and rank per line: "
-                         f"{e}") from None
+                         f"{e}{instead(path)}") from None
     spare = (f"<|reserved_special_token_{n}|>" for n in range(256))
-    return ranks, {NAMED.get(i) or next(spare): len(ranks) + i for i in range(256)}
+    plain = dict.fromkeys(OPTIONS, False)
+    return ranks, {NAMED.get(i) or next(spare): plain | dict(special=True, id=len(ranks) + i)
+                   for i in range(256)}
 
 
-def _ranks_of_hugging_face(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+def _ranks_of_hugging_face(path: Path) -> Ranks:
     """The vocabulary of tokenizer.json, whose strings spell bytes in GPT-2's way: a printable
     Latin-1 character is itself, the 68 others are the characters from U+0100 on. Ids are ranks."""
     t = read_json(path)
@@ -118,17 +210,21 @@ def _ranks_of_hugging_face(path: Path) -> tuple[dict[bytes, int], dict[str, int]
     byte = {chr(b): b for b in printable}
     byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
     try:
-        special = {a["content"]: a["id"] for a in t["added_tokens"]}
+        added = {a["content"]: dict.fromkeys(OPTIONS, False) | a | dict(id=int(a["id"]))
+                 for a in t["added_tokens"]}
         vocab, kind, pre = t["model"]["vocab"], t["model"]["type"], t["pre_tokenizer"]
-        ranks = {bytes(byte[ch] for ch in s): i for s, i in vocab.items() if s not in special}
+        # A word that was added may have been a token before, and goes on being one.
+        ordinary = len(vocab.keys() - added.keys())
+        ranks = {bytes(byte[ch] for ch in s): i for s, i in vocab.items()
+                 if s not in added or not added[s]["special"] and i < ordinary}
         steps = [{k: v for k, v in step.items() if k != "trim_offsets"}         # not about ids
                  for step in pre.get("pretokenizers", [pre])]
         altered = t.get("normalizer") or t["model"].get("dropout")
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ModelError(f"{path}: not a byte-level tokenizer: {type(e).__name__} {e}") from None
     if kind != "BPE" or altered or steps != [
             dict(type="Split", pattern=dict(Regex=SPLIT), behavior="Isolated", invert=False),
             dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]:
         raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind}, normalizer, dropout or "
                          "split pattern)")
-    return ranks, special
+    return ranks, added
