@@ -92,7 +92,7 @@ def trace_of(folder, prompt, s, chance=None, seed=0, r=1, dtype=None):
     model = Llama.load(folder, dtype=dtype)
     chance = chance or Recording(Chance(seed).uniform)
     for _ in write_trace(out, model, prompt, s, chance, dp_layer_skip.choose_skip,
-                         policy_of(s, model.cfg.L, r), trace.about(folder), {}, seed):
+                         policy_of(s, model.cfg.L, r), trace.about(folder), dict(r=r, seed=seed)):
         pass
     return untimed(out.getvalue())
 
@@ -169,7 +169,7 @@ def test_a_trace_has_whole_rounds_whenever_it_is_broken_off(random_model, tmp_pa
     path = tmp_path / "t"
     with open(path, "w") as out:
         run = write_trace(out, Llama.load(random_model), [3], LIVELY, Recording(Chance(0).uniform),
-                          dp_layer_skip.choose_skip, policy_of(LIVELY, 5, 1), {}, {})
+                          dp_layer_skip.choose_skip, policy_of(LIVELY, 5, 1), {}, dict(r=1, seed=0))
         for n in range(4):
             next(run)
             last = json.loads(path.read_text().splitlines()[-1])
