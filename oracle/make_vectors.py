@@ -26,7 +26,7 @@ from dp_layer_skip import choose_skip  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle.dump_forward import dump_forward  # noqa: E402
 from oracle.trace import Recording, about, write_trace  # noqa: E402
-from policy.adaptive import Adaptive  # noqa: E402
+from policy.probe import PaperByProbe  # noqa: E402
 from speculative import Chance, Paper, Settings  # noqa: E402
 from tests.slow_llama import AS_4, random_checkpoint  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
@@ -104,13 +104,8 @@ def shows(lines: list[dict], wanted: dict[str, int]) -> bool:
                for what, least in wanted.items())
 
 
-def policy_of(s: Settings, L: int, r: int) -> Paper | Adaptive:
-    """The paper's numbers; where r tokens choose the layers by the policy that can, told that a
-    draft costs nothing, so that it always pays."""
-    if r == 1:
-        return Paper(s, L)
-    return Adaptive(s, [0.0] * (L + 1), [1.0] * (s.K + 2), K=s.K, M=s.M,
-                    exit_threshold=s.exit_threshold, interval=s.interval, probe=r)
+def policy_of(s: Settings, L: int, r: int) -> Paper:
+    return PaperByProbe(s, L, r) if r > 1 else Paper(s, L)
 
 
 class Maker:
@@ -127,10 +122,11 @@ class Maker:
         """The lines of a trace, without times; uniform number `zero` is a 0."""
         chance = Chance(seed)
         uniforms = (0.0 if n == zero else chance.uniform() for n in itertools.count())
-        policy = policy_of(s, self.model.cfg.L, 3 if name == "tiny-probe" else 1)
+        r = 3 if name == "tiny-probe" else 1
+        said = dict(r=r, seed=seed if zero is None else None)
         text = io.StringIO()
         for _ in write_trace(text, self.model, self.ids, s, Recording(uniforms.__next__),
-                             choose_skip, policy, self.about, {}, seed if zero is None else None):
+                             choose_skip, policy_of(s, self.model.cfg.L, r), self.about, said):
             pass
         lines = map(json.loads, text.getvalue().splitlines())
         return [line for line in lines if line["event"] != "times"]

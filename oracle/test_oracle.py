@@ -24,7 +24,7 @@ import speculative
 from command.flags import DTYPES
 from llama import Config, Llama
 from oracle import check_trace, compare_dumps, dump_forward, make_vectors, survey, trace
-from oracle.check_trace import EXACT, NUMERIC, RULES, TOLERANCE
+from oracle.check_trace import NUMERIC, RULES, TOLERANCE
 from oracle.make_vectors import by_round, policy_of
 from oracle.survey import Tally, repeated
 from oracle.trace import Recording, write_trace
@@ -92,7 +92,7 @@ def trace_of(folder, prompt, s, chance=None, seed=0, r=1, dtype=None):
     model = Llama.load(folder, dtype=dtype)
     chance = chance or Recording(Chance(seed).uniform)
     for _ in write_trace(out, model, prompt, s, chance, dp_layer_skip.choose_skip,
-                         policy_of(s, model.cfg.L, r), trace.about(folder), {}, seed):
+                         policy_of(s, model.cfg.L, r), trace.about(folder), dict(r=r, seed=seed)):
         pass
     return untimed(out.getvalue())
 
@@ -169,7 +169,7 @@ def test_a_trace_has_whole_rounds_whenever_it_is_broken_off(random_model, tmp_pa
     path = tmp_path / "t"
     with open(path, "w") as out:
         run = write_trace(out, Llama.load(random_model), [3], LIVELY, Recording(Chance(0).uniform),
-                          dp_layer_skip.choose_skip, policy_of(LIVELY, 5, 1), {}, {})
+                          dp_layer_skip.choose_skip, policy_of(LIVELY, 5, 1), {}, dict(r=1, seed=0))
         for n in range(4):
             next(run)
             last = json.loads(path.read_text().splitlines()[-1])
@@ -326,8 +326,8 @@ def nudged(lines, rule, by):
     else:
         line = lines[find(lines, "own", kind="plain")]
         line["probability"] += by * (rule == "own")
-        line["u"] = line["end"] + by if rule == "draw" else line["u"]
-    return [{k: v for k, v in line.items() if k != "end"} for line in lines]
+        line["u"] = dict(draw=line["end"] + by, draw_before=line["begin"] - by).get(rule, line["u"])
+    return [{k: v for k, v in line.items() if k not in ("begin", "end")} for line in lines]
 
 
 @pytest.mark.parametrize("dtype, X, temperature", [("float64", 1e-9, 0.5), ("float32", 2e-5, 0.5),
@@ -341,16 +341,18 @@ def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, 
         lines = trace_of(random_model, [3, 41, 7], s, seed=seed, dtype=DTYPES[dtype])
         if find(lines, "verify", accepted=None, a=lambda a: a < 1):
             break
-    line = lines[find(lines, "own")]       # where in the running sum its token ends, slowly
+    line = lines[find(lines, "own")]       # where in the running sum its token is, slowly
     w = random_checkpoint(tmp_path / "m", dict(num_hidden_layers=5))
     p = (reference(*w, torch.tensor([3, 41, 7]))[0][-1] / temperature).softmax(-1)
     line["end"] = p[:line["token"] + 1].sum().item()
-    slack = dict.fromkeys(("q", "p", "own", "draw"), X / min(1, temperature))
-    slack |= dict(confidence=X, column=X / 4, table=X / 4, ratio=EXACT)
+    line["begin"] = line["end"] - p[line["token"]].item()
+    slack = dict.fromkeys(("q", "p", "own", "draw", "draw_before"), X / min(1, temperature))
+    slack |= dict(confidence=X, column=X / 4, table=X / 4, ratio=1e-9)
     for rule, allowed in slack.items():
         for by, status in ((0.9, 0), (1.1, 1)):
             got, out, err = check(nudged(lines, rule, by * allowed))
-            assert (got, err) == (status, "") and (got == 0 or f"rule {rule}" in out), out
+            named = f"rule {rule.partition('_')[0]}:"
+            assert (got, err) == (status, "") and (got == 0 or named in out), out
     for tolerance, status in ((1.2 * X, 0), (X, 1), (0, 2)):
         assert check(nudged(lines, "q", 1.1 * slack["q"]), "--tolerance", tolerance)[0] == status
 

@@ -69,25 +69,25 @@ class Witness:
 
 def record(job: Any, ids: Sequence[int], seed: int, policy: Any) -> Iterator[Round]:
     """The rounds of a job of the command, each written to its --trace before it is yielded."""
+    said = job.named | dict(r=job.probe, seed=seed)
     with open(job.a.trace, "w", encoding="utf-8") as out:
         yield from write_trace(out, job.model, ids, job.settings, Recording(Chance(seed).uniform),
-                               job.choose, policy, about(job.folder), job.named, seed,
-                               job.costs)
+                               job.choose, policy, about(job.folder), said, job.costs)
 
 
 def write_trace(out: TextIO, model: Any, prompt: Sequence[int], s: Settings, chance: Recording,
-                choose: Callable[..., Any], policy: Any, about: dict, numbers: dict,
-                seed: int | None = None, costs: dict | None = None) -> Iterator[Round]:
+                choose: Callable[..., Any], policy: Any, about: dict, said: dict,
+                costs: dict | None = None) -> Iterator[Round]:
     """`generate`, each round written to `out` before it is yielded. What follows the policy is for
-    the header; of the paper's `numbers` None is left to the policy. If the run is broken off, what
-    has been written is whole rounds, without `end`."""
+    the header; `said` are settings beside s: r, seed, and as None what the policy decides. If the
+    run is broken off, what has been written is whole rounds, without `end`."""
     def write(*lines: dict) -> None:
         out.write("".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
                           for line in lines))
         out.flush()
 
     witness = Witness(policy)
-    settings = asdict(s) | numbers | dict(r=getattr(policy, "probe", 1), seed=seed)
+    settings = asdict(s) | said
     write(dict(event="header", schema="clasp-trace", version=VERSION, program=PROGRAM, **about,
                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
                settings=settings, costs=costs, prompt_ids=list(prompt)))
