@@ -276,7 +276,7 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
     measured other costs (rank 0's hold), or by fixed numbers."""
     def check(kind):
         rank = int(os.environ["RANK"])
-        own = dict(draft=[1 - 0.5 * rank, *[0.01 + 0.9 * rank] * 6], optimise=0, risk=[0.1] * 7)
+        own = dict(draft=[1 - 0.5 * rank, *[0.01 + 0.2 * rank] * 6], optimise=0, risk=[0.1] * 7)
         costs.shelf = lambda *_: Path(os.devnull) / "none"
         costs.guess = lambda *_: dict(own, verify=[1.0] * 14)
         costs.measure = lambda *_: [1 + 0.1 * rank] * 14
