@@ -239,7 +239,7 @@ class Llama:
             other = left.pop("lm_head.weight")
             table = left.setdefault("model.embed_tokens.weight", other)
             if not table().equal(other()):
-                raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, "
+                raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                                  "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
@@ -378,7 +378,7 @@ def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         try:
             paths = sorted({folder / file for file in home.values()})
         except (AttributeError, TypeError):
-            raise ModelError(f"{index}: weight_map does not say which file has which tensor") from None
+            raise ModelError(f"{index}: weight_map does not say where tensors are") from None
     found = {}
     for path in paths:
         try:

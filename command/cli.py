@@ -69,10 +69,9 @@ def interruptible() -> None:
 
 
 def out_of_memory(e: BaseException) -> bool:
-    """PyTorch says so in a RuntimeError of its own on a GPU, and in any on a CPU."""
+    """PyTorch says so in a RuntimeError: on a GPU in one of its own, on a CPU in any."""
     words = str(e)
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or (
-        "memory" in words and "alloc" in words)
+    return isinstance(e, MemoryError) or "memory" in words and "alloc" in words
 
 
 def open_streams() -> None:

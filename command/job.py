@@ -119,12 +119,12 @@ class Job:
                 raise
             return None
         for i in tokenizer.stop_ids:
-            if i < tokenizer.bos and i not in tokenizer.special.values():
+            if i not in tokenizer.special.values():
                 note(f"an ordinary token ends the text, as the model's files say: {i}, "
                      f"{tokenizer.decode([i])!r}")
         if self.a.chat and has_other_template(self.folder):
-            note("the folder's chat template is not followed: --chat writes LLaMA-3's first format, "
-                 "without what later models add (--prompt-ids takes any tokens)")
+            note("the folder's chat template is not followed: --chat writes LLaMA-3's first "
+                 "format, without what later models add (--prompt-ids takes any tokens)")
         if self.a.chat and tokenizer.special.get(EOT) not in self.stops:
             note("<|eot_id|> does not stop this model, so it was hardly trained on --chat")
         return tokenizer
@@ -177,9 +177,10 @@ class Job:
         layer = c.D * (2 * c.H + 2 * c.G) * c.hd + 3 * c.D * c.ffn
         weights = (c.L * layer + (2 - c.tied) * c.V * c.D) * self.dtype.itemsize
         cache = 2 * c.L * c.G * c.hd * self.length * self.dtype.itemsize
-        short = ModelError(f"out of memory: in {str(self.dtype).removeprefix('torch.')} the weights "
-                           f"take {weights / 1e9:.1f} GB, the cache of {self.length} tokens "
-                           f"{cache / 1e9:.1f} GB; take fewer --max-new-tokens or a smaller model")
+        short = ModelError(f"out of memory: the weights take {weights / 1e9:.1f} GB in "
+                           f"{str(self.dtype).removeprefix('torch.')}, the cache of {self.length} "
+                           f"tokens {cache / 1e9:.1f} GB; take fewer --max-new-tokens or a "
+                           "smaller model")
         if self.device.type == "cpu" and weights + cache > memory_here():
             raise short
         try:

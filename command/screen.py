@@ -18,8 +18,8 @@ BAR = 32                     # layers that one line shows
 
 
 class Terminal:
-    """A stream to watch a run on. Colour only where someone looks, and never with NO_COLOR; lines of
-    79 columns, or as many as a wider terminal has."""
+    """A stream to watch a run on. Colour only where someone looks, and never with NO_COLOR; lines
+    of 79 columns, or as many as a wider terminal has."""
     CODES = dict(kept="32", rejected="9;31", own="1;34", dim="2")
     MARKS = dict(rejected="~~", own="[]")              # without colour
 
@@ -147,8 +147,7 @@ class Screen:
             print(file=sys.stderr)
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         if whole.encode(encoding, "ignore").decode(encoding) != whole:
-            note(f"this terminal's encoding, {encoding}, lacks characters of the text: ? is in their "
-                 "place")
+            note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
         account = summary(self.figures(), self.job.ran)
         print(self.err.paint("dim", account), file=sys.stderr)
 

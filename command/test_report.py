@@ -44,9 +44,10 @@ def test_figures_count_each_thing_once():
     a stop token has cut the last; by hand: a prefill, a round of 3 drafted with 2 kept, one of 2
     that ends with a stop token."""
     f = figures(CUT, load=4.0, measure=0.5)
-    want = dict(load_seconds=4.0, measure_seconds=0.5, drafted=5, accepted=4, emitted=6, verifies=2, tokens_per_verify=2.5, acceptance=0.8,
-                seconds=7.0, prefill_seconds=1.0, decode_seconds=2.0, tokens_per_second=2.5,
-                draft_step_seconds=0.1, verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
+    want = dict(load_seconds=4.0, measure_seconds=0.5, drafted=5, accepted=4, emitted=6, verifies=2,
+                tokens_per_verify=2.5, acceptance=0.8, seconds=7.0, prefill_seconds=1.0,
+                decode_seconds=2.0, tokens_per_second=2.5, draft_step_seconds=0.1,
+                verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
     assert {k: f[k] for k in want} == pytest.approx(want) and f["skip_set"] == [0]
     assert f["shares"] == pytest.approx(dict(draft=0.25, verify=0.25, optimise=0.5))
     assert ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(5 / (5 / 2 + 2))
@@ -112,7 +113,8 @@ def test_an_account_says_what_there_is_to_say_in_two_short_lines():
     of_it = "7 tokens in 7.0 s: prefill 1.0, decode 6.0\ndecoding 1.0 tokens/s"
     assert [summary(plain, ran) for ran in ("ar", "paper")] == [f"ar: {of_it}", f"paper: {of_it}"]
     assert summary(plain, "clasp") == f"clasp: {of_it}; nothing drafted: it would hardly pay"
-    assert summary(figures(CUT[:1]), "paper").endswith("prefill 1.0, decode 0.50\nonly the prefill's")
+    one = summary(figures(CUT[:1]), "paper")
+    assert one.endswith("prefill 1.0, decode 0.50\nonly the prefill's")
     assert summary(figures([]), "ar").startswith("ar: 0 tokens")
     long = [CUT[0]] + 99 * [a_round([1] * 12, 12, [1] * 13, (1.3, 0.9, 0.5), "set")]
     said = summary(figures(long, load=99.99, measure=12.34), "clasp")
@@ -184,14 +186,15 @@ def test_without_a_tokenizer_the_text_is_ids_with_commas_between():
 def a_job(**flags):
     """What `write` and `compare` ask of a Job."""
     a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, seed=7, repeats=3) | flags)
-    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp", load_seconds=0.0, measure_seconds=0.0,
+    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp", load_seconds=0.0,
+                           measure_seconds=0.0,
                            settings=SimpleNamespace(temperature=0),
                            report=lambda: dict(dtype="float32"))
 
 
 @pytest.fixture
 def written(monkeypatch, capsys):
-    """written(rounds, **flags) -> the exit status of a run that has these rounds, stdout, stderr."""
+    """written(rounds, **flags) -> exit status, stdout and stderr of a run with these rounds."""
     def call(rounds, **flags):
         monkeypatch.setattr(clasp_mini, "run", lambda job, ids, seed: iter(rounds))
         status = clasp_mini.write(a_job(**flags), [1])

@@ -208,8 +208,8 @@ BROKEN = [
     (put(SHARD), f"{SHARD}: missing, broken"), (put(SHARD, ""), f"{SHARD}: missing, broken"),
     (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 9), f"{SHARD}: missing, broken"),
     (put(SHARD, "<html>404</html>"), f"{SHARD}: missing, broken"),
-    (put(SHARD, "version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS: git lfs pull"),
-    (put(INDEX, '{"weight_map": [1]}'), "weight_map does not say which file has which tensor"),
+    (put(SHARD, "version https://git-lfs.github.com/spec/v1\n"), "Git LFS: git lfs pull"),
+    (put(INDEX, '{"weight_map": [1]}'), "weight_map does not say where"),
     (put(INDEX, "{}"), "the weights lack model.embed"), (put(INDEX), "model.safetensors: missing"),
 ]
 

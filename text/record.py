@@ -18,7 +18,7 @@ TEXTS = ["", " ", "   \n\n \n\t", "def f(x):\n\treturn  x ** 2  # why?\n\n\n", "
          "I'LL don't we've ſ's", "1234567 3.14 1e-5", "naïve Führer ½ ² 日本語 العربية नमस्ते",
          "🦙👩‍👩‍👧 ꙊéÉ e\u0301", "\0\x7f\u2028\u00a0\ufeff", "        self.assertEqual(None, ...)",
          "<|begin_of_text|>x<|eot_id|>", "a" * 500, "=" * 70 + "\n",
-         "hi Bác <think> </think>", "a <think>\n b", "thinking <think>ing", "return returned _return",
+         "hi Bác <think> </think>", "a <think>\n b", "thinking <think>ing", "return returned",
          "a <think>more</think> <|eot_id|> eot", "Bác. xBác Bácx  Bác", "<｜begin▁of▁sentence｜>x"]
 
 
@@ -77,11 +77,11 @@ FOLDERS = {                     # added tokens, and what else lies in the folder
     "special tokens in the vocabulary": dict(
         added=specials(), vocab={a["content"]: a["id"] for a in specials()}, **BEGIN),
     "renamed": dict(added=specials(RENAMED), tokenizer_config=dict(
-        bos_token=dict(content=RENAMED[0], __type="AddedToken")), config=dict(bos_token_id=V)),
+        bos_token=dict(content=RENAMED[0], __type="AddedToken"))),
     "moved": dict(added=specials({i + 100: name for i, name in NAMED.items()}),
                   config=dict(bos_token_id=V, eos_token_id=V + 101), **BEGIN),
     "ids of no one": dict(added=specials(), config=dict(bos_token_id=1, eos_token_id=2), **BEGIN),
-    "ids that disagree": dict(added=specials(), config=dict(bos_token_id=V, eos_token_id=V + 1),
+    "ids that disagree": dict(added=specials(), config=dict(bos_token_id=V + 7, eos_token_id=V + 1),
                               generation_config=dict(eos_token_id=[V + 1, V + 9]), **BEGIN)}
 
 

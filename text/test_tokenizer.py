@@ -1,5 +1,5 @@
-"""The tokenizer against what the tokenizers and transformers libraries said (recorded.json), against
-published vectors, and against broken files."""
+"""The tokenizer against what the libraries tokenizers and transformers said (recorded.json),
+against published vectors, and against broken files."""
 import json
 import os
 import re
@@ -10,7 +10,8 @@ import pytest
 
 from command.flags import DEMO
 from llama import ModelError
-from text.record import FOLDERS, RANKS, TEXTS, V, specials, token, tokenizer_json, write
+from text.record import (FOLDERS, RANKS, RENAMED, TEXTS, V, specials, token, tokenizer_json,
+                         write)
 from text.tokenizer import NAMED, SPLIT, Tokenizer, stop_ids
 
 LLAMA3 = os.environ.get("CLASP_LLAMA3")                # a folder of Meta's files
@@ -68,6 +69,10 @@ def test_every_file_of_a_model_gives_the_same_tokens(folder):
         assert other.special == tok.special and other.bos == tok.bos
         assert [other.encode(text) for text in TEXTS] == RECORDED["plain"]["ids"]
         assert other.decode_bytes(range(V + 256)) == tok.decode_bytes(range(V + 256))
+    write(folder, [*specials(), token("secret", V + 256, True)], vocab={"secret": V + 256})
+    assert max(Tokenizer(folder).encode("secret")) < V
+    write(folder, specials(RENAMED), config=dict(bos_token_id=V))
+    assert Tokenizer(folder).bos == V                  # by its number alone
 
 
 def test_bytes_come_out_token_by_token(folder):
@@ -187,7 +192,8 @@ BROKEN = [
     (hf(tokenizer_json(BYTES, FIVE, pre_tokenizer=dict(
         type="Split", pattern=dict(Regex=SPLIT), behavior="Isolated", invert=False))),
      "or split pattern"),
-    (hf_with("<|begin_of_text|>", "<s>"), "no <|begin_of_text|>, and neither"),
+    (lambda folder: (hf_with("<|begin_of_text|>", "<s>")(folder), says(bos_token_id=1)(folder)),
+     "no <|begin_of_text|>, and neither"),
     (hf(tokenizer_json({**BYTES, b"ab": 255}, FIVE)), "ranks are not 0, 1"),
     (hf(tokenizer_json({**BYTES, b"ab": "x"}, FIVE)), "ranks are not 0, 1")]
 

@@ -40,8 +40,8 @@ def _token_ids(folder: str | Path, key: str) -> tuple[int, ...]:
 
 
 def has_other_template(folder: Path) -> bool:
-    """Does the folder's chat template write what `Tokenizer.chat` does not, as from LLaMA-3.1 on the
-    dates that begin every system turn? Judged by the texts that it holds."""
+    """Does the folder's chat template write what `Tokenizer.chat` does not, as from LLaMA-3.1 on
+    the dates that begin every system turn? Judged by the texts that it holds."""
     template = ""
     settings = folder / "tokenizer_config.json"
     alone = folder / "chat_template.jinja"
@@ -49,9 +49,10 @@ def has_other_template(folder: Path) -> bool:
         template = alone.read_text(encoding="utf-8", errors="replace")
     elif settings.exists():
         template = str(read_json(settings).get("chat_template") or "")
-    texts = re.findall(r"""'([^']*)'|"([^"]*)\"""", template)
+    texts = [a + b for a, b in re.findall(r"""'([^']*)'|"([^"]*)\"""", template)]
+    texts.append(re.sub(r"\{.*?\}+", "", template, flags=re.S))     # outside of {{ }}, {% %}
     ours = "|".join(map(re.escape, (HEADER, END_HEADER, EOT, BOS)))
-    rest = {re.sub(ours, "", a + b).replace("\\n", "").strip() for a, b in texts}
+    rest = {re.sub(ours, "", text).replace("\\n", "").strip() for text in texts}
     return not rest <= {"", "role", "content", "assistant"}
 
 
@@ -85,9 +86,10 @@ class Tokenizer:
         self.stop_ids = stop_ids(folder)
         self.bos = _begin_of_text(folder, path, self.special)
         # Meta's file does not say where its special tokens are. One that was cut short moves them.
-        if path.suffix == ".model" and max(_token_ids(folder, "bos_token_id"), default=0) > self.bos:
+        said = max(_token_ids(folder, "bos_token_id"), default=0)
+        if path.suffix == ".model" and said > self.bos:
             raise ModelError(f"{path}: cut short or another model's: <|begin_of_text|> is "
-                             f"{self.bos} here, which the config's bos_token_id denies")
+                             f"{self.bos} here, and {said} by the config's bos_token_id")
         self.longest = max(map(len, ranks))            # bytes of a token
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
