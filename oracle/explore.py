@@ -19,7 +19,6 @@ import math  # noqa: E402
 import tempfile  # noqa: E402
 from argparse import Namespace  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from typing import Any  # noqa: E402
 
 from clasp_mini import policy_of  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402

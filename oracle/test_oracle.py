@@ -271,15 +271,13 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("verdict", at("verify", lambda x, i: x[i].update(u=x[i]["a"], accepted=True), **JUDGED), ""),
     ("verdict", at("verify", set_to(u=None), **JUDGED), ""),
     ("verdict", at("verify", set_to(u=0.5), **UNJUDGED), ""),
-    ("ratio", at("verify", set_to(a=1.7), a=1.0), "in float64"),
     ("q", at("draft", lambda x, i: x[i].update(token=(x[i]["token"] + 1) % 50)),
      r"ours 0\.\d+ \(tolerance 4e-05; ours draws token "),
     ("own", at("own", set_to(probability=0.9), kind="residual"),
      r"\(tolerance (8\.[2-9]e-05|0\.\d+)"),                          # 2 X / T over its mass
     ("skip", at("round", set_to(skip=[1])), ""),
     ("skip", at("round", lambda x, i: gone(x[i]["skip"], 0), round=2), ""),     # another budget's
-    ("order", at("verify", gone), ""), ("order", at("own", gone, 2), ""),
-    ("order", at("emit", gone), ""), ("exit", at("draft", interleave, step=1), ""),
+    ("order", at("verify", gone), ""), ("exit", at("draft", interleave, step=1), ""),
     ("exit", at("draft", lambda x, i: x.insert(i + 1, dict(x[i])) or 1, step=3), ""),
     ("exit", at("draft", gone, step=3), r"trace 'verify', ours 'draft' \(3 of at most 4 drafted, "
      r"confidence 0\.\d+, threshold 0.05\)"),
@@ -288,12 +286,10 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("column", at("optimise", lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), **THIRD), ""),
     ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(4, "110"), **THIRD), ""),
     ("end", at("end", lambda x, i: x.append(x[1]) or 1), ""),
-    ("own", at("own", settings(temperature=0.6)), ""),
-    ("own", at("own", lambda x, i: x[0].update(prompt_ids=[3, 40, 7])), ""),
+    ("own", at("own", settings(temperature=0.6)), ""), ("table", at("optimise", settings(M=1)), ""),
     ("exit", at("draft", settings(K=3), step=3), ""),
     ("exit", at("draft", settings(exit_threshold=0.9), step=1), ""),
     ("interval", at("optimise", lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"])), ""),
-    ("table", at("optimise", settings(M=1)), ""),
     ("header", at("header", lambda x, i: x[0]["config"].update(eps=1.00001e-5)), ""),
 ]
 
@@ -440,10 +436,9 @@ def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check):
              for line in RUNS["tiny-greedy"]]
     status, out, _ = check(lines, model=TINY)
     assert status == 0 and "warning" not in out
-    for event, rule in ("own", "own"), ("draft", "q"):
-        i = find(lines, event)
-        out = check(with_line(lines, i, token=0), model=TINY)[1]
-        assert f"rule {rule}" in out and f"ours draws token {lines[i]['token']} by this u" in out
+    i = find(lines, "own")
+    out = check(with_line(lines, i, token=0), model=TINY)[1]
+    assert "rule own" in out and f"ours draws token {lines[i]['token']} by this u" in out
 
 
 # ---------------------------------------------------------------- wrong programs
@@ -712,14 +707,13 @@ def test_the_dump_at_a_place_of_a_trace_is_what_fresh_passes_have_there(step, ch
         assert same(got[name], x.transpose(1, 2))
 
 
-def test_a_place_that_does_not_come_is_said_and_a_wrong_number_before_it_is_passed_over(
-        check, lively, tmp_path):
+def test_dump_at_goes_past_wrong_numbers_and_says_if_it_does_not_come(check, lively, tmp_path):
     """Rejects an empty file, and a departure in the way to the place where it can be looked at."""
-    status, out, err = check(lively, "--dump-at", "99,1", "--out", tmp_path / "d")
-    assert (status, out) == (2, "") and "does not come to round 99, step 1" in err
     lines = with_line(lively, find(lively, "draft"), confidence=1.0)
     n = lively[find(lively, "draft", -1)]["round"]
     assert check(lines, "--dump-at", n, "--out", tmp_path / "d")[0] == 0
+    status, out, err = check(lively, "--dump-at", "99,1", "--out", tmp_path / "d")
+    assert (status, out) == (2, "") and "does not come to round 99, step 1" in err
 
 
 DEPARTING = {      # a wrong program: where it departs, what is said of it
@@ -757,14 +751,13 @@ def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, cap
     part's mean would hide, and of a verify the first row taken for the first token; what is not a
     number departs as well, and what is no dump is said."""
     ours = dumped(TINY, tmp_path / "a", "--prompt-ids", "3,41,7", "--dtype", "float64")
-    for flags, status, said in (
-            (("3,41,7",), 0, "alike"), (("3,41,7", "--dtype", "bfloat16"), 0, "alike"),
-            (("3,41,8",), 2, "different tokens"), (("3,41",), 2, "shapes")):
-        theirs = dumped(TINY, tmp_path / "b", "--prompt-ids", *flags)
-        assert theirs["keys"].dtype == DTYPES["bfloat16" if len(flags) > 1 else "float32"]
+    for ids, dtype, status, said in (
+            ("3,41,7", "float32", 0, "alike"), ("3,41,7", "bfloat16", 0, "alike"),
+            ("3,41,8", "float32", 2, "different tokens"), ("3,41", "float32", 2, "shapes")):
+        theirs = dumped(TINY, tmp_path / "b", "--prompt-ids", ids, "--dtype", dtype)
         capsys.readouterr()
         assert compare_dumps.main([str(tmp_path / "a"), str(tmp_path / "b")]) == status
-        assert said in "".join(capsys.readouterr())
+        assert said in "".join(capsys.readouterr()) and theirs["keys"].dtype == DTYPES[dtype]
     rows = ours | dict(logits=ours["logits"][-2:], hidden=ours["hidden"][:, -2:])
     theirs = dict(rows, hidden=rows["hidden"].clone())
     theirs["hidden"][4, 0, 7] += 1
@@ -896,12 +889,10 @@ def test_the_commands_of_the_readme_run(monkeypatch, tmp_path, capsys):
         said += capsys.readouterr().out.splitlines()
     assert check_trace.main(["run.jsonl", "--dtype", "float64"]) == 0
 
-    def form(line):
-        return re.sub(r"[0-9.e+-]+", "0", line)
-
-    assert form(re.search("^run.jsonl: no departure.*", text, re.M)[0]) in map(form, said)
-    assert f"of {len(RULES)} rules" in re.search(r"^run.jsonl: \d+ of \d+ rules", text, re.M)[0]
-    assert RULES["own"] in text
+    form = re.compile(r"[0-9.e+-]+")
+    shown = re.search("^run.jsonl: no departure.*", text, re.M)[0]
+    assert form.sub("0", shown) in [form.sub("0", line) for line in said]
+    assert f"of {len(RULES)} rules" in text and RULES["own"] in text
     names = re.findall(r"`([a-z-]+\.(?:jsonl|safetensors))`", text)
     assert set(names) == {p.name for p in VECTORS.iterdir()} - {"tiny-forward-skip.safetensors"}
     assert all((HERE / name).exists() or (ROOT / "tests" / name).exists()
