@@ -1,40 +1,54 @@
 """clasp-mini: self-speculative decoding with layers chosen in context (CLaSp, Chen et al., ACL
-2025). The command, which joins the others in one direction: config and weights (llama.py) -> rounds
+2025). The command. It joins the others in one direction: config and weights (llama.py) -> rounds
 (speculative.py, which is handed the chooser of dp_layer_skip.py and a policy) -> text.
 
     python clasp_mini.py                                      # the model and a prompt that ship
     python clasp_mini.py --verbose                            # round by round
     python clasp_mini.py --prompt "class Stack:" --compare    # against plain decoding
+
+Who decides how much is drafted, and when layers are chosen anew?
+
+    --strategy clasp   policy/adaptive.py: ours, and the default
+    --strategy paper   speculative.Paper: the paper's fixed numbers
+    --strategy ar      nobody: plain decoding, a token per pass
 """
-import signal
+import os
+import sys
+from collections.abc import Iterator, Sequence
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until the weights are read Ctrl-C just ends us: C code would make errors of its own of it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import command.start
+from command.cli import answer
+from command.compare import Pair, compare
+from command.flags import VERSION, parsed, parser  # noqa: F401
+from command.job import Job
+from command.screen import Screen
+from policy.adaptive import Adaptive
+from policy.probe import PaperByProbe
+from speculative import Chance, Paper, Round, generate
 
-import os  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
 
-from command.cli import answer  # noqa: E402
-from command.compare import Pair, compare  # noqa: E402
-from command.flags import VERSION, parsed, parser  # noqa: E402, F401
-from command.job import Job  # noqa: E402
-from command.screen import Screen  # noqa: E402
-from speculative import Chance, Paper, Round, generate  # noqa: E402
+def policy_of(job: Job) -> Paper | Adaptive:
+    """Ours, where the user has left some of the paper's numbers open; else the paper's."""
+    if job.adaptive:
+        return Adaptive(job.settings, **job.costs, **job.named, probe=job.probe,
+                        measure=job.measure if job.guessed else None)
+    if job.probe > 1:
+        return PaperByProbe(job.settings, job.cfg.L, job.probe)
+    return Paper(job.settings, job.cfg.L)
 
 
 def run(job: Job, ids: list[int], seed: int) -> Iterator[Round]:
     """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
+    policy = policy_of(job)
     if job.a.trace:
         from oracle.trace import record
-        return job.agreed(record(job, ids, seed))
-    return job.agreed(generate(job.model, ids, job.settings, Chance(seed), job.choose,
-                               job.policy()))
+        return job.agreed(record(job, ids, seed, policy))
+    return job.agreed(generate(job.model, ids, job.settings, Chance(seed), job.choose, policy))
 
 
 def pair(job: Job, ids: list[int], seed: int) -> Pair:
-    """The same prompt plainly, a token per pass, and with CLaSp."""
+    """The same prompt plainly (nothing is drafted, whatever the policy) and with CLaSp."""
     plain = generate(job.model, ids, job.plain, Chance(seed), job.choose)
     return list(job.agreed(plain)), list(run(job, ids, seed))
 
@@ -52,25 +66,27 @@ def write(job: Job, ids: list[int]) -> int:
     return status
 
 
+def work(argv: Sequence[str] | None, kind: type[Job] = Job) -> int:
+    """Do what the flags say. What is wrong with them is found before the weights are read."""
+    a = parsed(argv)
+    job = kind(a)
+    ids = job.prompt()
+    job.load()
+    if a.compare:
+        return compare(job, lambda seed: pair(job, ids, seed), ids)
+    status = write(job, ids)
+    if job.own_prompt and sys.stderr.isatty():
+        print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; --help",
+              file=sys.stderr)
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C)."""
-    def work(kind: type[Job] = Job) -> int:
-        a = parsed(argv)
-        own = a.prompt is None and a.prompt_ids is None
-        job = kind(a)
-        ids = job.prompt()                             # what is wrong is found before this reads
-        job.load()                                     # the weights
-        if a.compare:
-            return compare(job, lambda seed: pair(job, ids, seed), ids)
-        status = write(job, ids)
-        if own and sys.stderr.isatty():
-            print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; "
-                  "--help", file=sys.stderr)
-        return status
     if "LOCAL_RANK" in os.environ:                     # torchrun has started several of us
         from gpu.ranks import together
-        return answer(lambda: together(work, Job))
-    return answer(work)
+        return answer(lambda: together(lambda kind: work(argv, kind), Job))
+    return answer(lambda: work(argv))
 
 
 if __name__ == "__main__":

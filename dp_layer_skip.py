@@ -1,8 +1,8 @@
 """Which layers should the draft leave out? CLaSp's dynamic program over the full model's hidden
 states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and how near it comes.
 
-    D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1
-                  cos(h[i], g[i-1, j-1]) )           skip layer i-1
+    D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1   (if j < i)
+                  cos(h[i], g[i-1, j-1]) )           skip layer i-1   (if j > 0; wins a tie)
     g[i,j] = the state that won,   g[i,0] = h[i]
 
 In words: after the first i layers, of which j were left out, how close can we be to where the full
@@ -15,14 +15,16 @@ Glossary
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (J, width) the states of a row's cells j = 0 .. J-1, of which there are min(i, M) + 1
+    g        (J, width) the states g[i, 0 .. J-1] of one row; it has J = min(i, M) + 1 cells
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
-Why at the same depth: a beginning can be judged before its end is known. Why approximate (§3.5): a
-cell keeps one state, the nearest so far, although a farther one might come out nearer in the end.
+Why at the same depth: a beginning can be judged before its end is known, and a state that is near
+to h[i] will mostly be taken near to h[L] by the layers that follow. Why approximate (§3.5): a cell
+keeps one state, the nearest so far, although a farther one might come out nearer in the end.
 
-The verify pass has just computed h. The cost is L calls of f with at most M+1 states. Column 0
-skips nothing: cosines other than 1 there say that these states do not see what the verify saw.
+The verify pass has just computed h. The cost is L calls of f with at most M+1 states. Column 0 is a
+check alone: it runs layer i-1 on the full model's own h[i-1], which must give h[i] and a cosine of
+1. If it does not, f does not see the text that the verify saw.
 """
 import itertools
 import signal
@@ -35,8 +37,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
-Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,)
+Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,); in the paper cosine
 NAN = float("nan")
+INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Choice:
     """What one run of the dynamic program knows: the set found for every budget 0..M."""
     D: list[list[float]]        # (L+1) x (M+1)
     skipped: list[list[bool]]   # (L+1) x (M+1)
-    g: Tensor                   # (M+1, width) g[L], where each budget leads to
+    g: Tensor                   # (M+1, width) g[L], the state that each budget leads to
 
     def skip(self, j: int | None = None) -> tuple[bool, ...]:
         """The set for a budget of j layers (default M), one flag per layer: the way back."""
@@ -78,15 +81,16 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
     g = {(0, 0): h[0]}
     for i in range(1, L + 1):
         for j in range(min(i, M) + 1):
-            ways = []
+            run = -INF
+            skip = -INF
             if j < i:                                  # else there is nothing that could be run
-                ways.append((run_layer(i - 1, g[i - 1, j][None])[0], False))
+                after = run_layer(i - 1, g[i - 1, j][None])                 # (1, width)
+                run = near(after, h[i]).item()
             if j > 0:
-                ways.append((g[i - 1, j - 1], True))
-            cosines = [near(state[None], h[i]).item() for state, _ in ways]
-            way = 0 if len(ways) == 1 or cosines[0] > cosines[1] else 1
-            D[i][j] = cosines[way]
-            g[i, j], skipped[i][j] = ways[way]
+                skip = near(g[i - 1, j - 1][None], h[i]).item()
+            skipped[i][j] = j > 0 and not run > skip
+            D[i][j] = skip if skipped[i][j] else run
+            g[i, j] = g[i - 1, j - 1] if skipped[i][j] else after[0]
         g[i, 0] = h[i]                                 # nothing skipped: the full model's own state
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
@@ -100,7 +104,8 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
-    -> D and skipped, (L+1, M+1) each, and g[L]. Nothing here waits for a GPU."""
+    -> D and skipped, (L+1, M+1) each, and g[L]. Nothing here reads a number back from a GPU, so
+    that a recording can hold it (gpu/)."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -109,19 +114,18 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     D[0, 0] = 1.0
     g = h[:1]
     for i in range(1, L + 1):
-        J = len(g)                                     # cells of row i-1
-        run = run_layer(i - 1, g)                      # (J, width): cell j, if layer i-1 is run,
-        run_cos = near(run, h[i])                      # (J,)
-        skip_cos = near(g, h[i])                       # (J,)        cell j+1, if it is skipped
-        # Cells 1 .. J-1 can be reached both ways, cell 0 only by running, a new one by skipping.
-        runs = run_cos[1:] > skip_cos[:-1]             # (J-1,)
-        nearer = torch.where(runs[:, None], run[1:], g[:-1])
-        D[i, 0] = run_cos[0]
-        D[i, 1:J] = torch.where(runs, run_cos[1:], skip_cos[:-1])
-        skipped[i, 1:J] = ~runs
-        cells = [h[i:i + 1], nearer]
-        if J <= M:
-            D[i, J] = skip_cos[-1]
+        J = len(g)                                     # cells 0 .. J-1 of row i-1
+        after = run_layer(i - 1, g)                    # (J, width)
+        run = near(after, h[i])                        # (J,) cells 0 .. J-1 of row i, by running
+        skip = near(g, h[i])                           # (J,) cells 1 .. J, by skipping
+        # Cells 1 .. J-1 can be reached both ways. Cell 0 skips nothing: it is the full model's.
+        run_wins = run[1:] > skip[:-1]                 # strict: a tie skips
+        D[i, 0] = run[0]
+        D[i, 1:J] = torch.where(run_wins, run[1:], skip[:-1])
+        skipped[i, 1:J] = ~run_wins
+        cells = [h[i:i + 1], torch.where(run_wins[:, None], after[1:], g[:-1])]
+        if J <= M:                                     # cell J, new in this row: all was skipped
+            D[i, J] = skip[-1]
             skipped[i, J] = True
             cells.append(g[-1:])
         g = torch.cat(cells)

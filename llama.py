@@ -18,7 +18,7 @@ Glossary (8B in brackets)
     L    decoder layers [32]                D     width of the residual stream [4096]
     H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
     hd   head size [128]                    V     vocabulary [128256]
-    T    rows of a pass, the first at t     S     slots of the cache; the first W are looked at
+    T    rows of a pass, the first at t     S     slots of the cache; a pass looks at the first W
     h[i] the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
 The model owns weights and nothing else; `Cache` stores; the caller counts positions. To roll back a
@@ -46,8 +46,8 @@ class Rows(NamedTuple):
     cos: Tensor                 # (T, 1, hd) rotary table at each row's position
     sin: Tensor                 # (T, 1, hd) likewise, the first half negated (see `rotate`)
     slots: Tensor               # (T,) cache slot that each row writes
-    bias: Tensor                # (T, R, W) added to its scores, the same for all R query heads of a
-                                #           kv head. 0: may read this slot, -inf: may not
+    bias: Tensor                # (T, R, W) added to the row's scores, the same for all R query
+                                #           heads of a kv head. 0: may read this slot, -inf: not
 
     def first(self, J: int) -> Rows:
         """The first J of these rows."""
@@ -77,8 +77,8 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         slots = self.slot[t:t + T]
-        # Row 0 sits at position t, so it may read slots 0 .. t. Without the t the mask is right in
-        # prefill and wrong ever after, and nothing crashes: the text just gets worse.
+        # A row at position t may read slots 0 .. t. Compared with 0, 1, 2, ... in the place of t, t+1,
+        # ... the mask is right in prefill and wrong ever after: the text just gets worse.
         may_read = self.slot[:t + T] <= slots[:, None]                          # (T, W)
         return self.rows(slots, slots, may_read)
 
@@ -88,13 +88,14 @@ class Cache:
         full model's entry for the token is neither read, or the token would be seen twice, nor
         harmed."""
         assert t + J < self.S, f"{J} slots behind {t} in a cache of {self.S}"
-        slot = self.slot[:t + 1 + J]
-        slots = slot[t + 1:]
-        may_read = (slot < t) | (slot == slots[:, None])                        # (J, W)
-        return self.rows(self.slot[t].expand(J), slots, may_read)
+        visible = self.slot[:t + 1 + J]
+        slots = visible[t + 1:]
+        may_read = (visible < t) | (visible == slots[:, None])                  # (J, W)
+        position = torch.full_like(slots, t)
+        return self.rows(position, slots, may_read)
 
     def rows(self, position: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
-        """(T,), (T,), (T, W) of bool -> the rows that are told so."""
+        """(T,), (T,), (T, W) of bool -> Rows, with the rotary table and the bias looked up."""
         bias = torch.zeros_like(may_read, dtype=self.dtype).masked_fill(~may_read, -math.inf)
         bias = bias[:, None].repeat(1, self.R, 1)                               # -> (T, R, W)
         return Rows(self.cos[position], self.sin[position], slots, bias)
@@ -125,8 +126,8 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) * weight. eps () is one number in the dtype of the statistics,
-    float32 or wider."""
+    """x / sqrt(mean(x^2) + eps) * weight. eps is a tensor of one number, and its dtype is that of
+    the statistics: float32 or wider."""
     x_wide = x.type(eps.dtype)
     total = x_wide.square().sum(-1, keepdim=True)
     mean = torch.add(eps, total, alpha=1 / x.shape[-1])         # total / D + eps, in one call
@@ -143,8 +144,8 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
 
 def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config,
               eps: Tensor) -> Tensor:                                       # (T, D) -> (T, D)
-    """What attention adds to the residual stream. keys, values (G, S, hd) are the
-    layer's part of the cache: the rows write their slots, then read what they may."""
+    """What attention adds to the residual stream. keys, values (G, S, hd) are the layer's part of
+    the cache: the rows write their slots, then read what they may. eps: as in rms_norm."""
     T = len(x)
     W = rows.bias.shape[-1]
     R = c.H // c.G
@@ -191,7 +192,7 @@ class Llama:
         self.dtype = embed.dtype
         wide = torch.promote_types(self.dtype, torch.float32)       # of norms, softmax, logits
         self.eps = torch.tensor(cfg.eps, device=self.device, dtype=wide)
-        self.block = decoder_layer                     # or the same function, compiled
+        self.block = decoder_layer                     # gpu/ puts a compiled one in its place
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and the scratch slots behind them."""
@@ -204,9 +205,9 @@ class Llama:
         h = [F.embedding(ids, self.embed)]                                  # (T, D)
         for i in range(self.cfg.L):
             if skip and skip[i]:
-                # The residual stream flows past. This layer's cache keeps a hole at these slots,
-                # which is safe: all steps of a draft skip the same layers, and then the verify runs
-                # every layer over these slots before anyone reads there.
+                # The residual stream flows past, and this layer writes nothing into its cache. No
+                # later step of the draft misses it, for all of them skip the same layers; and the
+                # verify runs every layer over these slots before anyone reads there.
                 h.append(h[i])
             else:
                 h.append(self.layer(i, h[i], rows, cache))
@@ -227,7 +228,7 @@ class Llama:
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
         `device` in `dtype` (default: bfloat16 on a GPU, else float32); every tensor is used exactly
-        once, or `part(name, tensor)` of it. Raises ModelError."""
+        once, or what `part(name, tensor)` makes of it (gpu/: a share). Raises ModelError."""
         c = Config.load(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -324,7 +325,7 @@ class Config:
                   context=number("max_position_embeddings", 2048),
                   tied=c.get("tie_word_embeddings", False),
                   theta=number("rope_theta", 1e4, float), scaling=scaling or None)
-        if cfg.H % cfg.G or cfg.hd % 2 or scaling and scaling[1] >= scaling[2]:
+        if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
             raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
         return cfg
 

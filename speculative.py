@@ -10,20 +10,22 @@ probability q(d); the full model would have said p(d).
 The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this:
 
     - one function (`probabilities`) turns logits into p and into q, wherever they are needed;
-    - what is drafted is judged. To stop *after* a doubtful token is harmless: how many are judged
-      together changes no token's chance. To throw it away would make it rarer than p says;
+    - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
+      harmless. To throw it away unjudged would make it rarer than p says;
     - draft and verify see the same text: rejected tokens leave nothing behind that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
+    k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
-    k, t       tokens drafted in a round; a position in the text
-    probe      the last accepted token, at first the prompt's last: its states h[0..L] in the full
-               model choose the layers to leave out next
+    T, D       rows of a pass; the model's width
+    own        the token that the full model adds behind the accepted ones: a correction or a bonus
+    probe      the last token that the full model has read and kept: the last accepted one or, if
+               there is none, the token before the draft. Its states h[0..L] choose the layers
     chance     answers "accept with probability a?" and "draw from p"
 
-This file knows no LLaMA and no dynamic program. A model is anything with cfg.L, device, cache(S),
-forward, layer and head as in llama.py; a chooser is called as dp_layer_skip.choose_skip is.
+This file knows no LLaMA and no dynamic program. A model, its cache and its rows are anything with
+the methods of those in llama.py; a chooser is called as dp_layer_skip.choose_skip is.
 """
 import itertools
 import time
@@ -49,12 +51,14 @@ class Settings:
     stop_ids: tuple[int, ...] = ()
     K: int = 0                  # 0 is plain decoding
     M: int = 0                  # 0 drafts with the full model
-    exit_threshold: float = 0.0  # draft no further after a token of lower confidence
+    exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence: the draft's
+                                #      top-1 probability at temperature 1
     interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1, self
-        assert self.N > 0 and 0 <= self.K < CHUNK and self.M >= 0 and self.interval > 0, self
+        assert self.N > 0 and self.M >= 0 and self.interval > 0, self
+        assert 0 <= self.K < CHUNK, "a verify of K + 1 rows is one pass"
 
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
@@ -84,21 +88,22 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
-    Where p and q agree nothing is owed or can have been rejected; should rounding say so, p."""
+    Where p = q nothing is owed, and nothing can be rejected but by rounding: then p."""
     owed = (p - q).clamp(min=0)
     mass = owed.sum()
     return torch.where(mass > 0, owed / mass, p)
 
 
 def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance") -> tuple[int, int]:
-    """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i says what stands in the place of
-    drafted[i], the last row what follows them all; q k times (V,). -> how many are accepted, from
-    the first on, and the full model's own token behind them."""
+    """Leviathan et al. 2023, Algorithm 1. q: k times (V,). p (k+1, V): its first row is the full
+    model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
+    -> how many are accepted, from the first on, and the full model's own token behind them."""
     k = len(drafted)
-    a = []
+    a = []                                             # for each, the chance that it is accepted
     if k > 0:
-        each = (list(range(k)), drafted)
-        a = acceptance(p[each], torch.stack(q)[each]).tolist()
+        place = torch.arange(k, device=p.device)
+        token = torch.tensor(drafted, device=p.device)
+        a = acceptance(p[place, token], torch.stack(q)[place, token]).tolist()
     accepted = 0
     while accepted < k and chance.accept(a[accepted]):
         accepted += 1
@@ -110,7 +115,7 @@ class Chance:
     """A seeded generator, on the host: a seed means the same uniforms on every device."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)        # of which it uses 32 bits
+        self.generator = torch.Generator().manual_seed(seed)        # 32 bits of the seed count
 
     def uniform(self) -> float:
         """u in [0, 1), 53 random bits."""
@@ -128,12 +133,12 @@ class Chance:
 
 
 class Paper:
-    """What the paper decides by fixed numbers. Another policy may take its place: it has two
-    attributes, and four methods in the order in which a round calls them. `goes_on` and `due` are
-    questions and change nothing. No answer makes the loop drop a token that was drawn, so a policy
-    cannot change the distribution.
+    """What the paper decides by fixed numbers. Another policy may take its place (policy/ has one).
+    A round calls the four methods in their order. Two are questions, which change nothing: `goes_on`
+    and `due`. What they answer decides how many tokens are drafted and when layers are chosen, never
+    what becomes of a drafted token. So no policy can change the distribution.
 
-    skip     the layers that drafts leave out from now on, one flag each
+    skip     the layers that the next draft leaves out, one flag each
     slots    of the cache behind the text, for the candidates of the dynamic program"""
 
     def __init__(self, s: Settings, L: int) -> None:
@@ -143,20 +148,20 @@ class Paper:
         self.slots = s.M + 1
 
     def goes_on(self, confidence: list[float]) -> bool:
-        """Before each token of a draft: is it to be drafted, after those of this confidence?"""
+        """Shall one more token be drafted? confidence: of those drafted so far in this round."""
         if len(confidence) == self.s.K:
             return False
         return not confidence or confidence[-1] >= self.s.exit_threshold
 
     def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
-        """A verify has spoken: p (k+1, V), q k times (V,)."""
+        """The draft has been judged: p (k+1, V), q k times (V,)."""
 
     def due(self, n: int) -> bool:
         """After verification n, where 0 is the prefill: are layers to be chosen?"""
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
-        """Choose them (§3.4 to 3.6). The probe is the last token of text; h (L+1, D) its states."""
+        """Choose them (§3.4 to 3.6). `text` ends with the probe; h (L+1, D) are its states."""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
         def run_layer(i: int, g: Tensor) -> Tensor:                         # (J, D) -> (J, D)
@@ -184,7 +189,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
              policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
     Exactly the full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`)
-    do. Raises FloatingPointError where logits are not finite numbers."""
+    decide. Raises FloatingPointError if the full model's logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
     text = list(prompt)
@@ -195,20 +200,24 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         began = _clock(model)
         start = len(text)
 
-        # 1. Draft, but no more than can be emitted beside the model's own token. Round 0 is the
-        #    prefill: it drafts nothing, and nothing is cached; later only the last token is not.
-        #    All tokens of a draft leave out the same layers, so none reads where none has written.
-        most = end - start - 1 if n > 0 else 0
+        # Slots 0 .. cached-1 hold the full model's entries for the text. This number is the whole
+        # rollback: what lies behind it is overwritten before anyone may read it. In round 0, the
+        # prefill, nothing is cached and nothing drafted; later the last token alone is not cached.
         cached = start - 1 if n > 0 else 0
+        most = end - start - 1 if n > 0 else 0         # the model adds a token of its own
+
+        # 1. Draft. All its tokens leave out the same layers: none reads an entry that was not
+        #    written because another one skipped the layer.
         skip = policy.skip
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
         drafting = _clock(model)
 
-        # 2. Verify: one full pass over the last token and the drafts (at first, the prompt). It
-        #    overwrites all layers' keys and values there, so a rejected draft needs no undoing.
+        # 2. Verify: one full pass over the last token and the draft (at first, the prompt). It
+        #    overwrites the draft's entries in the cache, and fills those of skipped layers.
         k = len(drafted)
-        h = read(model, text[cached:] + drafted, cached, cache)             # L+1 times (T, D)
-        logits = model.head(h[-1][-(k + 1):])
+        h = read(model, text[cached:] + drafted, cached, cache)
+        h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk
+        logits = model.head(h[-1])
         if not logits.isfinite().all():
             raise FloatingPointError("the model's logits are not finite numbers: damaged weights?")
         p = probabilities(logits, s)                                        # (k+1, V)
@@ -222,11 +231,11 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         done = bool(stops) or len(text) == end
         verifying = _clock(model)
 
-        # 3. Optimise layers, for the drafts from now on. The verify has just computed the states of
-        #    the probe, the last token but one.
+        # 3. Optimise layers, for the drafts from now on. The verify has computed the probe's states:
+        #    in row 0 if nothing was accepted. The last token, the model's own, it has not read.
         choice = None
         if not done and policy.due(n):
-            probe = torch.stack([x[accepted - (k + 1)] for x in h])         # (L+1, D)
+            probe = torch.stack([x[accepted] for x in h])                   # (L+1, D)
             choice = policy.optimise(choose, model, cache, text[:-1], probe)
         seconds = (drafting - began, verifying - drafting, _clock(model) - verifying)
         yield Round(start, skip, drafted, confidence, accepted, emitted, choice, seconds)
@@ -236,9 +245,9 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
 
 def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
           policy: Any, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
-    """Tokens drafted after `text`, their q (V,), and confidences. A stop token ends the draft.
-    Ours, as the paper is silent: confidence is the draft's top-1 probability at temperature 1,
-    unfiltered; a doubtful token is judged like any other, only none is drafted behind it."""
+    """Up to `most` tokens drafted after `text`, their q (V,) and confidences. A stop token ends the
+    draft. Ours, as the paper is silent: confidence is unfiltered, and a doubtful token is judged
+    like any other, only none is drafted behind it."""
     drafted, q, confidence = [], [], []
     last = text[-1]
     while len(drafted) < most and last not in s.stop_ids and policy.goes_on(confidence):
@@ -271,17 +280,22 @@ def _clock(model: Any) -> float:
 
 
 def main() -> None:
-    p, q = torch.tensor([[.50, .25, .15, .07, .03], [.20, .40, .15, .05, .20]], dtype=torch.float64)
-    a, top, one = acceptance(p, q), torch.eye(5)[q.argmax()].double(), torch.ones_like(p)
+    p = torch.tensor([.50, .25, .15, .07, .03], dtype=torch.float64)
+    q = torch.tensor([.20, .40, .15, .05, .20], dtype=torch.float64)
+    a = acceptance(p, q)
+    always = torch.ones_like(p)
+    argmax = torch.eye(5, dtype=torch.float64)[q.argmax()]
     print("What comes out, token by token, where one is drafted: draft * a + P(rejection) * own\n")
-    for name, draft, a, own in (
-            ("p, the full model", p, one, p), ("q, the draft", q, one, p),
+    for name, drafts, accept, own in (
+            ("p, the full model", p, always, p),
+            ("q, the draft", q, always, p),
             ("right: a = min(1, p/q), own = residual", q, a, residual(p, q)),
-            ("wrong: own = p", q, a, p), ("wrong: own = softmax(p - q)", q, a, (p - q).softmax(0)),
-            ("wrong: argmax drafts, judged by q", top, a, residual(p, q))):
-        out = draft * a + (draft * (1 - a)).sum() * own
-        print(f"{name:40}" + "".join(f"{v:7.3f}" for v in out.tolist())
-              + f"   largest error {(out - p).abs().max().item():.1e}")
+            ("wrong: own = p", q, a, p),
+            ("wrong: own = softmax(p - q)", q, a, (p - q).softmax(0)),
+            ("wrong: argmax drafts, judged by q", argmax, a, residual(p, q))):
+        out = drafts * accept + (drafts * (1 - accept)).sum() * own
+        numbers = "".join(f"{v:7.3f}" for v in out.tolist())
+        print(f"{name:40}{numbers}   largest error {(out - p).abs().max().item():.1e}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Draw a real run as SVG: a line per round, a cell per layer, then the tokens that were kept, the
-rejected ones and the full model's own. Takes the main command's flags.
+"""A run as a picture (SVG): a line per round, a cell per layer, then the tokens that were kept, the
+rejected ones and the full model's own. Takes the flags of the main command.
 
-    python bench/picture.py --temperature 0.8 --seed 10 --skip-layers 22 --interval 8 > demo/run.svg
+    python bench/picture.py > demo/run.svg             # the run of `python clasp_mini.py`
 """
 import shlex
 import sys
@@ -10,65 +10,68 @@ from html import escape
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import clasp_mini  # noqa: E402
-from speculative import Round  # noqa: E402
+from clasp_mini import run  # noqa: E402
 from command.cli import answer  # noqa: E402
+from command.flags import parsed  # noqa: E402
+from command.job import Job  # noqa: E402
 from command.report import fates  # noqa: E402
+from speculative import Round  # noqa: E402
 
-CELL, LINE, MOST = 9, 20, 28                           # width, height; rounds shown
-COLOUR = dict(kept="#1a7f37", rejected="#cf222e", own="#0550ae", dim="#656d76", run="#424a53",
-              skip="#e6e9ec")
-STYLE = dict(rejected=' text-decoration="line-through"', own=' font-weight="bold"')
+CELL = 9                                               # width of a layer
+LINE = 20                                              # height of a round
+MOST = 28                                              # rounds shown
+STYLE = dict(kept='fill="#1a7f37"', dim='fill="#656d76"', own='fill="#0550ae" font-weight="bold"',
+             rejected='fill="#cf222e" text-decoration="line-through"')
+FONT = 'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace" font-size="13"'
 
 
-def span(kind: str, text: str) -> str:
-    return f'<tspan fill="{COLOUR[kind]}"{STYLE.get(kind, "")}>{escape(text)}</tspan>'
-
-
-def line(x: int, y: int, inside: str, right: bool = False) -> str:
+def line(x: int, y: int, *parts: tuple[str, str], right: bool = False) -> str:
+    """Parts of a text, (style, words) each, from x on or up to it."""
+    spans = "".join(f"<tspan {STYLE[kind]}>{escape(words)}</tspan>" for kind, words in parts)
     anchor = ' text-anchor="end"' if right else ""
-    return f'<text x="{x}" y="{y}"{anchor} xml:space="preserve">{inside}</text>'
+    return f'<text x="{x}" y="{y}"{anchor} xml:space="preserve">{spans}</text>'
+
+
+def box(x: int, y: int, width: int, height: int, fill: str) -> str:
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}"/>'
 
 
 def draw(rounds: Sequence[Round], spell: Callable[[list[int]], str], title: str) -> str:
     """The first rounds after the prefill."""
-    L, shown = len(rounds[0].skip), rounds[1:MOST + 1]
-    left = 40 + L * CELL + 70
-    width, height = left + 400, 62 + LINE * len(shown) + 12
+    shown = rounds[1:MOST + 1]
+    left = 40 + len(rounds[0].skip) * CELL + 70        # where the tokens begin
+    width = left + 400
+    height = 74 + LINE * len(shown)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-           f'width="{width}" font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, '
-           'monospace" font-size="13">', f'<rect width="{width}" height="{height}" fill="white"/>',
-           line(12, 22, span("dim", title)),
-           line(12, 44, span("dim", "round  dark: the layer runs in the draft")),
-           line(left - 24, 44, span("dim", "kept"), right=True),
-           line(left, 44, span("kept", "drafted and kept") + "  " + span("rejected", "rejected")
-                + "  " + span("own", "the full model's own"))]
+           f'width="{width}" {FONT}>', box(0, 0, width, height, "white"),
+           line(12, 22, ("dim", title)),
+           line(12, 44, ("dim", "round  dark: the layer runs in the draft")),
+           line(left - 24, 44, ("dim", "kept"), right=True),
+           line(left, 44, ("kept", "drafted and kept"), ("dim", "  "), ("rejected", "rejected"),
+                ("dim", "  "), ("own", "the full model's own"))]
     for n, r in enumerate(shown, 1):
         y = 46 + LINE * n
-        out.append(line(30, y, span("dim", str(n)), right=True))
-        out += [f'<rect x="{40 + i * CELL}" y="{y - 11}" width="{CELL - 1}" height="13" '
-                f'fill="{COLOUR["skip" if s else "run"]}"/>' for i, s in enumerate(r.skip)]
-        out.append(line(left - 24, y, span("dim", f"{r.accepted}/{len(r.drafted)}"), right=True))
-        parts = [span(kind, spell(ids)) for kind, ids in fates(r).items() if ids]
-        out.append(line(left, y, "".join(parts)))
+        out.append(line(30, y, ("dim", str(n)), right=True))
+        for i, left_out in enumerate(r.skip):
+            fill = "#e6e9ec" if left_out else "#424a53"
+            out.append(box(40 + i * CELL, y - 11, CELL - 1, 13, fill))
+        out.append(line(left - 24, y, ("dim", f"{r.accepted}/{len(r.drafted)}"), right=True))
+        out.append(line(left, y, *((kind, spell(ids)) for kind, ids in fates(r).items() if ids)))
     return "\n".join([*out, "</svg>"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status as that of clasp_mini.py."""
     def work() -> int:
-        p = clasp_mini.parser()
-        p.usage, p.description = "python bench/%(prog)s [flags] > FILE", __doc__.split(":")[0]
-        job = clasp_mini.Job(p.parse_args(argv))
+        job = Job(parsed(argv))
         ids = job.prompt()
-        rounds = list(job.load().run(ids, job.settings, job.a.seed))
+        rounds = list(run(job.load(), ids, job.a.seed))
 
         def spell(ids: list[int]) -> str:
             text = job.tokenizer.decode(ids) if job.tokenizer else " ".join(map(str, ids))
             return text.replace("\n", "⏎").replace(" ", "\u00a0")
 
-        flags = sys.argv[1:] if argv is None else argv
-        print(draw(rounds, spell, f"python clasp_mini.py --verbose {shlex.join(flags)}"))
+        words = sys.argv[1:] if argv is None else argv
+        print(draw(rounds, spell, shlex.join(["python", "clasp_mini.py", *words])))
         return 0
     return answer(work)
 

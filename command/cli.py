@@ -59,8 +59,8 @@ def saved(path: Path, p: Parser, names: Iterable[str]) -> dict:
 
 
 def interruptible() -> None:
-    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see the top
-    of clasp_mini.py) it just ended the process. Ignored, as under nohup, it stays."""
+    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see
+    command/start.py) it just ended the process. Ignored, as under nohup, it stays."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -70,7 +70,8 @@ def answer(work: Callable[[], int]) -> int:
     2 (usage), 130 (Ctrl-C) or 141 (the reader of our output has gone)."""
     name = Path(sys.argv[0]).name
     try:
-        sys.stdout.reconfigure(errors="replace")       # for a terminal that lacks characters
+        if hasattr(sys.stdout, "reconfigure"):         # a notebook's has not
+            sys.stdout.reconfigure(errors="replace")   # for a terminal that lacks characters
         status = work()
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status

@@ -26,9 +26,12 @@ def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
     if job.a.json:
         out = ids_of(pairs[1][1])
         text = job.tokenizer and job.tokenizer.decode([i for i in out if i not in job.stops])
-        print(json.dumps(dict(prompt_ids=ids, ids=out, text=text, settings=job.report(), **c)))
+        print(json.dumps(dict(prompt_ids=ids, ids=out, text=text, settings=job.report(), **c,
+                              load_seconds=job.load_seconds, measure_seconds=job.measure_seconds)))
     else:
         print(compared(c, pairs[1:], job.report()["dtype"]))
+        print(f"once before     loading {job.load_seconds:.2f} s, measuring costs "
+              f"{job.measure_seconds:.2f} s: in none of these rates")
     return 0
 
 
@@ -67,7 +70,7 @@ def compared(c: dict, pairs: Sequence[tuple[list[Round], list[Round]]], dtype: s
             f"verify, acceptance {c['acceptance']:.2f}\n"
             f"speed-up        {c['speedup']:8.2f}            "
             f"{c['speedup'] / c['ideal_speedup']:.0%} of {c['ideal_speedup']:.2f}, the ideal for "
-            "these drafts and this acceptance\n"
+            "these drafts\n"
             f"in plain steps  a draft step {c['costs']['draft_step']:.2f}, a verify "
             f"{c['costs']['verify']:.2f}, a layer optimisation {c['costs']['optimise']:.2f}\n"
             f"texts           {texts}")

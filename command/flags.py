@@ -4,9 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from command.cli import Parser, UsageError, number, numbers
+from llama import torch
 
 VERSION = "0.3.0"
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -24,7 +23,7 @@ def parser() -> Parser:
                epilog="What clasp leaves open it decides while it runs, by what passes cost and "
                "what was accepted; where drafting would not pay, it decodes plainly.")
     add = p.add_argument
-    add("--prompt", metavar="TEXT", help="text to continue, with --chat a question; - reads stdin")
+    add("--prompt", metavar="TEXT", help="text to continue; with --chat a question; -: stdin")
     add("--prompt-ids", metavar="1,2,3", type=numbers, help="token ids, nothing added")
     add("--chat", action="store_true", help="the chat format of the Instruct models")
     add("--system", metavar="TEXT", help="system turn, with --chat")
@@ -52,15 +51,15 @@ def parser() -> Parser:
         help="0; one text for given --costs")
     add = p.add_argument_group("how it is drafted (speed alone)").add_argument
     add("--strategy", choices=["clasp", "paper", "ar"], default="clasp", metavar="NAME",
-        help="clasp: a policy of ours decides what is not named below; paper: its fixed numbers; "
-        "ar: plain decoding, a token per pass")
+        help="clasp: our policy decides what is not named below; paper: its fixed numbers do; "
+        "ar: plain decoding")
     add("--skip-layers", type=natural, metavar="M", help="layers that the draft leaves out")
     add("--draft-length", type=number(int, "0 to 511", lambda v: 0 <= v < 512), metavar="K",
         help="most tokens drafted per round")
     add("--draft-exit-threshold", type=part, metavar="P", help="no draft after a lower confidence")
     add("--interval", type=positive, metavar="N", help="rounds between two choices of layers")
     add("--probe", type=number(int, "1 to 64", lambda v: 1 <= v <= 64), metavar="R",
-        help="tokens whose states choose the layers (1, as the paper; on a GPU 4)")
+        help="tokens that choose the layers (1; clasp on a GPU 4)")
     add("--costs", metavar="FILE", help="as --json printed them; else clasp.json's, or measured")
     return p
 

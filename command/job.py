@@ -2,24 +2,33 @@
 then the weights. What the user left open is decided here, and said where it is not obvious.
 """
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from command.cli import UsageError, interruptible, saved
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError
 from policy import costs
-from policy.adaptive import Adaptive, budgets
-from speculative import Paper, Round, Settings
+from policy.adaptive import budgets
+from speculative import Round, Settings
 from text.tokenizer import EOT, Tokenizer, stop_ids
 
 NUMBERS = ("K", "M", "exit_threshold", "interval")     # of the paper: what its policy goes by
+
+
+def waited_since() -> float:
+    """When the user began to wait: with the process, if this is its first and only job."""
+    start = sys.modules.pop("command.start", None)
+    return start.BEGAN if start else time.perf_counter()
 
 
 def note(text: str) -> None:
@@ -32,7 +41,9 @@ class Job:
     Model = Llama                                      # of several GPUs: gpu/ranks.py
 
     def __init__(self, a: argparse.Namespace) -> None:
+        self.began = waited_since()
         self.a = a
+        self.own_prompt = a.prompt is None and a.prompt_ids is None          # the model's
         self.folder = Path(a.model)
         if not self.folder.is_dir():
             raise ModelError(f"{self.folder}: no such folder")
@@ -42,7 +53,6 @@ class Job:
         self.device = self.checked_device()
         self.tokenizer = self.checked_tokenizer()
         self.dtype = self.chosen_dtype()
-        self.probe = a.probe or (4 if self.device.type == "cuda" and a.strategy == "clasp" else 1)
         named = (a.draft_length, a.skip_layers, a.draft_exit_threshold, a.interval)
         self.named = dict(zip(NUMBERS, named))         # None: left open
         if a.strategy == "ar":
@@ -55,26 +65,36 @@ class Job:
         if self.M > self.cfg.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {self.cfg.L} layers")
         self.adaptive = None in self.named.values()
+        # Who decides. With all its numbers named clasp is the paper's loop.
+        self.ran = "paper" if a.strategy == "clasp" and not self.adaptive else a.strategy
+        self.probe = a.probe or 1
         self.settings = Settings(a.temperature, a.top_k, a.top_p, a.max_new_tokens, self.stops,
                                  **({} if self.adaptive else self.named))
         self.plain = replace(self.settings, K=0, M=0)
-        self.costs = None
-        if self.adaptive and a.costs:
-            self.costs = costs.load(a.costs, self.cfg.L, self.K)
+        self.load_seconds = 0.0
+        self.measure_seconds = 0.0
+        self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
+        self.guessed = False                           # are the costs?
+        self.costs = self.known_costs() if self.adaptive else None
 
     # ------------------------------------------------------------------ what is found beforehand
 
     def take_saved_flags(self) -> None:
         """What the user left open is as clasp.json in the model's folder says. Its temperature and
-        seed go with its prompt."""
+        seed go with its prompt, and its numbers with a policy that is not the paper's."""
         own = dict(device="cuda" if torch.cuda.is_available() else "cpu", prompt=None, costs=None,
                    temperature=0.0, seed=0, skip_layers=None, draft_length=None,
                    draft_exit_threshold=None, interval=None, probe=None)
         named = saved(self.folder / "clasp.json", parser(), own)
-        if self.a.prompt is not None or self.a.prompt_ids is not None:
-            named.pop("temperature", None)
-            named.pop("seed", None)
-        for name, value in (own | named).items():
+        passed_over = []
+        if not self.own_prompt:
+            passed_over += ["temperature", "seed"]
+        if self.a.strategy == "paper":
+            passed_over += ["skip_layers", "draft_length", "draft_exit_threshold", "interval",
+                            "probe"]
+        for name, value in own.items():
+            if name in named and name not in passed_over:
+                value = named[name]
             if getattr(self.a, name) is None:
                 setattr(self.a, name, value)
 
@@ -116,31 +136,61 @@ class Job:
         note(f"computing in bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
         return torch.bfloat16
 
+    def known_costs(self) -> dict[str, Any]:
+        """What passes cost: as a file says, or an earlier run measured, or else a guess."""
+        if self.a.costs:
+            return costs.load(self.a.costs, self.cfg.L, self.K)
+        if self.shelf.exists():
+            with contextlib.suppress(ModelError):      # a table cut short is measured again
+                return costs.load(str(self.shelf), self.cfg.L, self.K)
+        self.guessed = True
+        return costs.guess(self.cfg, self.K)
+
     # -------------------------------------------------------------------------------- the model
 
     def load(self) -> "Job":
         """Read the weights; on a GPU also record the passes."""
-        self.model = self.Model.load(self.folder, self.device, self.dtype)
+        self.model = self.Model.load(self.folder, self.device, self.dtype,
+                                     part=self.progress())
         self.choose = choose_skip
         if self.device.type == "cuda" and not self.a.eager:
             from gpu.replay import recorded
             self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
                                                not self.a.no_compile)
-        if self.adaptive and not self.costs:
-            self.costs = costs.measure(self.model, self.choose, self.K, self.M, self.probe)
+        self.load_seconds = time.perf_counter() - self.began
         interruptible()                                # from here on the text is kept
         return self
+
+    def progress(self) -> Callable[[str, Tensor], Tensor]:
+        """Says on a terminal how much of a large model has been read."""
+        done = 0
+        shown = time.monotonic()
+
+        def part(_: str, x: Tensor) -> Tensor:
+            nonlocal done, shown
+            done += x.nbytes
+            if sys.stderr.isatty() and time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                print(f"\rloading: {done / 1e9:.1f} GB\r", end="", file=sys.stderr, flush=True)
+            return x
+        return part
+
+    def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
+        """What a verify costs here, for the policy: measured once, kept for later runs."""
+        began = time.perf_counter()
+        self.costs["verify"] = costs.measure(model, cache, text, self.K)
+        self.guessed = False
+        kept = costs.keep(self.shelf, self.costs)
+        self.measure_seconds += time.perf_counter() - began
+        if self.a.temperature:
+            note("costs were measured in this run, so its seed may give another text next time; "
+                 + (f"from then on one: {self.shelf}" if kept else "they could not be kept"))
+        return self.costs["verify"]
 
     @staticmethod
     def agreed(rounds: Iterator[Round]) -> Iterator[Round]:
         """The rounds of a run; where several processes share it, only if all agree on them."""
         return rounds
-
-    def policy(self) -> Paper | Adaptive:
-        """Who decides: the paper's numbers or, where one of them was left open, ours."""
-        if self.adaptive:
-            return Adaptive(self.settings, **self.costs, **self.named, probe=self.probe)
-        return Paper(self.settings, self.cfg.L)
 
     def report(self) -> dict:
         """The settings as --json prints them."""

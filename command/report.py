@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from speculative import Round
 
 
-def figures(rounds: Sequence[Round]) -> dict:
+def figures(rounds: Sequence[Round], load: float = 0.0, measure: float = 0.0) -> dict:
     """A run's statistics; times in seconds. Round 0 is the prefill: its pass over the prompt counts
     as prefill, and the token it emits as emitted but not as decoded. All that follows, the first
-    layer optimisation included, is decoding."""
+    layer optimisation included, is decoding; so is `measure`, what it took to time passes. `load`
+    is all that the user waited for before the first round."""
     drafted = sum(len(r.drafted) for r in rounds)
     accepted = sum(r.accepted for r in rounds)
     emitted = sum(len(r.emitted) for r in rounds)
@@ -26,7 +27,8 @@ def figures(rounds: Sequence[Round]) -> dict:
         drafted=drafted, accepted=accepted, emitted=emitted, verifies=verifies,
         tokens_per_verify=decoded / verifies if verifies else None,
         acceptance=accepted / drafted if drafted else None,
-        seconds=prefill + decoding, prefill_seconds=prefill, decode_seconds=decoding,
+        seconds=load + prefill + decoding, load_seconds=load, measure_seconds=measure,
+        prefill_seconds=prefill, decode_seconds=decoding,
         tokens_per_second=decoded / decoding if decoded else None, shares=shares,
         draft_step_seconds=median(r.seconds[0] / len(r.drafted) for r in rounds if r.drafted),
         verify_seconds=median(r.seconds[1] for r in rounds[1:]),
@@ -61,16 +63,23 @@ def fates(r: Round) -> dict[str, list[int]]:
                 own=r.emitted[r.accepted:])
 
 
-def summary(f: dict, strategy: str) -> str:
-    """One account of a run, in two lines."""
+def summary(f: dict, ran: str) -> str:
+    """One account of a run, in two short lines. `ran` is the strategy."""
+    seconds = brief(f["seconds"])
     if not f["verifies"]:
-        return f"{strategy}: {f['emitted']} token(s), the prefill's, in {f['seconds']:.2f} s"
-    head = f"{strategy}: {f['emitted']} tokens in {f['seconds']:.2f} s"
-    rate = f"{f['tokens_per_second']:.1f} tokens/s after the prefill"
-    if not f["drafted"]:
-        why = "" if strategy == "ar" else "; nothing drafted: it would hardly pay"
-        return f"{head}\n{rate}{why}"
-    spent = ", ".join(f"{name} {part:.0%}" for name, part in f["shares"].items())
-    return (f"{head}: prefill {f['prefill_seconds']:.2f} s, then {spent}\n{rate}, "
-            f"{f['tokens_per_verify']:.2f} per verify; {f['accepted']} of {f['drafted']} drafted "
-            f"kept; layers chosen {f['optimisations']}x")
+        return f"{ran}: {f['emitted']} token(s), the prefill's, in {seconds} s"
+    decoding = f["decode_seconds"]
+    spent = dict(loading=f["load_seconds"], prefill=f["prefill_seconds"])
+    spent |= {step: part * decoding for step, part in f["shares"].items()}
+    shares = {step: part / f["seconds"] for step, part in spent.items()}
+    parts = ", ".join(f"{step} {share:.0%}" for step, share in shares.items() if share > 0.005)
+    more = "; nothing drafted: it would hardly pay" if ran == "clasp" else ""
+    if f["drafted"]:
+        more = (f", {f['tokens_per_verify']:.2f} per verify; {f['accepted']} of {f['drafted']} "
+                f"kept; layers chosen {f['optimisations']}x")
+    return (f"{ran}: {f['emitted']} tokens in {seconds} s: {parts}\n"
+            f"decoding {brief(f['tokens_per_second'])} tokens/s{more}")
+
+
+def brief(x: float) -> str:
+    return f"{x:.2f}" if x < 100 else f"{x:.0f}"

@@ -1,7 +1,11 @@
 """What a run shows while it goes on: text on stdout; prompt, rounds and account on stderr."""
+import contextlib
+import itertools
 import json
 import os
 import sys
+import unicodedata
+from collections.abc import Iterable
 from typing import TextIO
 
 from command.job import Job
@@ -10,34 +14,79 @@ from speculative import Round
 from text.stream import Text
 from text.tokenizer import Tokenizer
 
+BAR = 32                     # layers that one line shows
+
 
 class Terminal:
-    """Colour only where someone looks: on a terminal, and never with NO_COLOR."""
+    """A stream to watch a run on. Colour only where someone looks, and never with NO_COLOR; lines of
+    79 columns, or as many as a wider terminal has."""
     CODES = dict(kept="32", rejected="9;31", own="1;34", dim="2")
+    MARKS = dict(rejected="~~", own="[]")              # without colour
 
     def __init__(self, stream: TextIO) -> None:
         self.colour = (stream.isatty() and not os.environ.get("NO_COLOR")
                        and os.environ.get("TERM") != "dumb")
+        self.width = 79
+        if stream.isatty():
+            with contextlib.suppress(OSError):
+                self.width = max(79, os.get_terminal_size(stream.fileno()).columns)
+        self.cells = "█░"
         try:
-            "█░".encode(stream.encoding or "ascii")
-            self.cells = "█░"
+            self.cells.encode(stream.encoding or "ascii")
         except UnicodeEncodeError:
             self.cells = "#."
 
     def paint(self, kind: str, text: str) -> str:
-        if self.colour:
-            return f"\033[{self.CODES[kind]}m{text}\033[0m"
-        return {"rejected": f"~{text}~", "own": f"[{text}]"}.get(kind, text)
+        return f"\033[{self.CODES[kind]}m{text}\033[0m" if self.colour and text else text
 
-    def round(self, n: int, r: Round, tokenizer: Tokenizer | None) -> str:
-        """Round n in a line: a cell per layer, light where skipped; kept/drafted; the tokens."""
-        def spell(i: int) -> str:
-            text = tokenizer.decode([i]) if tokenizer else f"{i} "
-            return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    def folded(self, pieces: Iterable[tuple[str, str]], width: int) -> list[str]:
+        """Texts of a kind each, painted or marked, in lines of at most `width` columns."""
+        lines = [""]
+        used = 0
+        for kind, text in pieces:
+            if kind in self.MARKS and not self.colour:
+                before, behind = self.MARKS[kind]
+                text = before + text + behind
+            part = ""
+            for c in text:
+                if not c.isprintable():
+                    c = repr(c)[1:-1]
+                columns = len(c) + (unicodedata.east_asian_width(c[0]) in "WF")
+                if used + columns > width:
+                    lines[-1] += self.paint(kind, part)
+                    lines.append("")
+                    part = ""
+                    used = 0
+                part += c
+                used += columns
+            lines[-1] += self.paint(kind, part)
+        return lines
 
-        bar = "".join(self.cells[s] for s in r.skip)
-        parts = (self.paint(kind, spell(i)) for kind, ids in fates(r).items() for i in ids)
-        return f"{n:4} {bar} {r.accepted:2}/{len(r.drafted):<2} {''.join(parts)}"
+    def legend(self) -> str:
+        names = [("kept", "kept"), ("dim", " "), ("rejected", "rejected"), ("dim", " "),
+                 ("own", "the model's own")]
+        run, left_out = self.cells
+        fates, = self.folded(names, self.width)
+        return f"{fates}  {run} layer run, {left_out} left out  * chosen anew"
+
+    def round(self, n: int, r: Round, tokenizer: Tokenizer | None, anew: bool = False) -> str:
+        """Round n: a cell per layer, light where left out, behind a * where they were chosen anew;
+        kept/drafted; the tokens. What does not fit goes on below."""
+        def spelled(ids: list[int]) -> str:
+            return tokenizer.decode(ids) if tokenizer else "".join(f"{i} " for i in ids)
+
+        bar = "".join(self.cells[left_out] for left_out in r.skip)
+        bars = [bar[i:i + BAR] for i in range(0, len(bar), BAR)]
+        number = f"{n:4}{'*' if anew else ' '}"
+        sums = f" {r.accepted:2}/{len(r.drafted):<2} "
+        tokens = self.folded([(kind, spelled(ids)) for kind, ids in fates(r).items() if ids],
+                             self.width - len(number + bars[0] + sums))
+        lines = []
+        for cells, text in itertools.zip_longest(bars, tokens, fillvalue=""):
+            lines.append(f"{number}{cells:{len(bars[0])}}{sums}{text}".rstrip())
+            number = " " * len(number)
+            sums = " " * len(sums)
+        return "\n".join(lines)
 
 
 class Screen:
@@ -49,21 +98,33 @@ class Screen:
         self.rounds: list[Round] = []
         self.text = Text(job.tokenizer, job.stops)
         self.shown: list[str] = []
+        self.open = False                              # does the text's last line go on?
         self.err = Terminal(sys.stderr)
         self.one = sys.stdout.isatty() and sys.stderr.isatty()      # text and rounds on one screen
         tok = job.tokenizer
-        if self.one and tok and not (job.a.json or job.a.verbose or job.a.chat):
-            prompt = tok.decode(ids[ids[0] == tok.bos:])
-            print(self.err.paint("dim", prompt), end="", file=sys.stderr, flush=True)
+        prompt = tok.decode(ids[ids[0] == tok.bos:]) if tok else ""
+        if job.a.verbose:
+            lines = [self.err.legend()]
+            for line in prompt.splitlines():
+                lines += self.err.folded([("dim", line)], self.err.width)
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        elif self.one and not (job.a.json or job.a.chat):
+            self.put(self.err.paint("dim", prompt), sys.stderr)
+
+    def put(self, text: str, stream: TextIO) -> None:
+        print(text, end="", file=stream, flush=True)
+        if text:
+            self.open = not text.endswith("\n")
 
     def show(self, r: Round) -> None:
         """A round has ended."""
         self.shown.append(self.text.add(r.emitted))
         if self.job.a.verbose:
-            line = self.err.round(len(self.rounds), r, self.job.tokenizer)
+            anew = bool(self.rounds) and self.rounds[-1].choice is not None
+            line = self.err.round(len(self.rounds), r, self.job.tokenizer, anew)
             print(line, file=sys.stderr, flush=True)
         elif not self.job.a.json:
-            print(self.shown[-1], end="", flush=True)
+            self.put(self.shown[-1], sys.stdout)
         self.rounds.append(r)
 
     def end(self) -> None:
@@ -73,13 +134,27 @@ class Screen:
         whole = "".join(self.shown)
         if a.json:
             print(json.dumps(dict(prompt_ids=self.ids, ids=ids_of(self.rounds),
-                                  settings=self.job.report(), stats=figures(self.rounds),
+                                  settings=self.job.report(), stats=self.figures(),
                                   text=whole if self.job.tokenizer else None)))
             return
-        rest = self.shown[-1]
-        if a.verbose and not self.one:                 # on one screen the rounds hold the text
-            rest = whole
-        newline = "\n" if sys.stdout.isatty() else ""
-        print(rest, end=newline, flush=True)
-        account = summary(figures(self.rounds), a.strategy)
+        if not a.verbose:
+            self.put(self.shown[-1], sys.stdout)
+        elif not self.one:                             # on one screen the rounds hold the text
+            self.put(whole, sys.stdout)
+        if self.open and sys.stdout.isatty():
+            print(flush=True)
+        elif self.open and together():
+            print(file=sys.stderr)
+        account = summary(self.figures(), self.job.ran)
         print(self.err.paint("dim", account), file=sys.stderr)
+
+    def figures(self) -> dict:
+        return figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
+
+
+def together() -> bool:
+    """Do stdout and stderr lead to one place? Those of a notebook, which are no files, do."""
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
+    except (OSError, ValueError):
+        return True

@@ -6,17 +6,20 @@ from types import SimpleNamespace
 import pytest
 
 import clasp_mini
-from speculative import Round, Settings, Verdict
-from test_clasp import DEMO, altered
-from command import report
 from command.cli import UsageError
-from command.report import Terminal, Text, compared, summary
+from command.compare import compare, compared, comparison
+from command.flags import DEMO
+from command.report import figures, ideal_speedup, summary
+from command.screen import Terminal
+from speculative import Round
+from text.stream import Text
 from text.tokenizer import Tokenizer
 
+TOK = Tokenizer(DEMO)
 
-def a_round(drafted, accepted, emitted, seconds, choice=None, skip=(True, False)):
-    verdict = Verdict([], [], [], accepted, emitted[-1])
-    return Round(0, skip, drafted, [], verdict, emitted, choice, seconds)
+
+def a_round(drafted, accepted, emitted, seconds=(0, 0, 0), choice=None, skip=(True, False)):
+    return Round(0, skip, drafted, [], accepted, emitted, choice, seconds)
 
 
 def plain_run(ids, step):
@@ -36,118 +39,87 @@ CUT = [a_round([], 0, [7], (0, 1.0, 0.5), "set"), a_round([1, 2, 3], 2, [1, 2, 9
        a_round([4, 5], 2, [4, 5], (0.2, 0.3, 0.5), "set")]                # 5 stops: no own token
 
 
-def test_figures_count_each_thing_once(module=report):
+def test_figures_count_each_thing_once():
     """Rejects a prefill counted as decoding, a token counted twice, a token per round assumed where
     a stop token has cut the last; by hand: a prefill, a round of 3 drafted with 2 kept, one of 2
     that ends with a stop token."""
-    f = module.figures(CUT)
+    f = figures(CUT)
     want = dict(drafted=5, accepted=4, emitted=6, verifies=2, tokens_per_verify=2.5, acceptance=0.8,
                 seconds=3.0, prefill_seconds=1.0, decode_seconds=2.0, tokens_per_second=2.5,
                 draft_step_seconds=0.1, verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
     assert {k: f[k] for k in want} == pytest.approx(want) and f["skip_set"] == [0]
     assert f["shares"] == pytest.approx(dict(draft=0.25, verify=0.25, optimise=0.5))
-    assert module.ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(5 / (5 / 2 + 2))
-    nothing = module.figures([])
-    assert nothing["emitted"] == 0 and nothing["tokens_per_second"] is None
+    assert ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(5 / (5 / 2 + 2))
 
 
-def test_a_comparison_is_of_clasp_with_plain_decoding(module=report):
+def test_a_comparison_is_of_clasp_with_plain_decoding():
     """Rejects a speed-up upside down or against itself, the ideal of the other side, counts of one
-    pair for all, equality of some pair for that of all, and equality claimed of samples."""
+    pair for all, equality of some pair for that of all, and equality claimed of samples; in words a
+    figure in the place of another."""
     # 6 decoded tokens per pair: plain in 6 steps of 1 s, CLaSp in 2 rounds of 3 * .2 + 1.2 s and a
     # layer optimisation of .4: 6 / 4 tokens/s. Ideal: 6 / (6 * .2 + 2). The pair in the middle is
     # slow on both sides, and no median.
     pairs = [(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)),
              (plain_run(IDS, 5.0), clasp_run(IDS, 2.0, 6.0)),
              (plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2))]
-    c = module.comparison(pairs, greedy=True)
-    assert c["tokens_per_second"] == pytest.approx([1, 1.5])
-    assert c["speedup"] == pytest.approx(1.5) and c["ideal_speedup"] == pytest.approx(6 / 3.2)
-    assert c["equal"] is True and module.comparison(pairs, greedy=False)["equal"] is None
-    assert c["costs"] == pytest.approx(dict(draft_step=0.2, verify=1.2, optimise=0.4))
-    assert c["tokens_per_verify"] == 3 and c["acceptance"] == pytest.approx(2 / 3)
-    assert c["stats"]["drafted"] == 6 and c["plain_stats"]["drafted"] == 0
-    other = [0, 1, 2, 30, 4, 5, 6]
-    pairs[1] = plain_run(IDS, 5.0), clasp_run(other, 2.0, 6.0)
-    c = module.comparison(pairs, greedy=True)
-    assert c["equal"] is False
-    assert "DIFFERENT from token 3 on: a tie within the rounding of float32?" in module.compared(
-        c, pairs, "float32")
-    longer = [(plain_run([*range(13)], 1.0), clasp_run([*range(13)], 0.2, 1.2)),
-              (CUT[:1], CUT)]
-    c = module.comparison(longer, greedy=False)
-    assert c["tokens_per_verify"] == pytest.approx((12 + 5) / (4 + 2))
-    assert c["acceptance"] == pytest.approx((8 + 4) / (12 + 5))
-
-
-@pytest.mark.parametrize("right, wrong", [
-    ("rate[1] / rate[0]", "rate[0] / rate[1]"), ("rate[1] / rate[0]", "rate[1] / rate[1]"),
-    ("map(ideal_speedup, clasp, plain)", "map(ideal_speedup, plain, clasp)"),
-    ("equal=all(", "equal=any("), ("if greedy else None", "if not greedy else None"),
-    ("(f[key] for f in clasp)", "(f[key] for f in clasp[:1])"),
-    ('f["emitted"] - 1 for', 'f["emitted"] for'),
-    ("stats=clasp[0], plain_stats=plain[0]", "stats=plain[0], plain_stats=clasp[0]"),
-    ("emitted - len(rounds[0].emitted)", "accepted + verifies"),
-    ("emitted - len(rounds[0].emitted)", "emitted"),
-    ("draft + verify + optimise - prefill", "draft + verify + optimise"),
-    ("draft + verify + optimise - prefill", "draft + verify - prefill"),
-    ("for r in rounds[1:])", "for r in rounds)"),
-    ('clasp["drafted"] * c + clasp["verifies"]', 'clasp["drafted"] * c'),
-    ('"draft_step_seconds"] or 0.0) / plain', '"draft_step_seconds"] or 0.0) / clasp')])
-def test_one_of_the_two_rejects(right, wrong):
-    """Each wrong text of the program in the place of the right one."""
-    module, failed = altered(report, (right, wrong)), 0
-    for test in (test_figures_count_each_thing_once,
-                 test_a_comparison_is_of_clasp_with_plain_decoding):
-        try:
-            test(module)
-        except (AssertionError, KeyError, TypeError):
-            failed += 1
-    assert failed
-
-
-def test_a_comparison_says_in_words_what_it_found():
-    """Rejects a figure in the place of another."""
-    pairs = [(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2))]
-    said = compared(report.comparison(pairs, greedy=True), pairs, "float32").split("\n")
-    assert [" ".join(line.split()) for line in said] == [
-        "plain decoding 1.0 tokens/s 7 tokens, median of 1 runs, interleaved",
+    c = comparison(pairs, greedy=True)
+    assert [" ".join(line.split()) for line in compared(c, pairs, "float32").split("\n")] == [
+        "plain decoding 1.0 tokens/s 7 tokens, median of 3 runs, interleaved",
         "CLaSp 1.5 tokens/s 3.00 tokens per verify, acceptance 0.67",
-        "speed-up 1.50 80% of 1.88, the ideal for these drafts and this acceptance",
+        "speed-up 1.50 80% of 1.88, the ideal for these drafts",
         "in plain steps a draft step 0.20, a verify 1.20, a layer optimisation 0.40",
         "texts equal"]
-    assert "two samples" in compared(report.comparison(pairs, greedy=False), pairs, "float32")
+    assert c["ideal_speedup"] == pytest.approx(6 / 3.2) and c["equal"] is True
+    assert c["stats"]["drafted"] == 6 and c["plain_stats"]["drafted"] == 0
+    pairs[1] = plain_run(IDS, 5.0), clasp_run([0, 1, 2, 30, 4, 5, 6], 2.0, 6.0)
+    c = comparison(pairs, greedy=True)
+    assert c["equal"] is False
+    assert "DIFFERENT from token 3 on: a tie within the rounding of float32?" in compared(
+        c, pairs, "float32")
+    c = comparison([(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)), (CUT[:1], CUT)], greedy=False)
+    assert c["equal"] is None and "two samples" in compared(c, pairs, "float32")
+    assert c["tokens_per_verify"] == pytest.approx((6 + 5) / (2 + 2))
+    assert c["acceptance"] == pytest.approx((4 + 4) / (6 + 5))
 
 
-def test_a_summary_says_what_there_is_to_say():
-    """Rejects shares, rates and sets where nothing was drafted or decoded, and a division by 0."""
-    f = report.figures(CUT)
-    assert summary(f, Settings(K=3, M=1)) == (
-        "6 tokens in 3.00 s: prefill 1.00 s, then 2.5 tokens/s | 2.50 tokens per verify | "
-        "acceptance 0.80 (4 of 5 drafted) | draft 25%, verify 25%, optimise 50% | left out at "
-        "last: 0")
-    plain = report.figures(plain_run(IDS, 1.0))
-    assert summary(plain, Settings()).endswith("1.0 tokens/s | plain decoding")
-    assert summary(plain, Settings(K=3)).endswith("1.0 tokens/s | nothing drafted")
-    assert summary(report.figures(CUT[:1]), Settings()) == "1 token(s), the prefill's, in 1.00 s"
-    assert summary(report.figures([]), Settings()).startswith("0 token")
+def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_warm_up(capsys):
+    """Rejects one seed for all repeats, a warm-up that is counted, the text of another pair, and a
+    division by zero where there was nothing to do."""
+    seeds = []
+
+    def pair(seed):
+        seeds.append(seed)                             # the warm-up is 100 times as slow
+        slow = 100.0 if len(seeds) == 1 else 1.0
+        ids = [len(seeds), 1, 2, 3, 4, 9, 5]
+        return plain_run(ids, 1.0), clasp_run(ids, 0.2 * slow, 1.2 * slow)
+    assert compare(a_job(json=True), pair, [1]) == 0
+    out, err = capsys.readouterr()
+    c = json.loads(out)
+    assert seeds == [7, 7, 8, 9] and c["stats"]["decode_seconds"] == pytest.approx(4.0)
+    assert c["ids"] == [2, 1, 2, 3, 4, 9, 5] and c["prompt_ids"] == [1] and c["equal"] is True
+    assert c["text"] == TOK.decode([2, 1, 2, 3, 4, 9]) and err == ""       # no progress in a log
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare(a_job(), lambda seed: (CUT[:1], CUT[:1]), [1])
 
 
-class Screen:
-    """A stream that may be a terminal."""
-    def __init__(self, tty=True, encoding="utf-8"):
-        self.tty, self.encoding = tty, encoding
+def test_an_account_says_what_there_is_to_say_in_two_short_lines():
+    """Rejects shares and rates where nothing was drafted or decoded, a division by 0, a line of
+    more than 79 columns for a text of a thousand tokens that took minutes."""
+    assert summary(figures(CUT), "clasp") == (
+        "clasp: 6 tokens in 3.00 s: prefill 33%, draft 17%, verify 17%, optimise 33%\n"
+        "decoding 2.50 tokens/s, 2.50 per verify; 4 of 5 kept; layers chosen 2x")
+    plain = figures(plain_run(IDS, 1.0))
+    of_it = "7 tokens in 7.00 s: prefill 14%, verify 86%\ndecoding 1.00 tokens/s"
+    assert [summary(plain, ran) for ran in ("ar", "paper")] == [f"ar: {of_it}", f"paper: {of_it}"]
+    assert summary(plain, "clasp") == f"clasp: {of_it}; nothing drafted: it would hardly pay"
+    assert summary(figures(CUT[:1]), "paper") == "paper: 1 token(s), the prefill's, in 1.50 s"
+    assert summary(figures([]), "ar").startswith("ar: 0 token")
+    long = [CUT[0]] + 99 * [a_round([1] * 12, 12, [1] * 13, (1.3, 0.9, 0.5), "set")]
+    assert max(map(len, summary(figures(long), "clasp").split("\n"))) < 80
 
-    def isatty(self):
-        return self.tty
 
-
-class Letters:
-    """A tokenizer of one token per character."""
-    bos, special = 0, {}
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
+def stream(tty, encoding="utf-8"):
+    return SimpleNamespace(isatty=lambda: tty, encoding=encoding, fileno=lambda: 1)
 
 
 @pytest.mark.parametrize("tty, env, coloured", [
@@ -159,35 +131,45 @@ def test_colour_is_for_terminals_and_never_with_no_color(monkeypatch, tty, env, 
     monkeypatch.setenv("TERM", "xterm")
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    t = Terminal(Screen(tty))
-    painted = [t.paint(kind, "x") for kind in ("kept", "rejected", "own", "dim")]
-    if coloured:
-        assert painted == [f"\033[{code}mx\033[0m" for code in ("32", "9;31", "1;34", "2")]
-    else:
-        assert painted == ["x", "~x~", "[x]", "x"]
+    painted, = Terminal(stream(tty)).folded(
+        [(kind, "x") for kind in ("kept", "rejected", "own", "dim")], 79)
+    codes = "\033[32mx\033[0m\033[9;31mx\033[0m\033[1;34mx\033[0m\033[2mx\033[0m"
+    assert painted == (codes if coloured else "x~x~[x]x")
 
 
-def test_a_round_is_a_line_of_its_layers_its_sums_and_its_tokens():
+def test_a_round_is_a_line_of_its_layers_its_sums_and_its_tokens(monkeypatch):
     """Rejects a bar of the layers that run, sums of something else than kept / drafted, a token in
-    the wrong place, a line broken by the text, and cells that an encoding does not have."""
-    t, skip = Terminal(Screen(tty=False)), (True, False, False, True)
-    r = a_round([97, 10, 99], 2, [97, 10, 100], (0, 0, 0), skip=skip)
-    assert t.round(7, r, Letters()) == "   7 ░██░  2/3  a\\n~c~[d]"
+    the wrong place or twice, a line broken by the text, cells that an encoding does not have; a
+    line of more than 79 columns where the terminal is no wider, or of 79 where it is; a character
+    counted as one column that takes two; a bar of 80 layers in one line."""
+    t, skip = Terminal(stream(tty=False)), (True, False, False, True)
+    letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    r = a_round([97, 10, 99], 2, [97, 10, 100], skip=skip)
+    assert t.round(7, r, letters) == "   7 ░██░  2/3  a\\n~c~[d]"
     assert t.round(7, r, None) == "   7 ░██░  2/3  97 10 ~99 ~[100 ]"
-    all_kept = a_round([97] * 12, 12, [97] * 12 + [98], (0, 0, 0), skip=skip)
-    assert t.round(12, all_kept, Letters()) == f"  12 ░██░ 12/12 {'a' * 12}[b]"
-    plain = a_round([], 0, [98], (0, 0, 0), skip=(False,) * 4)
-    assert Terminal(Screen(False, "ascii")).round(0, plain, Letters()) == "   0 ####  0/0  [b]"
+    all_kept = a_round([97] * 12, 12, [97] * 12 + [98], skip=skip)
+    assert t.round(12, all_kept, letters, anew=True) == f"  12*░██░ 12/12 {'a' * 12}[b]"
+    stopped = a_round([97, 98], 2, [97, 98], skip=skip)
+    assert Terminal(stream(False, "ascii")).round(3, stopped, letters) == "   3 .##.  2/2  ab"
+    skip = (False,) * 31 + (True,) + (False,) * 47 + (True,)
+    r = a_round([*b"abc" * 20, *map(ord, "日" * 19)], 60, [*b"abc" * 20, 100], skip=skip)
+    assert t.round(3, r, letters).split("\n") == [
+        "   3 " + "█" * 31 + "░ 60/79 " + "abc" * 11 + "ab",
+        "     " + "█" * 32 + "       c" + "abc" * 8 + "~" + "日" * 4,
+        "     " + "█" * 15 + "░" + " " * 23 + "日" * 15 + "~[d]"]
+    for columns, width in ((200, 200), (40, 79)):
+        monkeypatch.setattr("os.get_terminal_size", lambda _: SimpleNamespace(columns=columns))
+        assert Terminal(stream(tty=True)).width == width
 
 
 def test_a_character_split_over_tokens_is_shown_when_it_is_whole():
     """Rejects decoding token by token, which shows U+FFFD for every half, and a half character at
     the end that is not shown at all; a stop token is not shown."""
-    tok, text = Tokenizer(DEMO), "naïve 🦙 日本"
-    ids, stream = tok.encode(text), Text(tok, (5,))
+    text = "naïve 🦙 日本"
+    ids, stream = TOK.encode(text), Text(TOK, (5,))
     parts = [stream.add([i]) for i in [*ids[:3], 5, *ids[3:]]]
     assert "" in parts and "".join(parts) + stream.add([], final=True) == text
-    stream = Text(tok, ())
+    stream = Text(TOK, ())
     assert "\ufffd" not in stream.add(ids[:-1]) and stream.add([], final=True) == "\ufffd"
 
 
@@ -198,70 +180,52 @@ def test_without_a_tokenizer_the_text_is_ids_with_commas_between():
     assert "".join(parts) == "1,2,3"
 
 
-def a_job(rounds, **flags):
-    """What `write` and `compare` ask of a Job, with runs as given by the seed."""
-    a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, trace=None, seed=7,
-                               repeats=3) | flags)
-    return SimpleNamespace(
-        a=a, tokenizer=Tokenizer(DEMO), stops=(5,), settings=Settings(K=3, M=1),
-        report=lambda: dict(dtype="float32"), run=lambda ids, s, seed: iter(rounds(seed)),
-        pair=lambda ids, seed: rounds(seed))
+def a_job(**flags):
+    """What `write` and `compare` ask of a Job."""
+    a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, seed=7, repeats=3) | flags)
+    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp",
+                           settings=SimpleNamespace(temperature=0),
+                           report=lambda: dict(dtype="float32"))
 
 
-def test_a_half_character_at_the_end_of_a_text_is_shown(capsys):
-    """Rejects a command that drops what waits for its last byte, in the text or in the object."""
-    half = Tokenizer(DEMO).encode("日")[:-1]
-    assert half
-
-    def rounds(seed):
-        return [a_round([], 0, [97], (0, 1.0, 0)), a_round([], 0, half, (0, 1.0, 0))]
-    assert clasp_mini.write(a_job(rounds), [1]) == 0
-    text = capsys.readouterr().out
-    assert text.endswith("\ufffd") and text.count("\ufffd") == 1
-    assert clasp_mini.write(a_job(rounds, json=True), [1]) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == text
+@pytest.fixture
+def written(monkeypatch, capsys):
+    """written(rounds, **flags) -> the exit status of a run that has these rounds, stdout, stderr."""
+    def call(rounds, **flags):
+        monkeypatch.setattr(clasp_mini, "run", lambda job, ids, seed: iter(rounds))
+        status = clasp_mini.write(a_job(**flags), [1])
+        return status, *capsys.readouterr()
+    return call
 
 
-def test_what_was_written_before_ctrl_c_is_kept_and_summed_up(capsys):
-    """Rejects a traceback, a lost summary and an exit status of success."""
-    def rounds(seed):
+def test_what_was_written_before_ctrl_c_is_kept_and_summed_up(written):
+    """Rejects a traceback, a lost account, an exit status of success, and a half character at the
+    end that is dropped, in the text or in the object."""
+    half = TOK.encode("日")[:-1]
+
+    def rounds():
         yield from CUT[:2]
+        yield a_round([], 0, half)
         raise KeyboardInterrupt
-    assert clasp_mini.write(a_job(rounds), [1]) == 130
-    out, err = capsys.readouterr()
-    assert out == Tokenizer(DEMO).decode([7, 1, 2, 9]) and err.startswith("4 tokens in ")
+    status, out, err = written(rounds())
+    assert (status, out) == (130, TOK.decode([7, 1, 2, 9, *half])) and out.endswith("\ufffd")
+    assert err.lstrip().startswith(f"clasp: {4 + len(half)} tokens in ")
+    assert json.loads(written(rounds(), json=True)[1])["text"] == out
 
 
-def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_warm_up(capsys):
-    """Rejects one seed for all repeats, a warm-up that is counted, and the text of another pair."""
-    seeds = []
-
-    def pair(seed):
-        seeds.append(seed)                             # the warm-up is 100 times as slow
-        slow = 100.0 if len(seeds) == 1 else 1.0
-        ids = [seed, 1, 2, 3, 4, 9, 5]
-        return plain_run(ids, 1.0), clasp_run(ids, 0.2 * slow, 1.2 * slow)
-    assert clasp_mini.compare(a_job(pair, json=True, seed=7), [1]) == 0
-    c = json.loads(capsys.readouterr().out)
-    assert seeds == [7, 7, 8, 9] and c["stats"]["decode_seconds"] == pytest.approx(4.0)
-    assert c["ids"] == [7, 1, 2, 3, 4, 9, 5] and c["prompt_ids"] == [1]
-    assert c["text"] == Tokenizer(DEMO).decode([7, 1, 2, 3, 4, 9]) and c["equal"] is True
-    assert clasp_mini.compare(a_job(pair), [1]) == 0
-    assert "speed-up            1.50" in capsys.readouterr().out
-
-
-def test_where_the_prefill_gave_all_tokens_there_is_nothing_to_compare():
-    """Rejects a division by zero, and a speed-up of a run without a step."""
-    with pytest.raises(UsageError, match="nothing to compare"):
-        clasp_mini.compare(a_job(lambda seed: (CUT[:1], CUT[:1])), [1])
-
-
-def test_progress_is_for_terminals_alone(capsys, monkeypatch):
-    """Rejects control characters in a log file."""
-    def pair(seed):
-        return plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)
-    clasp_mini.compare(a_job(pair), [1])
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    clasp_mini.compare(a_job(pair), [1])
-    assert "pair 2 of 3" in capsys.readouterr().err
+def test_the_account_begins_a_line_where_it_follows_the_text(written, tmp_path, monkeypatch):
+    """Rejects an account glued to a text in a log or a notebook that gets both, an empty line
+    behind a text that has ended its own, a newline in a file that gets the text alone."""
+    for text, between in (("x", "\n"), ("x\n", "")):
+        rounds = plain_run(TOK.encode(text), 1.0)
+        status, out, err = written(rounds)             # streams that are no files, as a notebook's
+        assert out == text and err.startswith(f"{between}clasp: ")
+        with open(tmp_path / "log", "w") as log, open(tmp_path / "text", "w") as alone:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stderr", log)
+                for stream in (log, alone):
+                    patch.setattr(sys, "stdout", stream)
+                    written(rounds)
+        assert (tmp_path / "text").read_text() == text
+        log = (tmp_path / "log").read_text()
+        assert log.startswith(f"{text}{between}clasp: ") and "\n\n" not in log

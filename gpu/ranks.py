@@ -5,7 +5,7 @@ Every rank runs the whole command. All take the same decisions, for they have on
 logits to the last bit. This is not left to hope: after each round they compare what they decided. A
 difference, a rank that is gone and one that does not answer end every rank with a line and status
 1: one that went on alone would wait forever in the next exchange. (Should ranks ever run different
-passes within a round, their exchanges do not fit: NCCL waits, until the alarm; gloo aborts.)
+passes within a round, their exchanges do not fit: they abort, or wait until the alarm.)
 """
 import argparse
 import io
@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gpu.parallel import Parallel
-from speculative import Round, Settings
 from command.cli import UsageError
+from gpu.parallel import Parallel
+from speculative import Round
 
 TIMEOUT = 600                # seconds: to find one another, to load, for a round
 
@@ -36,52 +37,66 @@ class Ranked:
 
     def __init__(self, a: argparse.Namespace) -> None:
         super().__init__(a)
-        rank, n, local, here = (int(os.environ[name]) for name in (
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        c, cuda, gpus = self.cfg, self.device.type == "cuda", torch.cuda.device_count()
+        n = int(os.environ["WORLD_SIZE"])
+        c = self.cfg
         if c.G % n or c.ffn % n:
             fit = [str(i) for i in range(1, c.G + 1) if c.G % i == c.ffn % i == 0]
             raise UsageError(f"{n} processes cannot share {c.G} key/value heads and a feed-forward "
                              f"width of {c.ffn} evenly; take {' or '.join(fit)}")
-        if cuda and here > gpus:
-            raise UsageError(f"{here} processes need a GPU each, and PyTorch sees {gpus}")
-        if cuda:
-            torch.cuda.set_device(local)
-            self.device = torch.device("cuda", local)
-        if rank:
+        backend = "gloo"
+        if self.device.type == "cuda":
+            backend = "nccl"
+            here = int(os.environ["LOCAL_WORLD_SIZE"])
+            gpus = torch.cuda.device_count()
+            if here > gpus:
+                raise UsageError(f"{here} processes need a GPU each, and PyTorch sees {gpus}")
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        self.rank = int(os.environ["RANK"])
+        self.told = 0
+        if self.rank > 0:
             a.trace = None
         wait = timedelta(seconds=TIMEOUT)
-        self.rank, (self.store, *_) = rank, next(dist.rendezvous("env://", timeout=wait))
-        dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=rank,
-                                world_size=n, timeout=wait)
+        self.store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=n,
+                                timeout=wait)
 
-    def same(self, name: str, value: bytes) -> bytes:
-        """Rank 0's value, on all ranks."""
+    def same(self, value: bytes) -> bytes:
+        """Rank 0's value, on all ranks, which must ask in one order."""
+        self.told += 1
         if self.rank == 0:
-            self.store.set(name, value)
-        return self.store.get(name)
+            self.store.set(f"value {self.told}", value)
+        return self.store.get(f"value {self.told}")
 
     def prompt(self) -> list[int]:
         if self.a.prompt == "-":
-            text = b"" if self.rank else sys.stdin.buffer.read()
-            sys.stdin = io.TextIOWrapper(io.BytesIO(self.same("prompt", text)))
+            text = sys.stdin.buffer.read() if self.rank == 0 else b""
+            sys.stdin = io.TextIOWrapper(io.BytesIO(self.same(text)))
         return super().prompt()
 
     def load(self) -> "Ranked":
-        if self.device.type == "cuda" and not (self.a.eager or recordable(self.device)):
+        if self.device.type == "cuda" and not self.a.eager and not recordable(self.device):
             self.a.eager = True
             print("clasp_mini.py: note: passes run eagerly, for what these GPUs exchange cannot be "
                   "part of a CUDA graph", file=sys.stderr)
         super().load()
-        # All have measured what passes cost, but must decide by the same numbers.
-        self.costs = json.loads(self.same("costs", json.dumps(self.costs).encode()))
+        # All must decide by the same numbers.
+        known = self.same(json.dumps([self.costs, self.guessed]).encode())
+        self.costs, self.guessed = json.loads(known)
         # To the rest of the command the model is the whole one, with the sizes of the whole.
-        names, model = ("device", "dtype", "cache", "forward", "layer", "head"), self.model
-        self.model = SimpleNamespace(cfg=self.cfg, **{name: getattr(model, name) for name in names})
+        names = ("device", "dtype", "cache", "forward", "layer", "head")
+        own = {name: getattr(self.model, name) for name in names}
+        self.model = SimpleNamespace(cfg=self.cfg, **own)
         return self
 
-    def run(self, ids: list[int], s: Settings, seed: int) -> Iterator[Round]:
-        return agreed(super().run(ids, s, seed), self.device)
+    def measure(self, *where: Any) -> list[float]:
+        """All take rank 0's times."""
+        own = super().measure(*where)
+        self.costs["verify"] = json.loads(self.same(json.dumps(own).encode()))
+        return self.costs["verify"]
+
+    def agreed(self, rounds: Iterator[Round]) -> Iterator[Round]:
+        return agreed(rounds, self.device)
 
 
 def recordable(device: torch.device) -> bool:
@@ -103,12 +118,13 @@ def recordable(device: torch.device) -> bool:
 def agreed(rounds: Iterator[Round], device: torch.device) -> Iterator[Round]:
     """The rounds of a run, each compared across ranks before it is yielded, and the end too."""
     while True:
-        alarm = threading.Timer(TIMEOUT, lost, [f"no round ended within {TIMEOUT} seconds"])
+        alarm = threading.Timer(TIMEOUT, lost, [
+            f"no round ended within {TIMEOUT} seconds (on GPUs --eager may help)"])
         alarm.daemon = True
         alarm.start()
         try:
             r = next(rounds, None)
-            told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.parents)
+            told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped)
             both = torch.tensor([1, -1], device=device) * zlib.crc32(repr(told).encode())
             dist.all_reduce(both, dist.ReduceOp.MAX)   # the largest of all and minus the smallest
             if both.sum() != 0:

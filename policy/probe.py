@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dp_layer_skip import Choice, Near, cosine
 from llama import Cache, Rows
+from speculative import Paper, Settings
 
 
 def nearness(end: Tensor) -> Near:
@@ -58,3 +59,18 @@ def choose_by(r: int, choose: Callable[..., Choice], model: Any, cache: Any, tex
         x = g.view(-1, h.shape[-1])                                         # -> (J*r, D)
         return model.layer(i, x, rows.first(len(x)), cache).view(g.shape)
     return choose(h.flatten(1), run_layer, M, near), h[-1]
+
+
+class PaperByProbe(Paper):
+    """The paper's loop, whose layers are chosen by r tokens instead of one."""
+
+    def __init__(self, s: Settings, L: int, r: int) -> None:
+        super().__init__(s, L)
+        self.r = r
+        self.slots = (s.M + 1) * r
+
+    def optimise(self, choose: Callable[..., Choice], model: Any, cache: Any, text: Sequence[int],
+                 h: Tensor) -> Choice:
+        choice, _ = choose_by(self.r, choose, model, cache, text, h, self.s.M)
+        self.skip = choice.skip()
+        return choice

@@ -1,29 +1,39 @@
-"""Chance without chance: every branch that a run can take, and the probability of each. With it a
-distribution is computed, not sampled.
+"""Chance without chance: every branch that a run can take, and the probability of each.
+With it a distribution is computed, not sampled; and the distribution that it should be, by
+another route.
 """
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from speculative import Chance
+from tests.helpers import decode, full_model, tokens
 
 
 class Enumerating(Chance):
-    """Chance without chance: it follows a script of answers, then gives the first possible one, and
-    notes the scripts of those not given. `weight` is the probability of all that it answered."""
+    """It follows a script of answers, then gives the first possible one, and notes the
+    scripts of those not given. `weight` is the probability of all that it answered."""
 
     def __init__(self, script: Sequence[int]) -> None:
-        self.script, self.taken, self.untaken, self.weight = script, [], [], 1.0
+        self.script = script
+        self.taken: list[int] = []
+        self.untaken: list[list[int]] = []
+        self.weight = 1.0
 
     def _answer(self, options: list[tuple[int, float]]) -> int:
         k = len(self.taken)
-        pick = self.script[k] if k < len(self.script) else 0
-        if k >= len(self.script):
+        pick = 0
+        if k < len(self.script):
+            pick = self.script[k]
+        else:
             self.untaken += [[*self.taken, other] for other in range(1, len(options))]
+        answer, probability = options[pick]
         self.taken.append(pick)
-        self.weight *= options[pick][1]
-        return options[pick][0]
+        self.weight *= probability
+        return answer
 
     def accept(self, a: float) -> bool:
         return bool(self._answer([(v, w) for v, w in ((True, a), (False, 1 - a)) if w > 0]))
@@ -33,11 +43,56 @@ class Enumerating(Chance):
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Run `run` down every branch that chance can take: (its result, the branch's probability). The
-    weights of equal results sum to the result's exact probability."""
+    """Run `run` down every branch that chance can take: (its result, the branch's
+    probability). The weights of equal results sum to the result's exact probability."""
     scripts: list[list[int]] = [[]]
     while scripts:
         chance = Enumerating(scripts.pop())
         result = run(chance)
         scripts += chance.untaken
         yield result, chance.weight
+
+
+def filtered(logits, s):
+    """`probabilities` by another route: Python's floats, a token at a time. -> a list."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i].item(), i))
+    if s.temperature == 0:
+        order = order[:1]
+    elif 0 < s.top_k < len(order):
+        kth = logits[order[s.top_k - 1]]
+        order = [i for i in order if logits[i] >= kth]
+    weight = {i: math.exp((logits[i] - logits[order[0]]) / (s.temperature or 1)) for i in order}
+    total = sum(weight.values())
+    kept = []
+    mass = 0.0
+    while order and mass < s.top_p:
+        kept.append(order.pop(0))
+        mass += weight[kept[-1]] / total
+    total = sum(weight[i] for i in kept)
+    return [weight[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+def target_distribution(model, prompt, s):
+    """text -> probability: the product of the full model's conditionals, token by token."""
+    out = {}
+
+    def extend(new, weight):
+        if len(new) == s.N or new and new[-1] in s.stop_ids:
+            out[tuple(new)] = weight
+            return
+        for token, w in enumerate(filtered(full_model(model, [*prompt, *new]), s)):
+            if w > 0:
+                extend([*new, token], weight * w)
+
+    extend([], 1.0)
+    return out
+
+
+def distance(model, s, loop=None, prompt=(0, 1)):
+    """The largest difference in probability of any text between the loop (real cache, real
+    dynamic program, down every branch of chance) and the product of conditionals."""
+    want = target_distribution(model, prompt, s)
+    got = defaultdict(float)
+    for text, weight in every_outcome(lambda c: tuple(tokens(decode(model, prompt, s, c, loop)))):
+        got[text] += weight
+    return max(abs(want.get(text, 0.0) - got.get(text, 0.0)) for text in want | got)

@@ -1,11 +1,13 @@
 """LLaMA by another route, slow and plain: no cache, no mask, a row and a head at a time, in
-float64. What the fast one is held against; and random checkpoints to hold it there.
+float64. What the fast one is held against; random checkpoints to hold it there; and how far
+apart they are.
 """
 import json
 import math
 
 import torch
 
+import llama
 from text.safetensors_file import save
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +42,8 @@ def weight_shapes(c):
 
 
 def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shards=1):
-    """Write a Hugging Face folder with random weights; -> (config, name -> weight in float64)."""
+    """Write a Hugging Face folder with random weights; -> (config, name -> weight in
+    float64)."""
     c, gen, w = {**BASE, **(overrides or {})}, torch.Generator().manual_seed(seed), {}
     for name, shape in weight_shapes(c).items():
         r = torch.randn(shape, generator=gen)
@@ -84,7 +87,8 @@ def reference_norm(x, weight, eps):
 
 
 def reference_layer(c, w, i, x):
-    """Layer i on a whole sequence x (T, D) from position 0 on: no cache, no mask, row by row."""
+    """Layer i on a whole sequence x (T, D) from position 0 on: no cache, no mask, row by
+    row."""
     (H, G, hd), eps, p = sizes(c), c["rms_norm_eps"], f"model.layers.{i}."
     f = torch.tensor(reference_frequencies(c), dtype=torch.float64)
     turn = torch.exp(1j * torch.outer(torch.arange(len(x)), f))
@@ -108,7 +112,8 @@ def reference_layer(c, w, i, x):
 
 
 def reference(c, w, ids, skip=(), first=0):
-    """-> logits (T, V), h[0..L] (L+1, T, D). Rows from `first` on leave out what is in `skip`."""
+    """-> logits (T, V), h[0..L] (L+1, T, D). Rows from `first` on leave out what is in
+    `skip`."""
     h = [w["model.embed_tokens.weight"][ids]]
     for i in range(c["num_hidden_layers"]):
         ran = reference_layer(c, w, i, h[-1])
@@ -116,3 +121,52 @@ def reference(c, w, ids, skip=(), first=0):
     head = w["model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"]
     x = reference_norm(h[-1], w["model.norm.weight"], c["rms_norm_eps"])
     return x @ head.T, torch.stack(h)
+
+
+def relative_error(got, want):
+    got = got.double()
+    want = want.double()
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def same(got, want):
+    return relative_error(got, want) < 1e-12
+
+
+def loaded(folder, overrides=None, stored=torch.float32, dtype=torch.float64):
+    """(config, weights, the model loaded from them, a cache for IDS and six slots more)."""
+    c, w = random_checkpoint(folder, overrides, dtype=stored)
+    model = llama.Llama.load(folder, dtype=dtype)
+    return c, w, model, model.cache(len(IDS) + 6)
+
+
+def passes(model, cache, ids, lengths, t=0, skip=()):
+    """Logits (T, V) and states (L+1, T, D) of `ids`, from position t on, by passes so
+    long."""
+    states = []
+    for part in ids.split(lengths):
+        h = model.forward(part, cache.sequence(t, len(part)), cache, skip)
+        states.append(torch.stack(h))
+        t += len(part)
+    states = torch.cat(states, 1)
+    return model.head(states[-1]), states
+
+
+def worst_error(folder, lengths=(5, 3, 1, 1, 2), **how):
+    """The largest relative error of a program: logits and states of prefill, chunk and
+    decode; candidates for one token in each layer; the cache entries that those must leave
+    alone."""
+    c, w, model, cache = loaded(folder, **how)
+    logits, states = passes(model, cache, IDS, lengths)
+    want, h = reference(c, w, IDS)
+    errors = [relative_error(logits, want), relative_error(states, h)]
+    t = 7
+    before = torch.stack((cache.k, cache.v))[:, :, :, :t + 1]
+    noise = torch.randn(4, h.shape[-1], generator=torch.Generator().manual_seed(1)) / 10
+    for i in range(c["num_hidden_layers"]):
+        x = (h[i, t] + noise).to(model.dtype)
+        want = [reference_layer(c, w, i, torch.vstack((h[i, :t], v.double())))[-1] for v in x]
+        got = model.layer(i, x, cache.candidates(t, len(x)), cache)
+        errors.append(relative_error(got, torch.stack(want)))
+    errors.append(relative_error(torch.stack((cache.k, cache.v))[:, :, :, :t + 1], before))
+    return torch.tensor(errors).max().item()       # unlike Python's max, it lets a nan through

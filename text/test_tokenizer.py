@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import regex  # comes with tiktoken
 
-from test_clasp import DEMO, altered
+from command.flags import DEMO
+from llama import ModelError
 from text import tokenizer
-from text.test_loading import complaint
 from text.tokenizer import NAMED, Tokenizer, stop_ids
 
-LLAMA3 = os.environ.get("CLASP_LLAMA3")                # see test_clasp.py
+LLAMA3 = os.environ.get("CLASP_LLAMA3")                # a folder of Meta's files
 META = "tokenizer.model"
 PIECE = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -25,6 +25,14 @@ TEXTS = ["", " ", "   \n\n \n\t", "def f(x):\n\treturn  x ** 2  # why?\n\n\n", "
          "🦙👩‍👩‍👧 ꙊéÉ e\u0301", "\0\x7f\u2028\u00a0\ufeff", "        self.assertEqual(None, ...)",
          "<|begin_of_text|>x<|eot_id|>", "a" * 500, "=" * 70 + "\n",
          Path(tokenizer.__file__).read_text(encoding="utf-8")]
+
+
+def complaint(call, *args):
+    """What `call` says when it refuses: a ModelError of one line."""
+    with pytest.raises(ModelError) as e:
+        call(*args)
+    assert str(e.value) and "\n" not in str(e.value)
+    return str(e.value)
 
 
 def ranks_of(path):
@@ -131,10 +139,10 @@ def test_a_changed_file_at_the_same_path_is_read_again(folder):
     assert Tokenizer(folder).encode("b") == a == [ranks_of(DEMO / META)[b"a"]]
 
 
-def test_a_chat_is_spelled_as_the_instruct_models_were_trained(folder, module=tokenizer):
+def test_a_chat_is_spelled_as_the_instruct_models_were_trained(folder):
     """Rejects a missing header or end of turn, content stripped of blanks and newlines alone or
     within, a role or content that ends a turn."""
-    tok = module.Tokenizer(folder)
+    tok = Tokenizer(folder)
     ids = tok.chat([dict(role="system", content="Be brief."),
                     dict(role="user", content=" \r\n\tHi<|eot_id|>!\r\n\tYou \t\r\n ")])
     assert tok.decode(ids) == (
@@ -142,17 +150,6 @@ def test_a_chat_is_spelled_as_the_instruct_models_were_trained(folder, module=to
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>!\r\n\tYou<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert [i - tok.bos for i in ids if i >= tok.bos] == [0, 6, 7, 9, 6, 7, 9, 6, 7]
-
-
-@pytest.mark.parametrize("right, wrong", [
-    (".strip()", '.strip(" \\n")'), (".strip()", ".strip().replace('\\t', ' ')"), (".strip()", ""),
-    ("ids = [self.bos]", "ids = []"), ('self._header("assistant")', 'self._header("user")'),
-    ("strip()), self.special[EOT]]", "strip())]"), ('*self.encode("\\n\\n")]', "]")])
-def test_that_rejects_a_chat_with(folder, right, wrong):
-    """Each wrong text of the program in the place of the right one."""
-    with pytest.raises(AssertionError):
-        test_a_chat_is_spelled_as_the_instruct_models_were_trained(
-            folder, altered(tokenizer, (right, wrong)))
 
 
 @pytest.mark.parametrize("generation, model, want", [

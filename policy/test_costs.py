@@ -1,0 +1,114 @@
+"""What passes cost: guessed, measured by a clock that is played, kept, and read from files."""
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from llama import Config, ModelError, torch
+from policy import costs
+
+EIGHT = Config(32, 4096, 32, 8, 128, 14336, 128256, 1e-5, 8192, False, 5e5, None)
+
+
+def test_the_guess_is_by_the_bytes_that_a_pass_reads():
+    """By hand for the 8B: a layer has 4096 * 48 * 128 + 4096 * 4096 + 3 * 4096 * 14336 weights,
+    which is 218.1 million, the head 525.3: layers are .930 of what a plain step reads. Rejects a
+    head that is left out, keys and values of H heads, a verify or a table of another size."""
+    table = costs.guess(EIGHT, 12)
+    assert len(table["draft"]) == 33 and table["draft"][0] == 1
+    assert table["draft"][16] == pytest.approx(1 - 0.930 / 2, abs=1e-3)
+    assert table["draft"][32] == pytest.approx(0.070, abs=1e-3)
+    assert table["verify"] == [1.0] * 14 and table["optimise"] == 2.0
+
+
+class Played:
+    """A model and a clock: a pass of n rows takes 10 + n seconds, the first of each size 100 more;
+    the host's reading of all logits would take a second for each."""
+    device = torch.device("cpu")
+
+    def __init__(self, monkeypatch, V=128256):
+        self.now = 0.0
+        self.V = V
+        self.passes = []
+        self.seen = set()
+        monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(torch.Tensor, "tolist", self.every)
+        self.S = 40
+
+    def every(self, _):
+        self.now += self.V
+
+    def sequence(self, t, T):
+        assert t + T <= self.S
+        return t, T
+
+    def forward(self, ids, rows, cache):
+        self.passes.append((*rows, ids[0].item()))
+        self.now += 10 + rows[1] + 100 * (rows[1] not in self.seen)
+        self.seen.add(rows[1])
+        return [torch.zeros(rows[1], 1)]
+
+    def head(self, x):
+        return x
+
+
+def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(monkeypatch):
+    """Rejects a warm-up that counts, a mean, seconds for plain steps, a vocabulary fetched into
+    Python within the timing, another place than behind the text, and slots that are not there."""
+    model = Played(monkeypatch)
+    table = costs.measure(model, model, [3, 5, 7], 12)
+    assert model.passes == [(3, n, 7) for n in (1, 4, 13)] * 3
+    want = {0: 1.0, 1: 1.0, 4: 14 / 11, 13: 23 / 11}
+    assert len(table) == 14 and all(table[n] == round(cost, 3) for n, cost in want.items())
+    assert table[2] == pytest.approx(1 + (14 / 11 - 1) / 3, abs=1e-3)
+    model = Played(monkeypatch)
+    model.S = 10                                       # 7 slots behind the text
+    costs.measure(model, model, [3, 5, 7], 12)
+    assert {T for _, T, _ in model.passes} == {1, 4, 7}
+
+
+def test_noise_makes_no_verify_cheaper_than_a_plain_step(monkeypatch):
+    """Rejects a gain that is only noise."""
+    model = Played(monkeypatch)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, rows, cache: (
+        forward(ids, rows, cache), setattr(model, "now", model.now - 2 * len(ids)))[0])
+    assert costs.measure(model, model, [3], 3) == [1.0] * 5
+
+
+def test_a_table_is_kept_under_a_name_of_what_it_depends_on(tmp_path, monkeypatch):
+    """Rejects a table of other weights, of another dtype, or of the last version of the model; and
+    a home that cannot be written to as a fault."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(dict(hidden_size=8)))
+    (model / "model.safetensors").write_bytes(b"1")
+    shelf = costs.shelf(model, "bfloat16", 2)
+    assert shelf == costs.shelf(model, "bfloat16", 2) and tmp_path / "cache" in shelf.parents
+    others = [costs.shelf(model, "float32", 2), costs.shelf(model, "bfloat16", 1)]
+    (model / "model.safetensors").write_bytes(b"12")
+    others.append(costs.shelf(model, "bfloat16", 2))
+    (model / "config.json").write_text(json.dumps(dict(hidden_size=16)))
+    others.append(costs.shelf(model, "bfloat16", 2))
+    assert len({shelf, *others}) == 5
+    table = dict(draft=[1.0, 0.5], verify=[1.0, 1.0, 1.2], optimise=2.0)
+    assert costs.keep(shelf, table) and costs.load(str(shelf), L=1, K=1) == table
+    assert not costs.keep(model / "config.json" / "no folder", table)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(draft=[1.0]), dict(draft=[1.0, "x"]), dict(verify=[1.0]), dict(verify=[1.0, 1.0, 0.0]),
+    dict(verify=[9.0, 1.0]), dict(optimise=[1]), dict(optimise=-1), dict(risk=[0.1]), dict(other=1),
+    dict(draft=None)])
+def test_a_file_of_costs_is_checked_and_drawn_out(tmp_path, wrong):
+    """Rejects tables that a run would stumble over, and a refusal of what --json prints, or of a
+    table that was measured for a smaller K."""
+    right = dict(draft=[1.0, 0.5], verify=[1.0, 1.0, 1.25], optimise=2.0, risk=[0.0, 0.1])
+    path = tmp_path / "costs.json"
+    for whole in (right, dict(costs=right), dict(settings=dict(costs=right))):
+        path.write_text(json.dumps(whole))
+        assert costs.load(str(path), L=1, K=3)["verify"] == [1.0, 1.0, 1.25, 1.5, 1.75]
+    path.write_text(json.dumps(right | wrong))
+    with pytest.raises(ModelError, match="costs.json: costs are"):
+        costs.load(str(path), L=1, K=3)

@@ -1,0 +1,88 @@
+"""Small models and short ways to run them, for the tests of every room."""
+from pathlib import Path
+
+import torch
+
+import dp_layer_skip
+import llama
+import speculative
+from policy.adaptive import Adaptive
+from speculative import Chance, Settings
+
+torch.set_num_threads(1)
+ROOT = Path(llama.__file__).resolve().parent
+DEMO = ROOT / "demo"
+
+
+def flags(L, chosen):
+    """One flag per layer: is it among the chosen?"""
+    return tuple(i in chosen for i in range(L))
+
+
+def assert_same_choice(a, b, tolerance):
+    """Two runs of the dynamic program found the same, up to rounding."""
+    D = torch.tensor(a.D, dtype=torch.float64)
+    E = torch.tensor(b.D, dtype=torch.float64)
+    torch.testing.assert_close(D, E, rtol=0, atol=tolerance, equal_nan=True)
+    assert a.skipped == b.skipped
+    assert [a.skip(j) for j in range(len(a.D[0]))] == [b.skip(j) for j in range(len(b.D[0]))]
+
+
+def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8):
+    """Random weights, large enough that every layer matters and q is far from p."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def new(*shape, scale=1.0):
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(dtype)
+
+    cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
+    one = torch.ones(D, dtype=dtype)
+    layers = [llama.Layer(one, new(D, (H + 2 * G) * hd, scale=D ** -0.5), new(H * hd, D, scale=0.5),
+                          one, new(D, 2 * ffn, scale=D ** -0.5), new(ffn, D, scale=0.5))
+              for _ in range(L)]
+    return llama.Llama(cfg, new(V, D), layers, one, new(V, D, scale=0.5))
+
+
+def full_model(model, text):
+    """Logits (V,) after `text`, by one fresh pass of the full model: the reference of
+    decoders."""
+    cache = model.cache(len(text))
+    ids = torch.tensor(text, device=model.device)
+    h = model.forward(ids, cache.sequence(0, len(text)), cache)
+    return model.head(h[-1][-1:])[0]
+
+
+def having_read(model, text, spare):
+    """(h, cache) after a pass over `text`: the states of its last token, (L+1, D), and a
+    cache with so many spare slots behind."""
+    cache = model.cache(len(text) + spare)
+    h = model.forward(torch.tensor(text), cache.sequence(0, len(text)), cache)
+    return torch.stack([x[-1] for x in h]), cache
+
+
+def decode(model, prompt, s, chance=0, loop=None):
+    """The rounds of a whole run with the real dynamic program; `chance` may be a seed."""
+    if isinstance(chance, int):
+        chance = Chance(chance)
+    loop = loop or speculative.generate
+    return list(loop(model, list(prompt), s, chance, dp_layer_skip.choose_skip))
+
+
+def tokens(rounds):
+    """The text that came out."""
+    return [token for r in rounds for token in r.emitted]
+
+
+def adaptive(c=None, v=None, L=3, K=None, M=None, exit_threshold=None, interval=None, probe=1,
+             **settings):
+    """(settings, loop): a run by the policy that adapts, at these costs of a draft step and
+    of a verify (default: cheap), which decides what is not given."""
+    s = Settings(**dict(N=4) | settings)
+    c = c or [1 - 0.9 * j / L for j in range(L + 1)]
+    v = v or [1 + 0.01 * n for n in range((K or 3) + 2)]
+
+    def loop(model, prompt, s, chance, choose):
+        policy = Adaptive(s, c, v, K=K, M=M, exit_threshold=exit_threshold, interval=interval,
+                          probe=probe)
+        return speculative.generate(model, prompt, s, chance, choose, policy)
+    return s, loop
