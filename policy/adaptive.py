@@ -40,9 +40,9 @@ def overlap(p: Tensor, q: Tensor) -> Tensor:                        # (..., V), 
 
 class Alarm:
     """Are more tokens rejected than at first? A one-sided CUSUM (Page 1954): it adds up rejections
-    beyond 1.5 times the rate so far, and never falls below 0. Above 1 it rings: one rejection alone
-    never does, two close together do. At a rate of .1 for no reason once in 32 tokens, and where
-    the rate triples, after 6 (simulated)."""
+    beyond 1.5 times the rate so far, and never falls below 0. Above 1.5 it rings: one rejection
+    alone never does, two or three close together do. At a rate of .1 for no reason once in 50
+    tokens, and where the rate triples, after 11 (simulated)."""
 
     def __init__(self, foretold: float) -> None:
         self.level = 0.0
@@ -57,7 +57,7 @@ class Alarm:
         self.judged += 1
 
     def rings(self) -> bool:
-        return self.level > 1
+        return self.level > 1.5
 
 
 class Adaptive:

@@ -176,9 +176,12 @@ def test_the_alarm_adds_up_rejections_beyond_one_and_a_half_times_the_rate_so_fa
     alarm.hear(1.0)                                    # 2.6 of 18
     alarm.hear(0.5)                                    # 2.6 of 19
     level = (1 - 1.5 * 1.6 / 17) + (0 - 1.5 * 2.6 / 18) + (0.5 - 1.5 * 2.6 / 19)
-    assert alarm.level == approx(level) and not alarm.rings()       # .94
-    alarm.hear(0.5)                                    # 3.1 of 20: 1.20
-    assert alarm.rings()
+    assert alarm.level == approx(level)                # .94
+    rings = []
+    for _ in range(3):                                 # 1.20, 1.45, 1.67
+        alarm.hear(0.5)
+        rings.append(alarm.rings())
+    assert rings == [False, False, True]
 
 
 def test_layers_are_chosen_anew_when_more_is_rejected_than_was_foretold():
@@ -189,11 +192,13 @@ def test_layers_are_chosen_anew_when_more_is_rejected_than_was_foretold():
     verified(policy, [0.0])                            # 4 of 16: 1 - .375
     assert policy.alarm.level == approx(0.625) and policy.goes_on([]) and not policy.due(1)
     verified(policy, [0.0])                            # 5 of 17: 1 - .441
-    assert policy.due(2)
+    assert not policy.due(2)
+    verified(policy, [0.0])                            # 6 of 18: 1 - .5, and 1.684 in all
+    assert policy.due(3)
     look(policy, 0.75)
-    foretold = corrected(0.25, [0.0] * 2)
+    foretold = corrected(0.25, [0.0] * 3)
     assert policy.keep(1) == approx(1 - foretold) and policy.alarm.rejected == approx(16 * foretold)
-    assert policy.alarm.judged == 16 and policy.alarm.level == 0 and not policy.due(2)
+    assert policy.alarm.judged == 16 and policy.alarm.level == 0 and not policy.due(3)
 
 
 @mark.parametrize("named", [dict(), dict(M=1)])
