@@ -166,42 +166,39 @@ def test_named_numbers_take_the_place_of_the_rules():
         assert not policy.due(0) and not policy.goes_on([])
 
 
-def test_the_alarm_adds_up_rejections_beyond_one_and_a_half_times_the_rate():
-    """Rejects a start without what was foretold (16 tokens), another bound than 1.5, a rate that
-    stays as it was, another slope, a level that a good stretch takes below 0."""
+def test_the_alarm_adds_up_rejections_beyond_one_and_a_half_times_the_rate_so_far():
+    """Rejects a start without what was foretold (16 tokens), another slope or bound, a rate that
+    stays as it was, a good stretch that silences it."""
     alarm = adaptive.Alarm(0.1)                        # as if 1.6 of 16 had been rejected
-    alarm.hear(0.0)
-    assert alarm.level == approx(1 - 1.5 * 1.6 / 16)
     alarm.hear(1.0)
-    alarm.hear(0.25)
-    level = 0.85 - 1.5 * 2.6 / 17 + 0.75 - 1.5 * 2.6 / 18
-    assert alarm.level == approx(level) and 1 < level < 1.5 and not alarm.rings()
-    alarm.hear(0.0)
-    assert alarm.level == approx(level + 1 - 1.5 * 3.35 / 19) and alarm.rings()
-    for _ in range(10):
-        alarm.hear(1.0)
     assert alarm.level == 0
+    alarm.hear(0.0)                                    # 1.6 of 17
+    alarm.hear(1.0)                                    # 2.6 of 18
+    alarm.hear(0.5)                                    # 2.6 of 19
+    level = (1 - 1.5 * 1.6 / 17) + (0 - 1.5 * 2.6 / 18) + (0.5 - 1.5 * 2.6 / 19)
+    assert alarm.level == approx(level)                # .94
+    rings = []
+    for _ in range(3):                                 # 1.20, 1.45, 1.67
+        alarm.hear(0.5)
+        rings.append(alarm.rings())
+    assert rings == [False, False, True]
 
 
 def test_layers_are_chosen_anew_when_more_is_rejected_than_was_foretold():
-    """Rejects three times the evidence; an alarm that starts without the corrected risks, is not
-    set back by a look, or is silenced by a good stretch."""
-    policy = policy_of(FREE, CHEAP, N=150, risk=[0.0, 0.2])
-    look(policy, 1.0)                                  # a risk of .1, with the prior of .2
-    verified(policy, [0.0])
-    assert policy.goes_on([]) and not policy.due(9)    # .85
-    verified(policy, [0.0])
-    assert policy.due(9)                               # and 1 - .23
-    look(policy, 0.5)
-    foretold = (0.2 + 0 + 0.5) / 3 * (0.98 * 1.98 + 1) / (0.98 * 1.08 + 0.1)
+    """Rejects three times the evidence; an alarm that starts without the corrected risks, or is not
+    set back by a look; no look near the end, as too dear."""
+    policy = policy_of([1, 0.01, 0.01], CHEAP, N=150, M=1, optimise=2.0)
+    look(policy, 1.0)                                  # a risk of .25, with the prior of .5
+    verified(policy, [0.0])                            # 4 of 16: 1 - .375
+    assert policy.alarm.level == approx(0.625) and policy.goes_on([]) and not policy.due(1)
+    verified(policy, [0.0])                            # 5 of 17: 1 - .441
+    assert not policy.due(2)
+    verified(policy, [0.0])                            # 6 of 18: 1 - .5, and 1.684 in all
+    assert policy.due(3)
+    look(policy, 0.75)
+    foretold = corrected(0.25, [0.0] * 3)
     assert policy.keep(1) == approx(1 - foretold) and policy.alarm.rejected == approx(16 * foretold)
-    assert policy.alarm.judged == 16 and policy.alarm.level == 0
-    for _ in range(100):
-        verified(policy, [1.0], accepted=1)
-    for _ in range(2):                                 # few are rejected by now
-        assert not policy.due(9)
-        verified(policy, [0.0])
-    assert policy.due(9)
+    assert policy.alarm.judged == 16 and policy.alarm.level == 0 and not policy.due(3)
 
 
 @mark.parametrize("named", [dict(), dict(M=1)])
