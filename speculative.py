@@ -133,10 +133,10 @@ class Chance:
 
 
 class Paper:
-    """What the paper decides by fixed numbers. Another policy may take its place (policy/ has one).
-    A round calls the four methods in their order. Two are questions, which change nothing: `goes_on`
-    and `due`. What they answer decides how many tokens are drafted and when layers are chosen, never
-    what becomes of a drafted token. So no policy can change the distribution.
+    """What the paper decides by fixed numbers. Another policy may take its place (see policy/). A
+    round calls the four methods in their order. Two are questions and change nothing: `goes_on` and
+    `due`. Their answers decide how many tokens are drafted and when layers are chosen, never what
+    becomes of a drafted token. So no policy can change the distribution.
 
     skip     the layers that the next draft leaves out, one flag each
     slots    of the cache behind the text, for the candidates of the dynamic program"""
@@ -231,8 +231,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         done = bool(stops) or len(text) == end
         verifying = _clock(model)
 
-        # 3. Optimise layers, for the drafts from now on. The verify has computed the probe's states:
-        #    in row 0 if nothing was accepted. The last token, the model's own, it has not read.
+        # 3. Optimise layers, for the drafts from now on. The verify has computed the probe's states,
+        #    in row 0 if nothing was accepted. The last token, the model's own, is not yet read.
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, D)

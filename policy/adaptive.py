@@ -1,6 +1,6 @@
-"""A policy of ours, beyond the paper: how many layers to leave out, how long to draft, when to choose
-the layers anew, and whether drafting pays at all. It goes by what passes cost and by what was
-accepted; so it needs no settings, and where nothing pays it decodes plainly.
+"""A policy of ours, beyond the paper: how many layers to leave out, how long to draft, when to
+choose the layers anew, and whether drafting pays at all. It goes by what passes cost and by what
+was accepted; so it needs no settings, and where nothing pays it decodes plainly.
 
 It takes the place of speculative.Paper, whose four methods it has. It knows the draft's confidence,
 and p and q of tokens that have been judged; it drops nothing, so it changes no distribution.
@@ -61,8 +61,8 @@ class Alarm:
 
 
 class Adaptive:
-    """`draft` and `verify` are the tables c (for j = 0..L) and v (from 0 on), `optimise` the cost of
-    a choice of layers in plain steps, risk the prior. K, M, exit_threshold and interval are the
+    """`draft` and `verify` are the tables c (for j = 0..L) and v (from 0 on), `optimise` is the cost
+    of a choice of layers in plain steps, risk the prior. K, M, exit_threshold and interval are the
     paper's numbers, each decided here where it is None; `probe` tokens choose the layers.
     `measure`: v is a guess; this gives the true one, called when it first matters."""
 
@@ -91,6 +91,7 @@ class Adaptive:
         self.slots = (self.M + 1) * probe
         self.skip = (False,) * L
         self.stale = True
+        self.choice: Choice | None = None
         self.alarm = Alarm(0.0)
         self.kept = [0.0, 0.0]                         # of `seen` tokens, by confidence: below 0.5,
         self.seen = [0, 0]                             # and from there on
@@ -138,17 +139,18 @@ class Adaptive:
         self.decide()
 
     def due(self, n: int) -> bool:
-        """Looks that may be in vain are made only where all of them together cost at most 2 % of
-        what is left. With a set in use: where the alarm rings, or every `interval`."""
+        """Where no set is in use, or the alarm rings, or every `interval`; but looks that may be in
+        vain only where all of them together cost at most 2 % of what is left."""
         if self.rest > 0 or self.K == 0 or self.M == 0:
             return False
-        if self.stale and self.in_vain * (self.choices + 1) > 0.02 * self.left:
+        if self.in_vain * (self.choices + 1) > 0.02 * self.left:
             return False
         if self.interval is not None:
             return n % self.interval == 0
         return self.stale or self.alarm.rings()
 
-    def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Choice:
+    def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int],
+                 h: Tensor) -> Choice:
         """Choose layers by the last tokens of text, and estimate by how near they come what each
         budget risks. At temperature 1, whatever the settings: `keep` corrects it."""
         choice, h = choose_by(self.probe, choose, model, cache, text, h, self.M)
@@ -176,7 +178,7 @@ class Adaptive:
     # ----------------------------------------------------------------------------- the formulas
 
     def keep(self, j: int) -> float:
-        return 1 - min(max(self.risk[j] * self.rejected / self.expected, 0.005), 0.99)
+        return 1 - min(max(self.risk[j] * self.rejected / max(self.expected, 1e-9), 0.005), 0.99)
 
     def gain(self, j: int) -> float:
         a = self.keep(j)

@@ -38,8 +38,8 @@ def guess(c: Config, K: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(model: Any, cache: Any, text: list[int], K: int) -> list[float]:
-    """The true cost of verifies of 0 .. K+1 rows behind `text`, in its own cache: the least of three
-    runs at a few places. What they write there is overwritten like a rejected draft."""
+    """The true cost of verifies of 0 .. K+1 rows behind `text`, in its own cache: of a few sizes the
+    least of three runs. What they write there is overwritten like a rejected draft."""
     t = len(text)
     places = sorted({1, min(4, K + 1), K + 1})
     seconds = dict.fromkeys(places, float("inf"))

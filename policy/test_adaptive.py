@@ -186,8 +186,8 @@ def test_the_alarm_adds_up_rejections_beyond_one_and_a_half_times_the_rate_so_fa
 
 def test_layers_are_chosen_anew_when_more_is_rejected_than_was_foretold():
     """Rejects three times the evidence; an alarm that starts without the corrected risks, or is not
-    set back by a look; no look near the end, as too dear."""
-    policy = policy_of([1, 0.01, 0.01], CHEAP, N=150, M=1, optimise=2.0)
+    set back by a look."""
+    policy = policy_of([1, 0.01, 0.01], CHEAP, M=1)
     look(policy, 1.0)                                  # a risk of .25, with the prior of .5
     verified(policy, [0.0])                            # 4 of 16: 1 - .375
     assert policy.alarm.level == approx(0.625) and policy.goes_on([]) and not policy.due(1)
