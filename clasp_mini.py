@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 if __name__ == "__main__":
-    import command.start
+    import command.start  # noqa: F401  the clock, and what Ctrl-C means while the rest is imported
 from command.cli import answer
 from command.compare import Pair, compare
 from command.flags import VERSION, parsed, parser  # noqa: F401

@@ -179,7 +179,7 @@ def main() -> None:
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
     print(show(choose_skip(h, lambda i, x: x + add[i], 2)))
     print("\nHere it shows that it is approximate: leaving out layers 0 and 2 would have 0.949\n"
-          "in the end.\n\nA toy of 9 layers, of which 1, 4 and 7 do little; 3 are to be left out.\n")
+          "in the end.\n\nA toy of 9 layers, of which 1, 4 and 7 do little; leave out 3:\n")
     choice = choose_skip(*toy(9, 16, seed=3), 3)
     print(show(choice))
     print(f"\nLeft out: {[i for i, left_out in enumerate(choice.skip()) if left_out]}. "

@@ -79,7 +79,7 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         slots = self.slot[t:t + T]
-        # A row at position t may read slots 0 .. t. With 0, 1, .. in the place of t, t+1, .. the mask
+        # A row at position t may read slots 0 .. t. With 0, 1, .. in the place of t, t+1, .. this
         # is right in prefill and wrong ever after, and nothing crashes: the text just gets worse.
         may_read = self.slot[:t + T] <= slots[:, None]                          # (T, W)
         return self.rows(slots, slots, may_read)

@@ -231,8 +231,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         done = bool(stops) or len(text) == end
         verifying = _clock(model)
 
-        # 3. Optimise layers, for the drafts from now on. The verify has computed the probe's states,
-        #    in row 0 if nothing was accepted. The last token, the model's own, is not yet read.
+        # 3. Optimise layers, for the next drafts. The verify has computed the probe's states, in
+        #    row 0 if nothing was accepted. The last token, the model's own, is not yet read.
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, D)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llama import ModelError, read_json, torch
+from llama import ModelError, read_json
 
 
 class UsageError(Exception):

@@ -14,7 +14,7 @@ TESTS = {path for path in PROGRAMS if path.name.startswith("test_")}
 
 
 def flags_of(path):
-    """The flags that a program here takes: its own, and those of the files that it has them from."""
+    """The flags that a program here takes: its own, and those of files that it has them from."""
     source = path.read_text(encoding="utf-8")
     flags = {*re.findall(r'"(--[a-z-]+)"', source), "--help"}
     for file, use in (("command/flags.py", r"from command\.flags import|clasp_mini\.parser\(\)"),

@@ -61,8 +61,8 @@ class Alarm:
 
 
 class Adaptive:
-    """`draft` and `verify` are the tables c (for j = 0..L) and v (from 0 on), `optimise` is the cost
-    of a choice of layers in plain steps, risk the prior. K, M, exit_threshold and interval are the
+    """`draft` and `verify` are the tables c (for j = 0..L) and v (from 0 on), `optimise` is
+    the cost of a choice of layers, risk the prior. K, M, exit_threshold and interval are the
     paper's numbers, each decided here where it is None; `probe` tokens choose the layers.
     `measure`: v is a guess; this gives the true one, called when it first matters."""
 
