@@ -71,8 +71,9 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
     if s.top_k:
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    tiny = torch.finfo(logits.dtype).tiny              # small temperatures must not overflow
-    p = ((logits - logits.amax(-1, keepdim=True)) / max(s.temperature, tiny)).softmax(-1)
+    tiny = torch.finfo(logits.dtype).tiny              # no temperature may overflow
+    temperature = min(max(s.temperature, tiny), 1 / tiny)
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if s.top_p < 1:
         largest, order = p.sort(dim=-1, descending=True, stable=True)
         before = largest.cumsum(-1) - largest
@@ -127,9 +128,15 @@ class Chance:
 
     def draw(self, p: Tensor) -> int:
         """A token drawn from p (V,): the first id at which the running sum, in float64, exceeds u
-        times the total. Parallel sums may fall by rounding, so where p is 0 they count as 0."""
+        times the total. Parallel sums may fall by rounding, so where p is 0 they count as 0.
+        Raises FloatingPointError if p holds no number above 0."""
         cdf = torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0)
-        return int((cdf > self.uniform() * cdf.amax()).int().argmax())
+        total = cdf.amax()
+        first = (cdf > self.uniform() * total).int().argmax()
+        token, mass = torch.stack((first.double(), total)).tolist()         # one wait for a GPU
+        if not mass > 0:
+            raise FloatingPointError("the logits are not finite numbers: damaged weights?")
+        return int(token)
 
 
 class Paper:

@@ -2,12 +2,13 @@
 the model is, and bfloat16 costs no more than its 8 bits.
 """
 import cmath
+import math
 
 import pytest
 import torch
 
 import llama
-from speculative import Settings, probabilities
+from speculative import Chance, Settings, probabilities
 from tests.slow_llama import (AS_4, AS_5, random_checkpoint, reference_frequencies, worst_error)
 from tests.wrong_programs import rejects
 
@@ -65,3 +66,15 @@ def test_rotary_tables_are_exact_at_the_end_of_a_long_context(tmp_path):
     want = [cmath.exp(32767j * f) for f in reference_frequencies(c)]
     assert cache.cos[-1, 0].tolist() == pytest.approx([z.real for z in want * 2], abs=1e-7)
     assert cache.sin[-1, 0, 8:].tolist() == pytest.approx([z.imag for z in want], abs=1e-7)
+
+
+def test_where_nothing_can_be_drawn_nothing_is():
+    """Rejects token 0 for an answer where p holds no number above 0, in a draft too, whose logits
+    nobody else looks at; and no number at a temperature beyond float32, with a filter or without."""
+    for p in (torch.zeros(3), torch.full((3,), math.nan)):
+        with pytest.raises(FloatingPointError):
+            Chance(0).draw(p)
+    logits = torch.tensor([0.0, 3.0, 2.0])
+    for how, want in ((dict(), [1 / 3] * 3), (dict(top_k=1), [0, 1, 0])):
+        p = probabilities(logits, Settings(temperature=1e300, **how))
+        assert p.tolist() == pytest.approx(want)
