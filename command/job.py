@@ -90,6 +90,11 @@ class Job:
                    temperature=0.0, seed=0, skip_layers=None, draft_length=None,
                    draft_exit_threshold=None, interval=None, probe=None)
         named = saved(self.folder / "clasp.json", parser(), own)
+        if self.a.device is None and "device" not in named:
+            from gpu.driver import unusable
+            amiss = unusable()
+            if amiss:
+                note(f"{amiss}; computing on the CPU")
         passed_over = []
         if not self.own_prompt:
             passed_over += ["temperature", "seed"]

@@ -642,3 +642,14 @@ def test_what_departs_from_what_was_asked_is_said_once(tmp_path, capsys, files, 
     job("--model", copy_of_the_demo(tmp_path, **files), "--prompt", "x", *how).prompt()
     err = capsys.readouterr().err
     assert err == "" if words is None else err.count("note: ") == 1 and words in err
+
+
+def test_a_gpu_that_cannot_be_used_is_named_where_the_device_was_left_open(tmp_path, monkeypatch,
+                                                                          capsys):
+    """Rejects an 8B that runs on the CPU without a word, and the word where the CPU was asked for."""
+    monkeypatch.setattr("gpu.driver.unusable", lambda: "there seems to be a GPU")
+    folder = copy_of_the_demo(tmp_path, clasp=dict(prompt="x"))
+    for how, said in (((), True), (("--device", "cpu"), False)):
+        job("--model", folder, *how)
+        assert ("note: there seems to be a GPU; computing on the CPU" in
+                capsys.readouterr().err) == said
