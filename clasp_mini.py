@@ -8,9 +8,14 @@
 
 Who decides how much is drafted, and when layers are chosen anew?
 
-    --strategy clasp   policy/adaptive.py: ours, and the default
-    --strategy paper   speculative.Paper: the paper's fixed numbers
+    --strategy clasp   policy/adaptive.py, ours: the default, unless flags name all four of the
+                       paper's numbers
+    --strategy paper   speculative.Paper, by fixed numbers; with --probe R its layers are chosen by
+                       R tokens (policy/probe.py)
     --strategy ar      nobody: plain decoding, a token per pass
+
+A Job (command/job.py) holds what the flags ask for: model, settings, costs of passes. `agreed` is
+for several GPUs, whose processes compare their rounds; of one process it passes them on.
 """
 import os
 import sys

@@ -15,7 +15,7 @@ Glossary
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (J, width) the states g[i, 0 .. J-1] of one row; it has J = min(i, M) + 1 cells
+    g        (J, width) the states g[i, 0 .. J-1] of one row; row i has min(i, M) + 1 of them
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
 Why at the same depth: a beginning can be judged before its end is known, and a state that is near
@@ -24,7 +24,7 @@ keeps one state, the nearest so far, although a farther one might come out neare
 
 The verify pass has just computed h. The cost is L calls of f with at most M+1 states. Column 0 is a
 check alone: it runs layer i-1 on the full model's own h[i-1], which must give h[i] and a cosine of
-1. If it does not, f does not see the text that the verify saw.
+1. If it does not, f does not see the text that the verify saw; whoever reads the table can tell.
 """
 import itertools
 import signal
@@ -114,10 +114,10 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     D[0, 0] = 1.0
     g = h[:1]
     for i in range(1, L + 1):
-        J = len(g)                                     # cells 0 .. J-1 of row i-1
+        J = len(g)                                     # so many cells has row i-1
         after = run_layer(i - 1, g)                    # (J, width)
-        run = near(after, h[i])                        # (J,) cells 0 .. J-1 of row i, by running
-        skip = near(g, h[i])                           # (J,) cells 1 .. J, by skipping
+        run = near(after, h[i])                        # (J,) cell j there leads to cell j here,
+        skip = near(g, h[i])                           # (J,) or, by skipping, to cell j+1
         # Cells 1 .. J-1 can be reached both ways. Cell 0 skips nothing: it is the full model's.
         run_wins = run[1:] > skip[:-1]                 # strict: a tie skips
         D[i, 0] = run[0]

@@ -141,9 +141,10 @@ class Chance:
 
 class Paper:
     """What the paper decides by fixed numbers. Another policy may take its place (see policy/). A
-    round calls the four methods in their order. Two are questions and change nothing: `goes_on` and
-    `due`. Their answers decide how many tokens are drafted and when layers are chosen, never what
-    becomes of a drafted token. So no policy can change the distribution.
+    round reads `skip`, asks `goes_on` before each token of a draft, tells `judged` what came of it,
+    asks whether layers are `due` and, if so, has them `optimise`d. The questions change nothing.
+    The answers say how many tokens are drafted, by which layers, never what becomes of a drafted
+    token: so no policy that leaves the cache's entries of the text alone changes the distribution.
 
     skip     the layers that the next draft leaves out, one flag each
     slots    of the cache behind the text, for the candidates of the dynamic program"""
@@ -196,7 +197,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
              policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
     Exactly the full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`)
-    decide. Raises FloatingPointError if the full model's logits are not finite numbers."""
+    decide. Raises FloatingPointError where logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
     text = list(prompt)
@@ -223,7 +224,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         #    overwrites the draft's entries in the cache, and fills those of skipped layers.
         k = len(drafted)
         h = read(model, text[cached:] + drafted, cached, cache)
-        h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk
+        h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk;
+                                                       # in the prefill the prompt's last token
         logits = model.head(h[-1])
         if not logits.isfinite().all():
             raise FloatingPointError("the model's logits are not finite numbers: damaged weights?")
@@ -243,7 +245,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, D)
-            choice = policy.optimise(choose, model, cache, text[:-1], probe)
+            choice = policy.optimise(choose, model, cache, text[:-1], probe)    # up to the probe
         seconds = (drafting - began, verifying - drafting, _clock(model) - verifying)
         yield Round(start, skip, drafted, confidence, accepted, emitted, choice, seconds)
         if done:
