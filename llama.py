@@ -26,7 +26,6 @@ rejected draft is therefore arithmetic: what lies behind is overwritten before a
 """
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import warnings
@@ -276,7 +275,12 @@ class Llama:
 # ---------------------------------------------------------------------------- files of a model
 
 class ModelError(Exception):
-    """What is wrong with a model folder or with what is asked of it, in one line for its user."""
+    """What is wrong with a model folder or with what is asked of it, in one line for its user.
+    `path`: the file that could not be read, if that is what is wrong."""
+
+    def __init__(self, line: str, path: Path | None = None) -> None:
+        super().__init__(line)
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -344,27 +348,7 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        raise ModelError(f"{path}: cannot be read as a JSON object: {why}{instead(path)}") from None
-
-
-# What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.
-INSTEAD = {"snapshots/*/config.json": "of a hub cache: take the folder that it is in",
-           "params.json": "of Meta's own files: take Hugging Face's",
-           "*.gguf": "which is not read: take a folder of safetensors",
-           "pytorch_model*.bin": "which is not read: convert it to safetensors"}
-
-
-def instead(path: Path) -> str:
-    """What stands in the place of a file that cannot be read, in words to add; "" if unknown."""
-    with contextlib.suppress(OSError):
-        if path.is_file():
-            with open(path, "rb") as file:
-                pointer = file.read(23) == b"version https://git-lfs"
-            return "; it is a pointer of Git LFS: git lfs pull" if pointer else ""
-        for pattern, what in INSTEAD.items():
-            for other in sorted(path.parent.glob(pattern))[:1]:
-                return f"; there is {other.relative_to(path.parent)}, {what}"
-    return ""
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}", path) from None
 
 
 def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -384,7 +368,7 @@ def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: missing, broken or cut short: {e}{instead(path)}") from None
+            raise ModelError(f"{path}: missing, broken or cut short: {e}", path) from None
         for name in file.keys():
             where = folder / home[name] if name in home else path
             # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.

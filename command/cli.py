@@ -2,6 +2,7 @@
 own name, and every end has its exit status. Serves the main command and those of bench/, oracle/.
 """
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -87,6 +88,26 @@ def open_streams() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
 
 
+# What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.
+INSTEAD = {"snapshots/*/config.json": "of a hub cache: take the folder that it is in",
+           "params.json": "of Meta's own files: take Hugging Face's",
+           "*.gguf": "which is not read: take a folder of safetensors",
+           "pytorch_model*.bin": "which is not read: convert it to safetensors"}
+
+
+def instead(path: Path) -> str:
+    """What stands in the place of a file that cannot be read, in words to add; "" if unknown."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                pointer = file.read(23) == b"version https://git-lfs"
+            return "; it is a pointer of Git LFS: git lfs pull" if pointer else ""
+        for pattern, what in INSTEAD.items():
+            for other in sorted(path.parent.glob(pattern))[:1]:
+                return f"; there is {other.relative_to(path.parent)}, {what}"
+    return ""
+
+
 def answer(work: Callable[[], int]) -> int:
     """Run a command; its exit status, or for what stopped it one line and 1 (model, memory, file),
     2 (usage), 130 (Ctrl-C) or 141 (the reader of our output has gone)."""
@@ -105,6 +126,8 @@ def answer(work: Callable[[], int]) -> int:
         if isinstance(e, RuntimeError) and not out_of_memory(e):
             raise
         line = str(e).strip().replace("\n", " ")
+        if isinstance(e, ModelError) and e.path:
+            line += instead(e.path)
         print(f"{name}: {line or 'out of memory'}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llama
+from command.cli import instead
 from tests.slow_llama import (AS_4, AS_5, BASE, IDS, INDEX, SCALED, passes, random_checkpoint,
                                reference, same, sizes, worst_error)
 from text.safetensors_file import save
@@ -19,11 +20,11 @@ with_llama3 = pytest.mark.skipif(not LLAMA3, reason="CLASP_LLAMA3 names no folde
 
 
 def complaint(call, *args):
-    """What `call` says when it refuses a model: a ModelError of one line."""
+    """What a command says when `call` refuses a model: a ModelError of one line."""
     with pytest.raises(llama.ModelError) as e:
         call(*args)
     assert str(e.value) and "\n" not in str(e.value)
-    return str(e.value)
+    return str(e.value) + (instead(e.value.path) if e.value.path else "")
 
 
 def configure(**overrides):

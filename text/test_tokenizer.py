@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from command.cli import instead
 from command.flags import DEMO
 from llama import ModelError
 from text.record import (FOLDERS, RANKS, RENAMED, TEXTS, V, specials, token, tokenizer_json,
@@ -24,7 +25,7 @@ def complaint(call, *args):
     with pytest.raises(ModelError) as e:
         call(*args)
     assert str(e.value) and "\n" not in str(e.value)
-    return str(e.value)
+    return str(e.value) + (instead(e.value.path) if e.value.path else "")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiktoken
 
-from llama import ModelError, instead, read_json
+from llama import ModelError, read_json
 
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -197,7 +197,7 @@ def _ranks_of_meta(path: Path) -> Ranks:
         ranks = {base64.b64decode(t, validate=True): int(r) for t, r in rows}
     except ValueError as e:
         raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3, base64 and rank per line: "
-                         f"{e}{instead(path)}") from None
+                         f"{e}", path) from None
     spare = (f"<|reserved_special_token_{n}|>" for n in range(256))
     plain = dict.fromkeys(OPTIONS, False)
     return ranks, {NAMED.get(i) or next(spare): plain | dict(special=True, id=len(ranks) + i)
