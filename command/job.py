@@ -73,11 +73,9 @@ class Job:
         N = 128 if a.max_new_tokens is None else a.max_new_tokens
         self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
                                  **({} if self.adaptive else self.named))
-        self.plain = replace(self.settings, K=0, M=0)
         self.length = N                                # of a text and its prompt
         self.load_seconds = 0.0
         self.measure_seconds = 0.0
-        self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
         self.guessed = False                           # are the costs?
         self.costs = self.known_costs() if self.adaptive else None
 
@@ -153,6 +151,7 @@ class Job:
         """What passes cost: as a file says, or an earlier run measured, or else a guess."""
         if self.a.costs:
             return costs.load(self.a.costs, self.cfg.L, self.K)
+        self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
         if os.path.exists(self.shelf):                 # False where one may not look
             with contextlib.suppress(ModelError):      # a table cut short is measured again
                 return costs.load(str(self.shelf), self.cfg.L, self.K)
@@ -179,8 +178,8 @@ class Job:
     def enough_memory(self) -> Iterator[None]:
         """For what weights and cache do not fit into, found beforehand or by who allocates."""
         c = self.cfg
-        layer = c.D * (2 * c.H + 2 * c.G) * c.hd + 3 * c.D * c.ffn
-        weights = (c.L * layer + (2 - c.tied) * c.V * c.D) * self.dtype.itemsize
+        numbers = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
+        weights = numbers * self.dtype.itemsize
         cache = 2 * c.L * c.G * c.hd * self.length * self.dtype.itemsize
         short = ModelError(f"out of memory: the weights take {weights / 1e9:.1f} GB in "
                            f"{str(self.dtype).removeprefix('torch.')}, the cache of {self.length} "
@@ -225,6 +224,11 @@ class Job:
         """The rounds of a run; where several processes share it, only if all agree on them."""
         with self.enough_memory():
             yield from rounds
+
+    @property
+    def plain(self) -> Settings:
+        """The settings of plain decoding."""
+        return replace(self.settings, K=0, M=0)
 
     def report(self) -> dict:
         """The settings as --json prints them."""
@@ -275,7 +279,6 @@ class Job:
         if self.a.max_new_tokens is None:
             N = max(1, min(N, context - len(ids)))
             self.settings = replace(self.settings, N=N)
-            self.plain = replace(self.plain, N=N)
         if max(ids) >= V:
             raise UsageError(f"token {max(ids)} is not in the model's vocabulary of {V}")
         if len(ids) + N > context:

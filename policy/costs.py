@@ -26,12 +26,17 @@ def fill(points: dict[int, float], size: int) -> list[float]:
     return out
 
 
+def layer_weights(c: Config) -> int:
+    """How many numbers the matrices of one layer hold."""
+    return 2 * c.D * (c.H + c.G) * c.hd + 3 * c.D * c.ffn
+
+
 def guess(c: Config, K: int) -> dict[str, Any]:
     """The tables of a model that has not run yet. Of a draft step by bytes, which was right to .03
     on a CPU: the layers that it runs, and the head. A verify at the price of a plain step, so that
     what does not pay by this guess does not pay."""
-    layer = c.D * (c.H + 2 * c.G) * c.hd + c.H * c.hd * c.D + 3 * c.D * c.ffn
-    layers = c.L * layer / (c.L * layer + c.V * c.D)   # their share of what a plain step reads
+    run = c.L * layer_weights(c)
+    layers = run / (run + c.V * c.D)                   # their share of what a plain step reads
     return dict(draft=fill({0: 1.0, c.L: 1 - layers}, c.L + 1), verify=[1.0] * (K + 2),
                 optimise=2.0)
 
