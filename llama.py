@@ -275,12 +275,7 @@ class Llama:
 # ---------------------------------------------------------------------------- files of a model
 
 class ModelError(Exception):
-    """What is wrong with a model folder or with what is asked of it, in one line for its user.
-    `path`: the file that could not be read, if that is what is wrong."""
-
-    def __init__(self, line: str, path: Path | None = None) -> None:
-        super().__init__(line)
-        self.path = path
+    """What is wrong with a model folder or with what is asked of it, in one line for its user."""
 
 
 @dataclass(frozen=True)
@@ -305,12 +300,12 @@ class Config:
         name: a setting silently ignored gives a model silently wrong. Raises ModelError."""
         path = Path(folder) / "config.json"
         c = {key: v for key, v in read_json(path).items() if v is not None}  # null is "not given"
-        # 4 has rope_theta beside rope_scaling, whose rope_type was once called type; 5 has all in
-        # rope_parameters. Reading the old spelling alone would give a new file theta 10000.
+        # Transformers 4 has rope_theta beside rope_scaling, 5 has all in rope_parameters. To read
+        # the old spelling alone would give a new file theta 10000.
         for name in ("rope_scaling", "rope_parameters"):
             rope = c.get(name, {})
             c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
-        if "rope_type" not in c:
+        if "rope_type" not in c:                       # it was once called type
             c["rope_type"] = c.get("type", None if "factor" in c else "default")
         supported = dict(
             architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
@@ -326,9 +321,11 @@ class Config:
                 raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
             return kind(value)
 
-        scaling = c["rope_type"] == "llama3" and (
-            number("factor", kind=float), number("low_freq_factor", kind=float),
-            number("high_freq_factor", kind=float), number("original_max_position_embeddings"))
+        scaling = None
+        if c["rope_type"] == "llama3":
+            scaling = (number("factor", kind=float), number("low_freq_factor", kind=float),
+                       number("high_freq_factor", kind=float),
+                       number("original_max_position_embeddings"))
         D = number("hidden_size")
         H = number("num_attention_heads")
         cfg = cls(L=number("num_hidden_layers"), D=D, H=H, G=number("num_key_value_heads", H),
@@ -336,44 +333,42 @@ class Config:
                   V=number("vocab_size"), eps=number("rms_norm_eps", 1e-6, float),
                   context=number("max_position_embeddings", 2048),
                   tied=c.get("tie_word_embeddings", False),
-                  theta=number("rope_theta", 1e4, float), scaling=scaling or None)
+                  theta=number("rope_theta", 1e4, float), scaling=scaling)
         if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
             raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
         return cfg
 
 
 def read_json(path: Path) -> dict:
-    """A file with one JSON object; whatever is wrong with it as a ModelError."""
+    """A file with one JSON object. Raises ModelError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        raise ModelError(f"{path}: cannot be read as a JSON object: {why}", path) from None
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}") from None
 
 
 def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """name -> what reads it from the memory-mapped file that has it: model.safetensors, or the
-    shards of an index, which says in which of them a tensor counts."""
+    """name -> what reads it from a memory-mapped file: from model.safetensors or, without one, from
+    the shard in which its index says that this tensor counts. Raises ModelError."""
+    files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    paths = [folder / "model.safetensors"]
     home = {}
-    if index.exists() and not paths[0].exists():
+    if index.exists() and not (folder / files[0]).exists():
         home = read_json(index).get("weight_map", {})
-        try:
-            paths = sorted({folder / file for file in home.values()})
-        except (AttributeError, TypeError):
-            raise ModelError(f"{index}: weight_map does not say where tensors are") from None
+        if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
+            raise ModelError(f"{index}: weight_map does not say where tensors are")
+        files = sorted(set(home.values()))
     found = {}
-    for path in paths:
+    for file in files:
         try:
-            file = safe_open(path, framework="pt")
+            weights = safe_open(folder / file, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: missing, broken or cut short: {e}", path) from None
-        for name in file.keys():
-            where = folder / home[name] if name in home else path
+            raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
+        for name in weights.keys():
             # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
-            if where == path and not name.endswith("rotary_emb.inv_freq"):
-                found[name] = partial(file.get_tensor, name)
+            if home.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
+                found[name] = partial(weights.get_tensor, name)
     return found
 
 
