@@ -1,5 +1,4 @@
-"""LLaMA-3 from its published weights: rows, cache, forward pass; behind them configuration and
-loading. Batch of one.
+"""LLaMA-3 from its published weights: rows, cache, forward pass; then configuration and loading.
 
 **The one idea.** A pass takes T token *rows*. A row does not know whether it is being decoded,
 verified or tried out; it is told three things about itself, and one attention routine serves every
@@ -11,10 +10,9 @@ pass of the method (`python llama.py` draws them):
     candidates of the DP       J       t for all        t+1, t+2, ...          0 .. t-1 and its own
 
 The third line is the interesting one: J candidates for the state of the *same* token, none of which
-may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6,
-"sequence parallel" with a specialised mask).
+may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6).
 
-Glossary (8B in brackets)
+Glossary (8B in brackets; more at `Config`)
     L    decoder layers [32]                D     width of the residual stream [4096]
     H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
     hd   head size [128]                    V     vocabulary [128256]
@@ -31,7 +29,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,16 +232,15 @@ class Llama:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
         if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
-            other = left.pop("lm_head.weight")
-            table = left.setdefault("model.embed_tokens.weight", other)
-            if not table().equal(other()):
+            table = left.pop("lm_head.weight")
+            if not left.setdefault("model.embed_tokens.weight", table).equal(table):
                 raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                                  "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
             if name not in left:
                 raise ModelError(f"{folder}: the weights lack {name}")
-            got = left.pop(name)()
+            got = left.pop(name)
             if got.shape != shape or not got.is_floating_point():
                 raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                                  f"config.json these are floats of shape {list(shape)}")
@@ -348,9 +344,10 @@ def read_json(path: Path) -> dict:
         raise ModelError(f"{path}: cannot be read as a JSON object: {why}") from None
 
 
-def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """name -> what reads it from a memory-mapped file: from model.safetensors or, without one, from
-    the shard in which its index says that this tensor counts. Raises ModelError."""
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights by name, in memory-mapped files: what is not used is not read. They are those of
+    model.safetensors or, without one, of the shards, whose index says in which a weight counts.
+    Raises ModelError."""
     files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     home = {}
@@ -368,7 +365,7 @@ def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         for name in weights.keys():
             # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
             if home.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
-                found[name] = partial(weights.get_tensor, name)
+                found[name] = weights.get_tensor(name)
     return found
 
 
