@@ -22,9 +22,9 @@ Why at the same depth: what the remaining layers will do is not known yet, but f
 h[i] they mostly lead to one near to h[L]. Why approximate (§3.5): a cell keeps one state, the
 nearest so far, although a farther one might come out nearer in the end.
 
-The cost is L calls of f with at most M+1 states; h the verify has just computed. Column 0 is a check
-alone: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of 1. If it does
-not, f does not see the text that the verify saw.
+The cost is L calls of f with at most M+1 states; h the verify has just computed. The cosines of
+column 0 are a check: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of
+1. If it does not, f does not see the text that the verify saw.
 """
 import itertools
 import signal
@@ -114,13 +114,13 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     D[0, 0] = 1.0
     g = h[:1]
     for i in range(1, L + 1):
-        J = min(i, M) + 1                              # so many cells has row i
+        J = min(i, M) + 1                              # cells of row i; g has those of row i-1
         after = run_layer(i - 1, g)
-        # Both ways into the cells of row i: run from the cell above, skip from the one left of it.
+        # Two ways lead to cell j: to run, from cell j of the row above; to skip, from its cell j-1.
         run = F.pad(near(after, h[i]), (0, 1), value=-inf)[:J]              # (J,)
         skip = F.pad(near(g, h[i]), (1, 0), value=-inf)[:J]                 # (J,)
         run_wins = run > skip                          # strict: a tie skips
-        run_wins[0] = True                             # the cell that skips nothing
+        run_wins[0] = True                             # it skips nothing, even where run is nan
         D[i, :J] = torch.where(run_wins, run, skip)
         skipped[i, :J] = ~run_wins
         g_run = F.pad(after, (0, 0, 0, 1))[:J]                              # (J, width)

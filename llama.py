@@ -12,12 +12,11 @@ pass of the method (`python llama.py` draws them):
 The third line is the interesting one: J candidates for the state of the *same* token, none of which
 may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6).
 
-Glossary (8B in brackets; more at `Config`)
-    L    decoder layers [32]                D     width of the residual stream [4096]
-    H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
-    hd   head size [128]                    V     vocabulary [128256]
-    T    rows of a pass, the first at t     S     slots of the cache; a pass looks at the first W
-    h[i] the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
+Glossary, beside the sizes that `Config` has
+    T, t  rows of a pass; the position of the first
+    S, W  slots of the cache; how many of them, from the first on, a pass looks at
+    R     query heads that share a key/value head, H / G
+    h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
 The model owns weights and nothing else; `Cache` stores; the caller counts positions. To roll back a
 rejected draft is therefore arithmetic: what lies behind is overwritten before anyone may read it.
@@ -82,13 +81,13 @@ class Cache:
 
     def candidates(self, t: int, J: int) -> Rows:
         """J candidates for the state of the token at position t (§3.6). Each has its position,
-        writes a scratch slot behind it, and reads the slots before the token and its own. So the
-        full model's entry for the token is neither read, or the token would be seen twice, nor
-        harmed."""
+        writes one of the slots behind it, where no text is yet, and reads those before the token
+        and its own. So the full model's entry for the token is neither harmed nor read: the token
+        would be seen twice."""
         assert t + J < self.S, f"{J} slots behind {t} in a cache of {self.S}"
-        visible = self.slot[:t + 1 + J]
-        slots = visible[t + 1:]
-        may_read = (visible < t) | (visible == slots[:, None])                  # (J, W)
+        slot = self.slot[:t + 1 + J]
+        slots = slot[t + 1:]
+        may_read = (slot < t) | (slot == slots[:, None])                        # (J, W)
         position = torch.full_like(slots, t)
         return self.rows(position, slots, may_read)
 
@@ -203,9 +202,8 @@ class Llama:
         h = [F.embedding(ids, self.embed)]                                  # (T, D)
         for i in range(self.cfg.L):
             if skip and skip[i]:
-                # The residual stream flows past, and this layer writes nothing into its cache. No
-                # later step of the draft misses it, for all of them skip the same layers; and the
-                # verify runs every layer over these slots before anyone reads there.
+                # The residual stream flows past. Nobody reads the hole that stays in this layer's
+                # cache: a whole draft skips the same layers, and the verify fills it.
                 h.append(h[i])
             else:
                 h.append(self.layer(i, h[i], rows, cache))
@@ -225,15 +223,16 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
-        `device` in `dtype` (default: bfloat16 on a GPU, else float32); every tensor is used exactly
-        once, or what `part(name, tensor)` makes of it (gpu/: a share). Raises ModelError."""
+        `device` in `dtype` (default: bfloat16 on a GPU, else float32). Every tensor is used exactly
+        once, as `part(name, tensor)` returns it. Raises ModelError."""
         c = Config.load(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
         if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
             table = left.pop("lm_head.weight")
-            if not left.setdefault("model.embed_tokens.weight", table).equal(table):
+            embed = left.setdefault("model.embed_tokens.weight", table)
+            if not embed.equal(table):
                 raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                                  "though config.json ties them")
 
@@ -345,9 +344,9 @@ def read_json(path: Path) -> dict:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights by name, in memory-mapped files: what is not used is not read. They are those of
-    model.safetensors or, without one, of the shards, whose index says in which a weight counts.
-    Raises ModelError."""
+    """The weights by name, of model.safetensors or, without one, of shards. If several shards have
+    a tensor, their index says which counts. The files are mapped into memory: they are read where
+    a tensor is used. Raises ModelError."""
     files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     home = {}

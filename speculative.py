@@ -11,14 +11,14 @@ The sum is p, whatever q was: a bad draft costs time, never truth. Three things 
 
     - one function (`probabilities`) turns logits into p and into q;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To throw it away unjudged would make it rarer than p says;
+      harmless. To throw one away for what it is, or for what came after it, makes it too rare;
     - rejected tokens leave nothing behind that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
-    D          width of the model's states h[0..L], L the number of its layers
+    L, D       layers of the model; width of its states h[0..L]
     own        the token that the full model adds behind the accepted ones: a correction or a bonus
     probe      the last accepted token or, if there is none, the one before the draft: the last that
                the full model has read and kept. Its states choose the layers
@@ -28,6 +28,7 @@ This file knows no LLaMA and no dynamic program. A model and its cache are anyth
 of those in llama.py; `choose` is called as dp_layer_skip.choose_skip is.
 """
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -50,10 +51,10 @@ class Settings:
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 0                  # 0 is plain decoding
+    K: int = 0                  # 0 is plain decoding (this and what follows is read by Paper)
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
-    interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
+    interval: int = 16          # verifications from one layer optimisation to the next
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1, self
@@ -116,7 +117,7 @@ class Chance:
     """A seeded generator, on the host: a seed means the same uniforms on every device."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)        # 32 bits of the seed count
+        self.generator = torch.Generator().manual_seed(seed)
 
     def uniform(self) -> float:
         """u in [0, 1), 53 random bits."""
@@ -128,9 +129,10 @@ class Chance:
 
     def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (), an id
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
-        total; -1 if p holds no number above 0. It stays where p is: to read it, the host waits."""
+        total; -1 if p holds no number above 0. It is left on p's device: to read it is to wait."""
         cdf = p.cumsum(0, dtype=torch.float64)
-        cdf = torch.where(p > 0, cdf, 0)               # summed in parallel, it may fall by rounding
+        # Summed in parallel it may rise or fall by rounding, even at a token of probability 0.
+        cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > self.uniform() * cdf.amax()
         return torch.where(exceeds.any(), exceeds.int().argmax(), -1)
 
@@ -139,14 +141,14 @@ class Paper:
     """The policy of the paper: fixed numbers. Another may take its place (policy/). A round reads
     `skip`, the layers that the draft leaves out, asks `goes_on` before each token, tells `judged`
     what came of them, asks whether layers are `due` and, if so, lets them be `optimise`d. A policy
-    says how many tokens are drafted, by which layers, never what becomes of one: so none that leaves
-    the cache's entries of the text alone, and uses slots behind it only, changes what is written."""
+    says how many tokens are drafted and by which layers, never what becomes of one. So it cannot
+    change the distribution, if it writes no slots of the cache but the `slots` behind the text."""
 
     def __init__(self, s: Settings, L: int) -> None:
         assert s.M <= L, f"{s.M} of {L} layers cannot be left out"
         self.s = s
         self.skip = (False,) * L
-        self.slots = s.M + 1                           # of the cache, behind the text
+        self.slots = s.M + 1
 
     def goes_on(self, confidence: list[float]) -> bool:
         """Shall one more token be drafted? confidence: of those drafted so far in this round."""
@@ -225,7 +227,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
             emitted.pop()                              # nothing follows a stop token
         text += emitted
         done = len(text) == end or text[-1] in s.stop_ids
-        # The whole rollback: entries behind this slot are overwritten before anyone may read them.
+        # The whole rollback: entries from this slot on are overwritten before anyone reads them.
         cached = len(text) - 1                         # the last token has not been read
         verifying = _clock(model)
 
@@ -255,8 +257,9 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         q.append(probabilities(logits, s))
         last = chance.draw(q[-1])[None]
         sure = logits.softmax(-1).amax()[None]
-        token, top = torch.cat((last, sure)).tolist()  # together: a GPU is waited for once
-        if token < 0:
+        # Together, for a GPU is waited for; as float32 an id below 2^24 is exact.
+        token, top = torch.cat((last, sure)).tolist()
+        if math.isnan(top):
             raise FloatingPointError(NOT_FINITE)
         drafted.append(int(token))
         confidence.append(top)
