@@ -2,13 +2,11 @@
 stale."""
 import pytest
 
-import dp_layer_skip
 import policy.test_exact
 import speculative
 import test_clasp
 import tests.test_numerics
 import tests.test_printed  # noqa: F401
-from dp_layer_skip import choose_skip
 from speculative import acceptance
 from tests.wrong_programs import HELD, NAMED, WRONG, Stale, altered, edit, put, rejects, running
 
@@ -30,10 +28,6 @@ def test_a_wrong_program_is_in_place_wherever_it_was_imported_and_only_for_a_whi
             assert speculative.acceptance is not right
             assert acceptance is speculative.acceptance is test_clasp.acceptance
         assert acceptance is speculative.acceptance is test_clasp.acceptance is right
-    cosine = dp_layer_skip.cosine
-    with running("the cosine is bfloat16"):
-        assert choose_skip.__defaults__ == (dp_layer_skip.cosine,) != (cosine,)
-    assert choose_skip.__defaults__ == (cosine,)
 
 
 def test_a_change_whose_place_is_gone_is_no_rejection():
