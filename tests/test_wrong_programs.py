@@ -1,5 +1,4 @@
-"""The table of wrong programs is a good one: each is held against a test, and none is
-stale."""
+"""The table of wrong programs is a good one: each is held against a test, and none is stale."""
 import pytest
 
 import policy.test_exact
@@ -12,15 +11,14 @@ from tests.wrong_programs import HELD, NAMED, WRONG, Stale, altered, edit, put, 
 
 
 def test_every_wrong_program_is_rejected_by_some_test():
-    """Rejects a row that no test is held against, two rows of one name, and a name that no
-    row has. (The tests above are imported for what `@rejects` notes.)"""
+    """Rejects a row that no test is held against, two rows of one name, and a name that no row has.
+    (The tests above are imported for what `@rejects` notes.)"""
     assert HELD == NAMED.keys()
     assert len(NAMED) == sum(map(len, WRONG.values()))
 
 
 def test_a_wrong_program_is_in_place_wherever_it_was_imported_and_only_for_a_while():
-    """Rejects a table that judges the right program by mistake, or leaves a wrong one
-    behind."""
+    """Rejects a table that judges the right program by mistake, or leaves a wrong one behind."""
     right = speculative.acceptance
     for change in (put(speculative, "acceptance", lambda p, q: p),
                    edit(speculative, "acceptance", ("clamp(max=1)", "clamp(max=2)"))):

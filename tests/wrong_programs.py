@@ -126,7 +126,6 @@ sp = types.SimpleNamespace(**vars(speculative))
 ll = types.SimpleNamespace(**vars(llama))
 load = Config.load
 optimise = Paper.optimise
-uniform = Chance.uniform
 
 
 # --------------------------------------------------------------------------- the dynamic program
@@ -135,14 +134,6 @@ def recurrence(right, wrong):
     """An error of the cell at a time, in the place of the row at a time too: so that their being
     equal is no defence."""
     return edit(dp_layer_skip, "choose_skip_plain", (right, wrong), into=["choose_skip"])
-
-
-def narrow_cosine(a, b):
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-30)
-
-
-def bare_cosine(a, b):
-    return (a * b).double().sum(-1) / (a.double().norm(dim=-1) * b.double().norm(dim=-1))
 
 
 def calling(how):
@@ -166,8 +157,10 @@ DYNAMIC_PROGRAM = {
         dp_layer_skip, "table", ("run[1:] > skip[:-1]", "~(run[1:] <= skip[:-1])")),
     "the way back reads one row early": edit(
         dp_layer_skip.Choice, "skip", ("self.skipped[i][j]", "self.skipped[i - 1][j]")),
-    "the cosine is as wide as the states": put(dp_layer_skip, "cosine", narrow_cosine),
-    "a zero state has no cosine": put(dp_layer_skip, "cosine", bare_cosine),
+    "the cosine is as wide as the states": edit(
+        dp_layer_skip, "cosine", ("torch.promote_types(a.dtype, torch.float32)", "a.dtype")),
+    "a zero state has no cosine": edit(
+        dp_layer_skip, "cosine", (".clamp_min(torch.finfo(wide).tiny)", "")),
     "a call for every cell": calling(lambda f, i, g: torch.cat([f(i, x[None]) for x in g])),
     "the host waits for every layer": calling(lambda f, i, g: f(i, g) if g.isfinite().all() else g),
     "the stars stand one row early": edit(
@@ -178,13 +171,12 @@ DYNAMIC_PROGRAM = {
 
 # ------------------------------------------------------------------------------ sampler and loop
 
-def the_rejecting_uniform_again(patch):
-    def accept(self, a):
-        self.kept = uniform(self)
-        return self.kept < a
-
-    put(Chance, "accept", accept)(patch)
-    put(Chance, "uniform", lambda self: self.__dict__.pop("kept", None) or uniform(self))(patch)
+def accept_or_take_back(self, a):
+    state = self.generator.get_state()
+    accepted = self.uniform() < a
+    if not accepted:
+        self.generator.set_state(state)
+    return accepted
 
 
 def argmax_draft(*how):
@@ -199,21 +191,6 @@ def dropping_doubtful(model, cache, text, most, skip, s, policy, chance):
     return drafted, q, confidence
 
 
-def judge_what_is_likely(p, q, drafted, chance):
-    k = len(drafted)
-    while k > 0 and p[k - 1, drafted[k - 1]] < 0.2:
-        k -= 1
-    return sp.judge(p[:k + 1], q[:k], drafted[:k], chance)
-
-
-def verifying(other):
-    """`probabilities`, where those of a verify (T, V) are other(p, logits, s)."""
-    def probabilities(logits, s):
-        p = sp.probabilities(logits, s)
-        return other(p, logits, s) if logits.dim() == 2 else p
-    return put(speculative, "probabilities", probabilities)
-
-
 def top_k_by_id(logits, s):
     V = logits.shape[-1]
     kept = logits.argsort(dim=-1, descending=True, stable=True)[..., :min(s.top_k or V, V)]
@@ -225,10 +202,6 @@ def top_p_first(logits, s):
     p = sp.probabilities(logits, replace(s, temperature=float(s.temperature > 0)))
     p = p ** (1 / (s.temperature or 1))
     return p / p.sum(-1, keepdim=True)
-
-
-def top_p_and_one_more(logits, s):
-    return sp.probabilities(logits, replace(s, top_p=min(1, s.top_p + 1e-9)))
 
 
 def read_beside_the_drafts(model, tokens, t, cache):
@@ -256,8 +229,8 @@ def normed(self, choose, model, cache, text, h):
 SAMPLER_AND_LOOP = {
     "residual = p": put(speculative, "residual", lambda p, q: p),
     "residual through a softmax": put(speculative, "residual", lambda p, q: (p - q).softmax(-1)),
-    "a residual of no mass is no number": put(
-        speculative, "residual", lambda p, q: (p - q).clamp(0) / (p - q).clamp(0).sum()),
+    "a residual of no mass is no number": edit(
+        speculative, "residual", ("torch.where(mass > 0, owed / mass, p)", "owed / mass")),
     "lenient acceptance": put(
         speculative, "acceptance", lambda p, q: (1.3 * p.double() / q).clamp(max=1)),
     "accepts at u = a": put(Chance, "accept", lambda self, a: self.uniform() <= a),
@@ -265,23 +238,24 @@ SAMPLER_AND_LOOP = {
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
         Chance, "uniform", lambda self: torch.rand((), generator=self.generator).item()),
-    "the correction is drawn with the uniform that rejected": the_rejecting_uniform_again,
+    "the correction is drawn with the uniform that rejected": put(
+        Chance, "accept", accept_or_take_back),
     "argmax draft scored with a softmax q": put(speculative, "draft", argmax_draft),
     "q at temperature 1": edit(
         speculative, "draft",
         ("drafted.append(last)", "drafted.append(last)\n        q[-1] = logits.softmax(-1)")),
-    "p without the filters": verifying(
-        lambda p, logits, s: sp.probabilities(logits, replace(s, top_k=0, top_p=1))),
-    "bonus from unfiltered logits": verifying(
-        lambda p, logits, s: torch.cat((p[:-1], logits[-1:].softmax(-1)))),
+    "p without the filters": loop(
+        ("p = probabilities(logits, s)",
+         "p = probabilities(logits, Settings(temperature=s.temperature))")),
+    "bonus from unfiltered logits": loop(
+        ("p = probabilities(logits, s)",
+         "p = probabilities(logits, s)\n        p[-1] = logits[-1].softmax(-1)")),
     "bonus from the row before": edit(speculative, "judge", ("else p[k]", "else p[max(k - 1, 0)]")),
     "top-k cuts ties by id": put(speculative, "probabilities", top_k_by_id),
     "top-p before temperature": put(speculative, "probabilities", top_p_first),
-    "top-p keeps one more where the mass is reached": put(
-        speculative, "probabilities", top_p_and_one_more),
+    "top-p keeps one more where the mass is reached": edit(
+        speculative, "probabilities", ("before < max(", "before <= max(")),
     "doubtful tokens are thrown away": put(speculative, "draft", dropping_doubtful),
-    "a policy looks at p before a token is judged": put(
-        speculative, "judge", judge_what_is_likely),
     "a policy can reach into the text": loop(("cache, text[:-1], probe", "cache, text, probe")),
     "drafting goes on behind a stop token": put(
         speculative, "draft",
@@ -306,30 +280,20 @@ SAMPLER_AND_LOOP = {
     "the probe is the last drafted token": loop(("x[accepted] for", "x[-1] for")),
     "the probe is the token before the round": loop(("x[accepted] for", "x[0] for")),
     "h[L] comes after the final norm": put(Paper, "optimise", normed),
-    "the verify's seconds are the draft's too": loop(("verifying - drafting,", "verifying - began,")),
+    "the verify's seconds are the draft's too": loop(
+        ("verifying - drafting,", "verifying - began,")),
 }
 
 
 # ----------------------------------------------------------------------------------------- LLaMA
 
-def candidates(position=lambda t, slots: t + 0 * slots, first=1,
-               may_read=lambda slot, slots, t: (slot < t) | (slot == slots)):
-    """Cache.candidates, where one thing that the rows are told is another."""
-    def wrong(self, t, J):
-        slot = self.slot[:t + 1 + J]
-        slots = slot[t + first:][:J]
-        reads = may_read(slot, slots[:, None], t).expand(J, -1)
-        return self.rows(position(t, slots), slots, reads)
-    return put(Cache, "candidates", wrong)
-
-
 def interleaved(x, rows):
-    half = x.shape[-1] // 2
-    cos = rows.cos[..., :half]
-    sin = rows.sin[..., half:]
-    a = x[..., 0::2]
-    b = x[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type(x.dtype)
+    halves = ll.rotate(torch.cat((x[..., 0::2], x[..., 1::2]), -1), rows)
+    return torch.stack(halves.chunk(2, -1), -1).flatten(-2)
+
+
+def candidates(right, wrong):
+    return edit(Cache, "candidates", (right, wrong))
 
 
 def queries_dealt_in_turn(w, x, rows, keys, values, c, eps):
@@ -339,16 +303,17 @@ def queries_dealt_in_turn(w, x, rows, keys, values, c, eps):
 
 
 LLAMA = {
-    "candidates see one another": candidates(may_read=lambda slot, slots, t: slot + 0 * slots != t),
-    "one position too far": candidates(position=lambda t, slots: t + 1 + 0 * slots),
-    "the token's own entry is seen": candidates(
-        may_read=lambda slot, slots, t: (slot <= t) | (slot == slots)),
-    "scratch begins at the probe": candidates(first=0),
+    "candidates see one another": candidates(
+        "visible == slots[:, None]", "visible > 0 * slots[:, None] + t"),
+    "one position too far": candidates("full_like(slots, t)", "full_like(slots, t + 1)"),
+    "the token's own entry is seen": candidates("visible < t", "visible <= t"),
+    "scratch begins at the probe": candidates("visible[t + 1:]", "visible[t:-1]"),
     "the interleaved rotary layout": put(llama, "rotate", interleaved),
     "decoding one position late": edit(
         Cache, "sequence",
         ("self.rows(slots, slots,", "self.rows((slots + (T == 1)) % self.S, slots,")),
-    "the mask without + t": edit(Cache, "sequence", ("<= slots[:, None]", "<= self.slot[:T, None]")),
+    "the mask without + t": edit(
+        Cache, "sequence", ("<= slots[:, None]", "<= self.slot[:T, None]")),
     "LLaMA-3.1's stretching left out": put(
         llama, "rope_frequencies", lambda c: ll.rope_frequencies(replace(c, scaling=None))),
     "Transformers 5 not understood": put(
@@ -374,7 +339,8 @@ LLAMA = {
 def nearness(compare):
     """`nearness`, where compare(end, g, target), (r, D), (J, r, D) and (r, D), says how near."""
     def of(end):
-        return lambda g, target: compare(end, g.view(-1, *end.shape), target.view(end.shape))
+        r, D = end.shape
+        return lambda g, target: compare(end, g.view(-1, r, D), target.view(r, D)).mean(-1)
     return put(probe, "nearness", of)
 
 
@@ -384,18 +350,15 @@ def several(right, wrong):
 
 PROBE = {
     "several tokens are held against h[i]": nearness(
-        lambda end, g, target: dp.cosine(g, target).mean(-1)),
-    "several tokens are compared by the last": nearness(
-        lambda end, g, target: dp.cosine(end, end + g - target)[..., -1]),
+        lambda end, g, target: dp.cosine(g, target)),
     "errors ride along in the states' dtype": nearness(
-        lambda end, g, target: dp.cosine(end, end + (g - target)).mean(-1)),
+        lambda end, g, target: dp.cosine(end, end + (g - target))),
     "one token is compared as several are": edit(probe, "choose_by", ("if r > 1:", "if True:")),
     "candidates of a token see those of another": several(
         "(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])"),
     "one position for all tokens": several("cache.rows(position,", "cache.rows(0 * position + t,"),
     "a token of a probe is blind to those before it": several(
         "(slot < position[:, None])", "(slot < position.min())"),
-    "a token's candidates lie beside one another": several(".repeat(J)", ".repeat_interleave(J)"),
     "a probe longer than the text": edit(probe, "choose_by", ("r = min(r, len(text))", "pass")),
 }
 
