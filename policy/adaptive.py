@@ -70,13 +70,13 @@ class Adaptive:
         self.choice: Choice | None = None              # none is in use: decode plainly
         self.j = self.M                                # layers to leave out now: so many,
         self.skip = (False,) * L                       # and these
-        self.price = 0.0                               # tokens that a draft step must bring per cost
+        self.price = 0.0                               # of a plain step, in tokens, to be earned
         self.kept = [0.0, 0.0]                         # of `seen` tokens, by confidence: below 0.5,
         self.seen = [0, 0]                             # and from there on
-        self.forget()
+        self.begin_anew()
 
-    def forget(self) -> None:
-        """What was seen of the layers in use: as if one was expected to be rejected, and was."""
+    def begin_anew(self) -> None:
+        """Of the layers in use nothing was seen: as if one rejection was foretold, and came."""
         self.rejected = 1.0
         self.expected = 1.0
         self.alarm = 0.0
@@ -84,8 +84,8 @@ class Adaptive:
     # ------------------------------------------------------------------ the methods of a policy
 
     def goes_on(self, confidence: list[float]) -> bool:
-        """A draft begins if there is a set that pays, and goes on while one more token pays: if all
-        before it are accepted, and so is it, its cost must bring nine tenths of `gain`."""
+        """A draft begins if there is a set that pays, and goes on while one more token pays: the
+        chance that it comes out, per cost, must reach nine tenths of `gain`."""
         k = len(confidence)
         if self.choice is None or k == self.K:
             return False
@@ -138,7 +138,7 @@ class Adaptive:
         for j, a in zip(self.risk, overlap(full, drafts).mean(-1).tolist()):
             self.shown[j] += 1 - a
             self.risk[j] = (self.prior[j] + self.shown[j]) / (1 + self.looks)
-        self.forget()
+        self.begin_anew()
         self.choice = choice
         self.decide()
         if self.measure and self.choice:

@@ -1,7 +1,7 @@
 """The table of wrong programs is a good one: each is held against a test, and none is stale."""
 import pytest
 
-import policy.test_exact
+import policy.test_exact  # noqa: F401
 import speculative
 import test_clasp
 import tests.test_numerics
