@@ -18,9 +18,8 @@ def fill(points: dict[int, float], size: int) -> list[float]:
     places = sorted(points)
     out = []
     for x in range(size):
-        after = next((i for i, place in enumerate(places) if place >= x and i), len(places) - 1)
-        low = places[after - 1]
-        high = places[after]
+        high = next((place for place in places[1:] if place >= x), places[-1])
+        low = places[places.index(high) - 1]
         slope = (points[high] - points[low]) / (high - low)
         out.append(round(points[low] + slope * (x - low), 3))
     return out

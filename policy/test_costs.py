@@ -22,57 +22,49 @@ def test_the_guess_is_by_the_bytes_that_a_pass_reads():
 
 
 class Played:
-    """A model and a clock: a pass of n rows takes 10 + n seconds, the first of each size 100 more;
-    the host's reading of all logits would take a second for each."""
+    """A model, its cache of S slots and a clock. A pass takes 10 seconds, the first of each size
+    100 more, and the head some for each row."""
     device = torch.device("cpu")
 
-    def __init__(self, monkeypatch, V=128256):
+    def __init__(self, monkeypatch, S=40, per_row=1):
+        self.S = S
+        self.per_row = per_row
         self.now = 0.0
-        self.V = V
         self.passes = []
-        self.seen = set()
         monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        monkeypatch.setattr(torch.Tensor, "tolist", self.every)
-        self.S = 40
-
-    def every(self, _):
-        self.now += self.V
 
     def sequence(self, t, T):
         assert t + T <= self.S
         return t, T
 
     def forward(self, ids, rows, cache):
-        self.passes.append((*rows, ids[0].item()))
-        self.now += 10 + rows[1] + 100 * (rows[1] not in self.seen)
-        self.seen.add(rows[1])
-        return [torch.zeros(rows[1], 1)]
+        done = (*rows, ids[0].item())
+        self.now += 10 if done in self.passes else 110
+        self.passes.append(done)
+        return [torch.zeros(len(ids), 1)]
 
     def head(self, x):
+        self.now += self.per_row * len(x)
         return x
 
 
 def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(monkeypatch):
-    """Rejects a warm-up that counts, a mean, seconds for plain steps, a vocabulary fetched into
-    Python within the timing, another place than behind the text, and slots that are not there."""
+    """Rejects a warm-up that counts, a mean, seconds for plain steps, one row's logits, another
+    place than behind the text, and slots that are not there."""
     model = Played(monkeypatch)
     table = costs.measure(model, model, [3, 5, 7], 12)
     assert model.passes == [(3, n, 7) for n in (1, 4, 13)] * 3
-    want = {0: 1.0, 1: 1.0, 4: 14 / 11, 13: 23 / 11}
-    assert len(table) == 14 and all(table[n] == round(cost, 3) for n, cost in want.items())
-    assert table[2] == pytest.approx(1 + (14 / 11 - 1) / 3, abs=1e-3)
-    model = Played(monkeypatch)
-    model.S = 10                                       # 7 slots behind the text
+    assert len(table) == 14 and [table[n] for n in (0, 1)] == [1, 1]
+    steps = [14 / 11, 23 / 11, 1 + (14 / 11 - 1) / 3]
+    assert [table[n] for n in (4, 13, 2)] == pytest.approx(steps, abs=1e-3)
+    model = Played(monkeypatch, S=10)                  # 7 slots behind the text
     costs.measure(model, model, [3, 5, 7], 12)
     assert {T for _, T, _ in model.passes} == {1, 4, 7}
 
 
 def test_noise_makes_no_verify_cheaper_than_a_plain_step(monkeypatch):
     """Rejects a gain that is only noise."""
-    model = Played(monkeypatch)
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, rows, cache: (
-        forward(ids, rows, cache), setattr(model, "now", model.now - 2 * len(ids)))[0])
+    model = Played(monkeypatch, per_row=-2)
     assert costs.measure(model, model, [3], 3) == [1.0] * 5
 
 

@@ -1,6 +1,5 @@
-"""Chance without chance: every branch that a run can take, and the probability of each.
-With it a distribution is computed, not sampled; and the distribution that it should be, by
-another route.
+"""Chance without chance: every branch that a run can take, and the probability of each. With it a
+distribution is computed, not sampled; and the distribution that it should be, by another route.
 """
 import math
 from collections import defaultdict
@@ -15,8 +14,8 @@ from tests.helpers import decode, full_model, tokens
 
 
 class Enumerating(Chance):
-    """It follows a script of answers, then gives the first possible one, and notes the
-    scripts of those not given. `weight` is the probability of all that it answered."""
+    """It follows a script of answers, then gives the first possible one, and notes the scripts of
+    those not given. `weight` is the probability of all that it answered."""
 
     def __init__(self, script: Sequence[int]) -> None:
         self.script = script
@@ -24,29 +23,30 @@ class Enumerating(Chance):
         self.untaken: list[list[int]] = []
         self.weight = 1.0
 
-    def _answer(self, options: list[tuple[int, float]]) -> int:
-        k = len(self.taken)
+    def answer(self, options: dict[Any, float]) -> Any:
+        """One of these answers; their probabilities are given."""
+        possible = [(value, w) for value, w in options.items() if w > 0]
+        n = len(self.taken)
         pick = 0
-        if k < len(self.script):
-            pick = self.script[k]
+        if n < len(self.script):
+            pick = self.script[n]
         else:
-            self.untaken += [[*self.taken, other] for other in range(1, len(options))]
-        answer, probability = options[pick]
+            self.untaken += [[*self.taken, other] for other in range(1, len(possible))]
+        value, w = possible[pick]
         self.taken.append(pick)
-        self.weight *= probability
-        return answer
+        self.weight *= w
+        return value
 
     def accept(self, a: float) -> bool:
-        return bool(self._answer([(v, w) for v, w in ((True, a), (False, 1 - a)) if w > 0]))
+        return self.answer({True: a, False: 1 - a})
 
     def draw(self, p: Tensor) -> Tensor:
-        options = [(token, w) for token, w in enumerate((p / p.sum()).tolist()) if w > 0]
-        return torch.tensor(self._answer(options))
+        return torch.tensor(self.answer(dict(enumerate((p / p.sum()).tolist()))))
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Run `run` down every branch that chance can take: (its result, the branch's
-    probability). The weights of equal results sum to the result's exact probability."""
+    """Run `run` down every branch that chance can take: (its result, the branch's probability). The
+    weights of equal results sum to the result's exact probability."""
     scripts: list[list[int]] = [[]]
     while scripts:
         chance = Enumerating(scripts.pop())
@@ -63,15 +63,17 @@ def filtered(logits, s):
     elif 0 < s.top_k < len(order):
         kth = logits[order[s.top_k - 1]]
         order = [i for i in order if logits[i] >= kth]
-    weight = {i: math.exp((logits[i] - logits[order[0]]) / (s.temperature or 1)) for i in order}
-    total = sum(weight.values())
-    kept = []
+    weight = [math.exp((logits[i] - logits[order[0]]) / (s.temperature or 1)) for i in order]
+    total = sum(weight)
+    n = 0                                              # of them are kept
     mass = 0.0
-    while order and mass < s.top_p:
-        kept.append(order.pop(0))
-        mass += weight[kept[-1]] / total
-    total = sum(weight[i] for i in kept)
-    return [weight[i] / total if i in kept else 0.0 for i in range(len(logits))]
+    while n < len(order) and mass < s.top_p:
+        mass += weight[n] / total
+        n += 1
+    out = [0.0] * len(logits)
+    for i, w in zip(order[:n], weight):
+        out[i] = w / sum(weight[:n])
+    return out
 
 
 def target_distribution(model, prompt, s):
@@ -80,19 +82,19 @@ def target_distribution(model, prompt, s):
 
     def extend(new, weight):
         if len(new) == s.N or new and new[-1] in s.stop_ids:
-            out[tuple(new)] = weight
+            out[new] = weight
             return
         for token, w in enumerate(filtered(full_model(model, [*prompt, *new]), s)):
             if w > 0:
-                extend([*new, token], weight * w)
+                extend((*new, token), weight * w)
 
-    extend([], 1.0)
+    extend((), 1.0)
     return out
 
 
 def distance(model, s, loop=None, prompt=(0, 1)):
-    """The largest difference in probability of any text between the loop (real cache, real
-    dynamic program, down every branch of chance) and the product of conditionals."""
+    """The largest difference in probability of any text between the loop (real cache, real dynamic
+    program, down every branch of chance) and the product of conditionals."""
     want = target_distribution(model, prompt, s)
     got = defaultdict(float)
     for text, weight in every_outcome(lambda c: tuple(tokens(decode(model, prompt, s, c, loop)))):

@@ -44,19 +44,17 @@ def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8
 
 
 def full_model(model, text):
-    """Logits (V,) after `text`, by one fresh pass of the full model: the reference of
-    decoders."""
-    cache = model.cache(len(text))
-    ids = torch.tensor(text, device=model.device)
-    h = model.forward(ids, cache.sequence(0, len(text)), cache)
-    return model.head(h[-1][-1:])[0]
+    """Logits (V,) after `text`, by one fresh pass: the reference of decoders."""
+    h, _ = having_read(model, text, spare=0)
+    return model.head(h[-1:])[0]
 
 
 def having_read(model, text, spare):
-    """(h, cache) after a pass over `text`: the states of its last token, (L+1, D), and a
-    cache with so many spare slots behind."""
+    """(h, cache) after a pass over `text`: the states of its last token, (L+1, D), and a cache with
+    so many spare slots behind."""
     cache = model.cache(len(text) + spare)
-    h = model.forward(torch.tensor(text), cache.sequence(0, len(text)), cache)
+    ids = torch.tensor(text, device=model.device)
+    h = model.forward(ids, cache.sequence(0, len(text)), cache)
     return torch.stack([x[-1] for x in h]), cache
 
 
@@ -75,8 +73,8 @@ def tokens(rounds):
 
 def adaptive(c=None, v=None, L=3, K=None, M=None, exit_threshold=None, interval=None, probe=1,
              **settings):
-    """(settings, loop): a run by the policy that adapts, at these costs of a draft step and
-    of a verify (default: cheap), which decides what is not given."""
+    """(settings, loop): a run by the policy that adapts, at these costs of a draft step and of a
+    verify (default: cheap), which decides what is not given."""
     s = Settings(**dict(N=4) | settings)
     c = c or [1 - 0.9 * j / L for j in range(L + 1)]
     v = v or [1 + 0.01 * n for n in range((K or 3) + 2)]

@@ -27,88 +27,116 @@ def sizes(c):
     return H, c.get("num_key_value_heads") or H, c.get("head_dim") or c["hidden_size"] // H
 
 
+# ------------------------------------------------------------------------------- checkpoints
+
 def weight_shapes(c):
     """Hugging Face's names -> shapes, for a config.json."""
-    (H, G, hd), D, F, V = sizes(c), c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    H, G, hd = sizes(c)
+    D = c["hidden_size"]
+    ffn = c["intermediate_size"]
     layer = {"input_layernorm": (D,), "post_attention_layernorm": (D,),
              "self_attn.q_proj": (H * hd, D), "self_attn.k_proj": (G * hd, D),
              "self_attn.v_proj": (G * hd, D), "self_attn.o_proj": (D, H * hd),
-             "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)} | {
-        f"model.layers.{i}.{n}": s for i in range(c["num_hidden_layers"]) for n, s in layer.items()}
-    if c.get("tie_word_embeddings"):
-        del shapes["lm_head"]
+             "mlp.gate_proj": (ffn, D), "mlp.up_proj": (ffn, D), "mlp.down_proj": (D, ffn)}
+    shapes = {"model.embed_tokens": (c["vocab_size"], D), "model.norm": (D,)}
+    if not c.get("tie_word_embeddings"):
+        shapes["lm_head"] = (c["vocab_size"], D)
+    for i in range(c["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
 def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shards=1):
     """Write a Hugging Face folder with random weights; -> (config, name -> weight in
     float64)."""
-    c, gen, w = {**BASE, **(overrides or {})}, torch.Generator().manual_seed(seed), {}
+    c = {**BASE, **(overrides or {})}
+    gen = torch.Generator().manual_seed(seed)
+    w = {}
     for name, shape in weight_shapes(c).items():
-        r = torch.randn(shape, generator=gen)
-        tall = shape[0] == c["vocab_size"]
-        w[name] = (1 + r / 10 if len(shape) == 1 else r / 10 if tall else r * shape[1] ** -0.5
-                   ).to(dtype)
+        x = torch.randn(shape, generator=gen)
+        if len(shape) == 1:
+            x = 1 + x / 10
+        elif shape[0] == c["vocab_size"]:
+            x = x / 10
+        else:
+            x = x * shape[1] ** -0.5
+        w[name] = x.to(dtype)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
-    # Dealt out like cards, so that every layer lies in several shards.
-    place = {n: f"model-{k % shards + 1}-of-{shards}.safetensors" for k, n in enumerate(w)}
-    if shards == 1:
-        place = dict.fromkeys(w, "model.safetensors")
-    else:
+    place = dict.fromkeys(w, "model.safetensors")
+    if shards > 1:           # dealt out like cards, so that every layer lies in several shards
+        place = {name: f"model-{k % shards + 1}-of-{shards}.safetensors"
+                 for k, name in enumerate(w)}
         (folder / INDEX).write_text(json.dumps(dict(metadata={}, weight_map=place)))
     for file in set(place.values()):
-        save({name: t for name, t in w.items() if place[name] == file}, folder / file,
-             {"format": "pt"})
-    return c, {name: t.double() for name, t in w.items()}
+        part = {name: x for name, x in w.items() if place[name] == file}
+        save(part, folder / file, {"format": "pt"})
+    return c, {name: x.double() for name, x in w.items()}
 
+
+# ---------------------------------------------------------------------------------- the model
 
 def reference_frequencies(c):
     """Radians per position for each pair; LLaMA-3.1's stretching by its three cases."""
     rope = {"rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
-    rope, hd, out, cases = c.get("rope_parameters") or rope, sizes(c)[2], [], set()
-    for f in (rope["rope_theta"] ** (-2 * k / hd) for k in range(hd // 2)):
+    rope = c.get("rope_parameters") or rope
+    hd = sizes(c)[2]
+    out = []
+    for k in range(hd // 2):
+        f = rope["rope_theta"] ** (-2 * k / hd)
         if "factor" in rope:
-            low, high, factor = (rope[s] for s in ("low_freq_factor", "high_freq_factor", "factor"))
+            low = rope["low_freq_factor"]
+            high = rope["high_freq_factor"]
             turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
-            share = (turns - low) / (high - low)
-            case = "kept" if turns > high else "divided" if turns < low else "blended"
-            f = dict(kept=f, divided=f / factor, blended=share * f + (1 - share) * f / factor)[case]
-            cases.add(case)
+            if turns < low:
+                f = f / rope["factor"]
+            elif turns <= high:
+                share = (turns - low) / (high - low)
+                f = share * f + (1 - share) * f / rope["factor"]
         out.append(f)
-    assert len(cases) in (0, 3), f"{cases} alone do not test the stretching"
     return out
 
 
 def reference_norm(x, weight, eps):
-    means = [sum(v * v for v in row) / len(row) for row in x.tolist()]
-    return torch.stack([row / math.sqrt(m + eps) for row, m in zip(x, means, strict=True)]) * weight
+    return torch.stack([row / math.sqrt(row.dot(row) / len(row) + eps) for row in x]) * weight
 
 
 def reference_layer(c, w, i, x):
     """Layer i on a whole sequence x (T, D) from position 0 on: no cache, no mask, row by
     row."""
-    (H, G, hd), eps, p = sizes(c), c["rms_norm_eps"], f"model.layers.{i}."
+    H, G, hd = sizes(c)
+    T = len(x)
     f = torch.tensor(reference_frequencies(c), dtype=torch.float64)
-    turn = torch.exp(1j * torch.outer(torch.arange(len(x)), f))
-    a, heads = reference_norm(x, w[p + "input_layernorm.weight"], eps), []
+    turn = torch.exp(1j * torch.outer(torch.arange(T), f))
 
-    def part(name, j):
-        return a @ w[f"{p}self_attn.{name}_proj.weight"][j * hd:(j + 1) * hd].T
+    def project(name, x):
+        return x @ w[f"model.layers.{i}.{name}_proj.weight"].T
 
-    def spin(v):                                       # elements k and k + hd/2: a complex number
-        z = torch.complex(v[:, :hd // 2], v[:, hd // 2:]) * turn
-        return torch.cat((z.real, z.imag), 1)
+    def norm(name, x):
+        return reference_norm(x, w[f"model.layers.{i}.{name}_layernorm.weight"], c["rms_norm_eps"])
 
-    for j in range(H):
-        q, k, v = spin(part("q", j)), spin(part("k", j * G // H)), part("v", j * G // H)
-        e = [torch.exp(k[:r + 1] @ q[r] / math.sqrt(hd)) for r in range(len(x))]     # rows 0 .. r
-        heads.append(torch.stack([e_r @ v[:r + 1] / e_r.sum() for r, e_r in enumerate(e)]))
-    x = x + torch.cat(heads, 1) @ w[p + "self_attn.o_proj.weight"].T
-    a = reference_norm(x, w[p + "post_attention_layernorm.weight"], eps)
-    gate, up = (a @ w[f"{p}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-    return x + (gate / (1 + torch.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+    def heads(name):
+        return project(f"self_attn.{name}", a).view(T, -1, hd)
+
+    def spin(x):                                       # elements k and k + hd/2: a complex number
+        z = torch.complex(x[..., :hd // 2], x[..., hd // 2:]) * turn[:, None]
+        return torch.cat((z.real, z.imag), -1)
+
+    a = norm("input", x)
+    q = spin(heads("q"))
+    k = spin(heads("k"))
+    v = heads("v")
+    mixed = torch.empty(T, H, hd, dtype=torch.float64)
+    for t in range(T):
+        for head in range(H):
+            g = head * G // H
+            e = torch.exp(k[:t + 1, g] @ q[t, head] / math.sqrt(hd))        # of rows 0 .. t
+            mixed[t, head] = e @ v[:t + 1, g] / e.sum()
+    x = x + project("self_attn.o", mixed.flatten(1))
+    a = norm("post_attention", x)
+    gate = project("mlp.gate", a)
+    silu = gate / (1 + torch.exp(-gate))
+    return x + project("mlp.down", silu * project("mlp.up", a))
 
 
 def reference(c, w, ids, skip=(), first=0):
@@ -123,10 +151,10 @@ def reference(c, w, ids, skip=(), first=0):
     return x @ head.T, torch.stack(h)
 
 
+# ------------------------------------------------------------------------------ how far apart
+
 def relative_error(got, want):
-    got = got.double()
-    want = want.double()
-    return ((got - want).abs().max() / want.abs().max()).item()
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
 def same(got, want):

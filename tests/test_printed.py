@@ -1,5 +1,4 @@
-"""What `python dp_layer_skip.py`, `python speculative.py` and `python llama.py` print is
-true."""
+"""What `python dp_layer_skip.py`, `python speculative.py` and `python llama.py` print is true."""
 import contextlib
 import io
 import os
@@ -43,8 +42,7 @@ def test_the_first_table_is_that_of_the_case_above_it_and_its_stars_are_the_way_
 
 
 def test_the_right_sampler_is_right_and_the_three_wrong_ones_are_wrong():
-    """Rejects a table in which a wrong sampler happens to be exact, or the right one is
-    not."""
+    """Rejects a table in which a wrong sampler happens to be exact, or the right one is not."""
     lines = printed(speculative.main).splitlines()
     errors = {line[:5]: float(line.split()[-1]) for line in lines if line.startswith("right")}
     assert len(errors) == 1 and errors["right"] < 1e-15
@@ -63,11 +61,10 @@ def test_candidates_are_drawn_as_rows_that_read_the_past_and_themselves():
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no broken pipes here")
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
-    """Rejects a broken pipe told at length: `python dp_layer_skip.py | head`. Here nobody
-    reads."""
+    """Rejects a broken pipe told at length: `python dp_layer_skip.py | head`. Nobody reads here."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, ROOT / "dp_layer_skip.py"], stdout=write,
-                          stderr=subprocess.PIPE)
+    program = [sys.executable, ROOT / "dp_layer_skip.py"]
+    done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")

@@ -1,28 +1,24 @@
-"""The table of wrong programs is a good one: each is held against a test, and none is
-stale."""
+"""The table of wrong programs is a good one: each is held against a test, and none is stale."""
 import pytest
 
-import dp_layer_skip
-import policy.test_exact
+import policy.test_exact  # noqa: F401
 import speculative
 import test_clasp
 import tests.test_numerics
 import tests.test_printed  # noqa: F401
-from dp_layer_skip import choose_skip
 from speculative import acceptance
 from tests.wrong_programs import HELD, NAMED, WRONG, Stale, altered, edit, put, rejects, running
 
 
 def test_every_wrong_program_is_rejected_by_some_test():
-    """Rejects a row that no test is held against, two rows of one name, and a name that no
-    row has. (The tests above are imported for what `@rejects` notes.)"""
+    """Rejects a row that no test is held against, two rows of one name, and a name that no row has.
+    (The tests above are imported for what `@rejects` notes.)"""
     assert HELD == NAMED.keys()
     assert len(NAMED) == sum(map(len, WRONG.values()))
 
 
 def test_a_wrong_program_is_in_place_wherever_it_was_imported_and_only_for_a_while():
-    """Rejects a table that judges the right program by mistake, or leaves a wrong one
-    behind."""
+    """Rejects a table that judges the right program by mistake, or leaves a wrong one behind."""
     right = speculative.acceptance
     for change in (put(speculative, "acceptance", lambda p, q: p),
                    edit(speculative, "acceptance", ("clamp(max=1)", "clamp(max=2)"))):
@@ -30,10 +26,6 @@ def test_a_wrong_program_is_in_place_wherever_it_was_imported_and_only_for_a_whi
             assert speculative.acceptance is not right
             assert acceptance is speculative.acceptance is test_clasp.acceptance
         assert acceptance is speculative.acceptance is test_clasp.acceptance is right
-    cosine = dp_layer_skip.cosine
-    with running("the cosine is bfloat16"):
-        assert choose_skip.__defaults__ == (dp_layer_skip.cosine,) != (cosine,)
-    assert choose_skip.__defaults__ == (cosine,)
 
 
 def test_a_change_whose_place_is_gone_is_no_rejection():
