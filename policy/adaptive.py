@@ -70,7 +70,7 @@ class Adaptive:
         self.choice: Choice | None = None              # none is in use: decode plainly
         self.j = self.M                                # layers to leave out now: so many,
         self.skip = (False,) * L                       # and these
-        self.price = 0.0                               # of a plain step, in tokens, to be earned
+        self.price = 0.0                               # tokens that a draft must bring per cost
         self.kept = [0.0, 0.0]                         # of `seen` tokens, by confidence: below 0.5,
         self.seen = [0, 0]                             # and from there on
         self.begin_anew()
@@ -109,13 +109,14 @@ class Adaptive:
             self.seen[b] += 1
             self.rejected += 1 - x
             self.expected += self.risk[self.j]
-            # A one-sided CUSUM (Page 1954): rejections beyond 1.5 times the rate, never below 0.
-            self.alarm = max(0.0, self.alarm + (1 - x) - 1.5 * (1 - self.keep(self.j)))
+            # A one-sided CUSUM (Page 1954): rejections beyond 1.25 times the rate, never below 0.
+            self.alarm = max(0.0, self.alarm + (1 - x) - 1.25 * (1 - self.keep(self.j)))
         self.decide()
 
     def due(self, n: int) -> bool:
-        """Where no set is in use or more is rejected than was, or every `interval`; but looks that
-        may be in vain only where all of them together cost at most 2 % of what is left."""
+        """Now and then where no set is in use; else where more is rejected than was (three that are
+        close together are enough), or every `interval`. Looks that may be in vain only where all of
+        them together cost at most 2 % of what is left."""
         if self.K == 0 or self.M == 0:
             return False
         if self.in_vain * (self.looks + 1) > 0.02 * self.left:
@@ -124,7 +125,7 @@ class Adaptive:
             return n % REST == 0
         if self.interval is not None:
             return n % self.interval == 0
-        return self.alarm > 1.5
+        return self.alarm > 1.75
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int],
                  h: Tensor) -> Choice:
@@ -141,9 +142,10 @@ class Adaptive:
         self.begin_anew()
         self.choice = choice
         self.decide()
-        if self.measure and self.choice:
-            if (1 - 1 / self.gain(self.j)) * self.left < 16:
-                self.choice = None                     # it costs about 8 plain steps to measure
+        if self.measure:
+            saved = (1 - 1 / self.gain(self.j)) * self.left
+            if saved < 16:                             # to measure costs about 8
+                self.choice = None
             else:
                 self.v = self.measure(model, cache, text)
                 self.measure = None

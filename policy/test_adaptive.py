@@ -161,23 +161,23 @@ def test_named_numbers_take_the_place_of_the_rules():
         assert not policy.due(0) and not policy.goes_on([])
 
 
-def test_the_alarm_adds_up_rejections_beyond_one_and_a_half_times_the_rate():
+def test_the_alarm_adds_up_rejections_beyond_five_quarters_of_the_rate():
     """Rejects another slope or bound, a rate that does not learn, three times the evidence, and a
     good stretch that silences it."""
     policy = policy_of(FREE, CHEAP, risk=[0, 0.1])
     look(policy, 0.9)
-    verified(policy, [1.0], 1)                         # -1.5 * .1 * 1 / 1.1, but never below 0
+    verified(policy, [1.0], 1)                         # -1.25 * .1 * 1 / 1.1, but never below 0
     assert policy.alarm == 0
     verified(policy, [0.0])                            # 2 of 1.2
     verified(policy, [0.5])                            # 2.5 of 1.3
     verified(policy, [1.0], 1)                         # 2.5 of 1.4
-    level = 1 + 0.5 - 1.5 * 0.1 * (2 / 1.2 + 2.5 / 1.3 + 2.5 / 1.4)
-    assert policy.alarm == approx(level)               # .69
-    verified(policy, [0.0])                            # 3.5 of 1.5: 1.34
+    level = 1 + 0.5 - 1.25 * 0.1 * (2 / 1.2 + 2.5 / 1.3 + 2.5 / 1.4)
+    assert policy.alarm == approx(level)               # .83
+    verified(policy, [0.0])                            # 3.5 of 1.5: 1.54
     assert policy.goes_on([]) and not policy.due(4)
-    verified(policy, [0.5])                            # 4 of 1.6: 1.47
+    verified(policy, [0.5])                            # 4 of 1.6: 1.72
     assert not policy.due(5)
-    verified(policy, [0.5])                            # 4.5 of 1.7: 1.57
+    verified(policy, [0.5])                            # 4.5 of 1.7: 1.89
     assert policy.due(6)
 
 

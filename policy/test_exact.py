@@ -124,9 +124,10 @@ def test_candidates_of_several_tokens_are_as_if_each_were_alone():
             raise AssertionError(f"{r} tokens of 7") from e
         assert_same_choice(got, want, 1e-10)
         assert (ended - end).abs().max() < 1e-12
-        if r == 1:
-            paper = Paper(Settings(K=1, M=M), 5).optimise(choose_skip, model, cache, text, h)
-            assert repr(got) == repr(paper)
+        s = Settings(K=1, M=M)
+        for policy in [PaperByProbe(s, 5, r)] + [Paper(s, 5)] * (r == 1):
+            again = policy.optimise(choose_skip, model, cache, text, h)
+            assert repr(again) == repr(got) and policy.skip == got.skip()
 
 
 @rejects("errors ride along in the states' dtype")
