@@ -28,6 +28,7 @@ from tests.slow_llama import BASE, random_checkpoint
 from text.tokenizer import EOT, Tokenizer
 
 ROOT = DEMO.parent
+TOK = Tokenizer(DEMO)
 # All four numbers: nothing is measured then, and a seed means one text.
 NAMED = ("--skip-layers", 22, "--draft-length", 12, "--draft-exit-threshold", 0.3, "--interval", 64)
 SHORT = ("--max-new-tokens", 24, *NAMED)
@@ -84,7 +85,8 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(run, monkeypatch):
-    """terminal(*arguments) -> what appears on a terminal; `streams` are those that lead there."""
+    """terminal(*arguments) -> what stays on a terminal to which `streams` lead, and what else is
+    shown there until it is overwritten."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
@@ -94,7 +96,8 @@ def terminal(run, monkeypatch):
             for name in streams:
                 patch.setattr(sys, name, screen)
             assert run(*arguments)[0] == 0
-        return screen.getvalue()
+        passing = r"\r([^\r]*)\r"
+        return re.sub(passing, "", screen.getvalue()), re.findall(passing, screen.getvalue())
     return call
 
 
@@ -111,14 +114,13 @@ def process(*arguments, python=(), **options):
         signal.signal(signal.SIGINT, before)
 
 
-def copy_of_the_demo(folder, **files):
-    """A folder with the demo's model; files=contents, a JSON value each, or None: left out."""
-    folder.mkdir(exist_ok=True)
+def copy_of_the_demo(folder, files):
+    """A folder with the demo's model; files: name -> content, a JSON value each; None: left out."""
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model"):
-        (folder / name).symlink_to(DEMO / name)
-    for stem, content in files.items():
-        name = next((p.name for p in folder.iterdir() if p.stem == stem), f"{stem}.json")
-        (folder / name).unlink(missing_ok=True)
+        if name not in files:
+            (folder / name).symlink_to(DEMO / name)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if content is not None:
             (folder / name).write_text(json.dumps(content))
     return folder
@@ -179,7 +181,7 @@ def test_json_is_one_object_with_the_documented_fields(result):
     assert r["stats"].keys() >= {"drafted", "accepted", "emitted", "verifies", "seconds",
                                  "tokens_per_second", "tokens_per_verify", "acceptance", "skip_set"}
     assert r["stats"]["emitted"] == len(r["ids"]) and len(r["stats"]["skip_set"]) == 22
-    assert r["text"] == Tokenizer(DEMO).decode(r["ids"])
+    assert r["text"] == TOK.decode(r["ids"])
     ids = ",".join(map(str, r["prompt_ids"]))
     assert result("--prompt-ids", ids, *sampled, "--seed", 5)["ids"] == r["ids"]
     assert result("--prompt", "class A:", *sampled, "--seed", 6)["ids"] != r["ids"]
@@ -216,7 +218,7 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
         dataclasses.asdict(want), stop_ids=[], model=str(tiny), device="cpu", strategy="clasp",
         seed=seed, dtype="float64", threads=2, r=3, costs=None)
     assert (said["prompt_ids"], said["text"]) == ([1, 2], None)             # nothing is added
-    plain = result(*of_this, *odd, "--strategy", "ar")["settings"]
+    plain = result(*of_this, *odd[:6], "--strategy", "ar")["settings"]
     assert (calls[1][2].K, calls[1][2].M, plain["K"], plain["costs"]) == (0, 0, 0, None)
     assert [plain[name] for name in ("threads", "seed", "strategy", "dtype")] == [
         1, 0, "ar", "float32"]
@@ -232,56 +234,56 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     assert job("--compare").a.repeats == 5
 
 
-def test_the_papers_loop_is_one_flag_on_every_device(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_papers_loop_is_one_flag_on_every_device(monkeypatch, capsys, device):
     """Rejects other numbers than the paper's 44 of 80 layers, 0.7 and 64, a probe of several tokens
-    on a GPU, numbers of the model's folder in their place, and flags that do not replace them."""
+    on a GPU, and flags that do not replace them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    folder = copy_of_the_demo(tmp_path, clasp=dict(skip_layers=7, interval=9, probe=2))
-    for device in ("cpu", "cuda"):
-        this = ("--device", device, "--strategy", "paper", "--prompt", "x")
-        for model in (DEMO, folder):
-            paper = job(*this, "--model", model)
-            s = paper.settings
-            assert (s.K, s.M, s.exit_threshold, s.interval, paper.probe) == (12, 18, 0.7, 64, 1)
-            assert type(clasp_mini.policy_of(paper)) is Paper
-        s = job(*this, "--skip-layers", 5, "--interval", 8).settings
-        assert (s.K, s.M, s.exit_threshold, s.interval) == (12, 5, 0.7, 8)
-        named = job("--device", device, *NAMED)        # the same loop, by the default strategy
-        assert (named.ran, type(clasp_mini.policy_of(named))) == ("paper", Paper)
-    assert "computing in bfloat16 on cuda" in capsys.readouterr().err
+    for how, want in ((("--strategy", "paper"), (12, 18, 0.7, 64)),
+                      (("--strategy", "paper", "--skip-layers", 5, "--interval", 8),
+                       (12, 5, 0.7, 8)),
+                      (NAMED, (12, 22, 0.3, 64))):      # the same loop, by the default strategy
+        paper = job("--device", device, "--prompt", "x", *how)
+        s = paper.settings
+        assert (s.K, s.M, s.exit_threshold, s.interval) == want
+        assert (paper.ran, paper.probe, type(clasp_mini.policy_of(paper))) == ("paper", 1, Paper)
+    assert ("computing in bfloat16 on cuda" in capsys.readouterr().err) == (device == "cuda")
 
 
 def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, capsys):
     """Rejects --chat ignored, a system turn that is dropped or comes last, chat format without
     --chat, a missing begin token; and a note on a model that <|eot_id|> does stop."""
-    tok, q = Tokenizer(DEMO), dict(role="user", content=" Why? ")
+    q = dict(role="user", content=" Why? ")
     system = dict(role="system", content="Be brief.")
-    for how, want in (([], [tok.bos, *tok.encode(" Why? ")]), (["--chat"], tok.chat([q])),
-                      (["--chat", "--system", "Be brief."], tok.chat([system, q])),
-                      (["--chat", "--system", ""], tok.chat([q]))):
+    for how, want in (([], [TOK.bos, *TOK.encode(" Why? ")]), (["--chat"], TOK.chat([q])),
+                      (["--chat", "--system", "Be brief."], TOK.chat([system, q])),
+                      (["--chat", "--system", ""], TOK.chat([q]))):
         assert job("--prompt", " Why? ", *how).prompt() == want
         err = capsys.readouterr().err
         assert ("note: <|eot_id|>" in err, err.count("\n")) == (bool(how),) * 2
-    copy_of_the_demo(tmp_path, generation_config=dict(eos_token_id=[3841, tok.special[EOT]]))
-    job("--model", tmp_path, "--chat", "--prompt", "x")
+    stops = dict(eos_token_id=[3841, TOK.special[EOT]])
+    folder = copy_of_the_demo(tmp_path, {"generation_config.json": stops})
+    job("--model", folder, "--chat", "--prompt", "x")
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, monkeypatch):
     """Rejects a text without its beginning, a begin-of-text in it, a prompt glued to a text that a
-    pipe receives, an account glued to a text, colours with NO_COLOR, progress of --compare that is
-    not shown."""
+    pipe receives, an account glued to a text, colours with NO_COLOR, waiting that is not shown."""
     prompt = ("--prompt", "def f(x):", *SHORT)
     text = result(*prompt)["text"]
-    assert terminal(*prompt).startswith(
-        f"\033[2mdef f(x):\033[0m{text}\n\033[2mpaper: 24 tokens in ")
-    assert terminal(*prompt, streams=["stdout"]) == text + "\n"
-    assert terminal(*prompt, "--json").startswith("{")
-    assert "def" not in terminal(*prompt, streams=["stderr"])
-    compared = terminal(*prompt, "--compare", "--repeats", 1)
-    assert "pair 1 of 1\r" in compared and re.search("^texts +equal$", compared, re.M)
+    stays, passes = terminal(*prompt)
+    assert stays.startswith(f"\033[2mdef f(x):\033[0m{text}\n\033[2mpaper: 24 tokens in ")
+    assert passes[0].startswith("loading: 0.0 of 0.0 GB") and passes[-2].startswith("reading 5 tok")
+    assert passes[-1].isspace()                        # wipes it out
+    assert terminal(*prompt, streams=["stdout"]) == (text + "\n", [])
+    assert terminal(*prompt, "--json")[0].startswith("{")
+    assert "def" not in terminal(*prompt, streams=["stderr"])[0]
+    stays, passes = terminal(*prompt, "--compare", "--repeats", 1)
+    assert re.search("^texts +equal$", stays, re.M)
+    assert [words.rstrip() for words in passes[-3:]] == ["pair 0 of 1", "pair 1 of 1", ""]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert terminal(*prompt).startswith(f"def f(x):{text}\npaper: 24 tokens in ")
+    assert terminal(*prompt)[0].startswith(f"def f(x):{text}\npaper: 24 tokens in ")
 
 
 def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(terminal, run, result):
@@ -294,7 +296,7 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     n = r["stats"]["verifies"] + 1
     status, out, err = run(*prompt, "--verbose")
     assert status == 0 and out == r["text"]
-    for shown in (err, re.sub(r"\033\[[\d;]*m", "", terminal(*prompt, "--verbose"))):
+    for shown in (err, re.sub(r"\033\[[\d;]*m", "", terminal(*prompt, "--verbose")[0])):
         legend, first, *lines, head, rate = shown.splitlines()
         assert re.match(r"kept .*rejected.* .*the model's own.* chosen anew$", legend)
         assert first == "import os" and head.startswith("paper: 24 tokens in ")
@@ -310,28 +312,33 @@ def test_what_a_model_holds_for_itself_is_the_default(result, terminal, tmp_path
     clasp.json holds, these for another prompt, one of its numbers that beats a flag of 0; a hint at
     what to do next for those who know it already or read no screen."""
     costs = dict(draft=[1.0] + [0.5] * 32, verify=[1.0] * 14)
-    own = dict(device="cpu", prompt="class A:", temperature=0.75, seed=3, draft_length=5,
-               skip_layers=7, draft_exit_threshold=0.5, probe=2, costs=costs)
-    this = ("--model", copy_of_the_demo(tmp_path, clasp=own), "--max-new-tokens", 2)
-    tok, r = Tokenizer(DEMO), result(*this)
-    assert r["prompt_ids"] == [tok.bos, *tok.encode("class A:")]
-    assert r["settings"].items() >= dict(
-        temperature=0.75, seed=3, K=5, M=7, exit_threshold=0.5, interval=None, r=2, costs=costs,
-        device="cpu").items()
+    own = dict(device="cpu", prompt="class A:", temperature=0.75, seed=3, costs=costs)
+    this = ("--model", copy_of_the_demo(tmp_path, {"clasp.json": own}), "--max-new-tokens", 2)
+    r = result(*this)
+    assert r["prompt_ids"] == [TOK.bos, *TOK.encode("class A:")]
+    assert r["settings"].items() >= dict(temperature=0.75, seed=3, costs=costs, r=1,
+                                         device="cpu").items()
     for how, want in ((("--prompt", "class A:"), (0, 0)), (("--prompt-ids", 1), (0, 0)),
                       (("--seed", 0), (0.75, 0)), (("--temperature", 0), (0, 3))):
         s = job(*this, *how)
         assert (s.settings.temperature, s.a.seed) == want
-    zero = ("--draft-length", 0, "--skip-layers", 0, "--draft-exit-threshold", 0, "--interval", 1)
-    s = job(*this, *zero, "--probe", 1)
-    assert [*s.named.values(), s.probe] == [0, 0, 0, 1, 1]
     path = tmp_path / "kept.json"
     path.write_text(json.dumps(dict(settings=dict(costs=dict(costs, optimise=2.0)))))
     assert job(*this, "--costs", path).costs == dict(costs, optimise=2.0)
     hint = "Next: --verbose to watch the rounds"
-    assert terminal(*this).count(hint) == 1
-    assert hint not in terminal(*this, "--prompt", "x")
-    assert hint not in terminal(*this, streams=["stdout"])
+    assert terminal(*this)[0].count(hint) == 1
+    assert hint not in terminal(*this, "--prompt", "x")[0]
+    assert hint not in terminal(*this, streams=["stdout"])[0]
+
+
+@pytest.mark.parametrize("much, said", [(0.3, []), (0.0, ["loading 0.0 GB", "timing passes"])])
+def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys, much, said):
+    """Rejects a log that is silent while weights are read or passes timed, and one that a small
+    model fills."""
+    monkeypatch.setattr("command.job.MUCH", much)
+    this = job("--model", tiny, "--device", "cpu", "--prompt-ids", 1)
+    this.load().measure(this.model, this.model.cache(20), [1])
+    assert re.findall("note: (loading 0.0 GB|timing passes)", capsys.readouterr().err) == said
 
 
 def test_a_large_model_is_bfloat16_where_that_is_fast_and_says_so(tmp_path, monkeypatch, capsys):
@@ -397,7 +404,7 @@ def test_ctrl_c_ends_with_the_account_so_far():
     p.stdout.read(1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and b"Traceback" not in err and err.startswith(b"ar: ")
+    assert p.returncode == 130 and b"Traceback" not in err and err.lstrip().startswith(b"ar: ")
     assert len(out) < 4000                             # no buffer had to fill before any was seen
 
 
@@ -409,6 +416,15 @@ def test_ctrl_c_before_there_is_a_text_just_ends_it():
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == -signal.SIGINT and out == b"" and b"Traceback" not in err
+
+
+def test_without_its_packages_it_says_how_to_install_them():
+    """Rejects a traceback."""
+    p = process(python=["-S"])                         # which looks for no packages
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out) == (1, b"")
+    assert re.fullmatch(rb"clasp_mini.py: not installed for .*: torch, safetensors, tiktoken. In "
+                        rb"this folder:\n.* -m venv .* -r requirements.txt\n.*clasp_mini.py\n", err)
 
 
 def test_where_ctrl_c_is_ignored_it_stays_ignored():
@@ -543,7 +559,11 @@ TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
 WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", ""], 2, "--prompt is missing or empty"),
     (["--prompt"], 2, "--prompt: expected one argument"),
-    (["--promt", "x"], 2, "--promt"), (["hello"], 2, "hello"), (["--max", "3"], 2, "--max"),
+    (["--promt", "x"], 2, "--promt x; did you mean --prompt?"),
+    (["--max=3"], 2, "--max=3; did you mean --max-new-tokens?"),
+    (["--max-tokens", "3"], 2, "--max-tokens 3; did you mean --max-new-tokens?"),
+    (["--zzz"], 2, "unrecognized arguments: --zzz (--help"),
+    (["hello"], 2, "hello; a prompt stands behind --prompt, in quotes"),
     (["--chat=yes"], 2, "--chat"), (["--prompt", "\udc80"], 2, "not valid UTF-8"),
     (["--prompt-ids", "4096"], 2, "token 4096 is not in the model's vocabulary of 4096"),
     (["--prompt-ids", "3,9" + "9" * 30], 2, "vocabulary"),
@@ -551,7 +571,8 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt-ids", "1", "--chat"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt", "x", "--system", "y"], 2, "--system goes with --chat"),
     (["--model", "/nowhere", "--prompt", "x"], 1, "/nowhere: no such folder"),
-    (["--model", DEMO / "config.json"], 1, "config.json: a file; give the folder it is in"),
+    (["--model", "meta-llama/Llama-3.2-1B"], 1, "hf download meta-llama/Llama-3.2-1B prints"),
+    (["--model", DEMO / "config.json"], 1, f"a file; give its folder, {DEMO}"),
     (["--model", DEMO.parent / "text"], 1, "config.json: cannot be read"),
     (["--model", "a\nb"], 1, "a b: no such folder"),
     (["--prompt", "x" * 200_000], 2, "200000 bytes cannot fit the model's context of 1024 tokens"),
@@ -572,28 +593,43 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
 @pytest.mark.parametrize("arguments, status, words", WRONG_INPUTS)
 def test_wrong_input_gets_one_clear_line(complaint, tiny, arguments, status, words):
     """Rejects a traceback, a guess, an error that does not name what is wrong or does not end with
-    the advice that helps, and limits that are one too low."""
+    the advice that helps."""
     got, said = complaint(*(tiny if x == "TINY" else x for x in arguments))
     assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
-    of_tiny = ("--model", tiny, "--prompt-ids", "49 " * 15)
-    assert job(*of_tiny, "--max-new-tokens", 5).prompt()
-    what_is_left = job(*of_tiny)                       # where nothing is named, and 128 do not fit
-    assert what_is_left.prompt() and what_is_left.settings.N == what_is_left.plain.N == 5
 
 
-@pytest.mark.parametrize("content, words", [
-    ([1], "cannot be read as a JSON object"), (dict(draft_lenght=3), "draft_lenght is not one of"),
-    (dict(top_k=1), "top_k is not one of"), (dict(interval=0), "'0' is not 1 or more"),
-    (dict(skip_layers="many"), "--skip-layers: 'many' is not"), (dict(device="gpu"), "'gpu' is"),
-    (dict(skip_layers=True), "'True' is not 0 or more"), (dict(draft_length=None), "'None' is"),
-    (dict(draft_exit_threshold=30), "'30' is not 0 to 1"), (dict(seed=-1), "'-1' is not 0 to"),
-    (dict(costs=dict(draft=[1] * 33, verify=[1, 1], risk=[0.1])), "33 chances")], ids=str)
-def test_wrong_settings_in_a_models_folder_are_named_with_the_file(complaint, tmp_path, content,
-                                                                   words):
-    """Rejects a traceback, a misspelled name that is passed over, a value that no flag takes."""
-    folder = copy_of_the_demo(tmp_path, clasp=content)
-    status, said = complaint("--model", folder, "--prompt", "x")
-    assert status == 1 and "clasp.json: " in said and words in said
+def test_what_the_context_leaves_is_taken(tiny):
+    """Rejects limits that are one too low, and a refusal of 128 tokens that nobody asked for."""
+    this = ("--model", tiny, "--prompt-ids", "49 " * 15)
+    assert job(*this, "--max-new-tokens", 5).prompt()
+    left = job(*this)
+    assert left.prompt() and left.settings.N == left.plain.N == 5
+
+
+WRONG_FOLDERS = [       # what differs from the demo's, what is said
+    ({"clasp.json": [1]}, "clasp.json: cannot be read as a JSON object"),
+    ({"clasp.json": dict(temprature=3)}, "clasp.json: temprature is not one of"),
+    ({"clasp.json": dict(skip_layers=3)}, "clasp.json: skip_layers is not one of"),
+    ({"clasp.json": dict(device="gpu")}, "clasp.json: --device: 'gpu' is"),
+    ({"clasp.json": dict(seed=True)}, "clasp.json: --seed: 'True' is not"),
+    ({"clasp.json": dict(seed=None)}, "clasp.json: --seed: 'None' is not"),
+    ({"clasp.json": dict(seed=-1)}, "clasp.json: --seed: '-1' is not 0 to"),
+    ({"clasp.json": dict(temperature="hot")}, "clasp.json: --temperature: 'hot' is not"),
+    ({"clasp.json": dict(costs=dict(draft=[1] * 33, verify=[1, 1], risk=[0.1]))}, "33 chances"),
+    ({"config.json": None, "snapshots/0a1b/config.json": 0},
+     "snapshots/0a1b/config.json, of a hub cache"),
+    ({"config.json": None, "consolidated.00.pth": 0, "params.json": 0},
+     "of Meta's own files: take Hugging Face's"),
+    ({"config.json": None, "m.gguf": 0}, "there is m.gguf, which is not read"),
+    ({"config.json": None}, "config.json: cannot be read")]
+
+
+@pytest.mark.parametrize("files, words", WRONG_FOLDERS)
+def test_what_is_wrong_in_a_models_folder_is_named_with_the_file(complaint, tmp_path, files, words):
+    """Rejects a traceback, a misspelled name that is passed over, a value that no flag takes; "no
+    such file" for a folder that holds a model, only in another form."""
+    status, said = complaint("--model", copy_of_the_demo(tmp_path, files), "--prompt", "x")
+    assert status == 1 and words in said
 
 
 def test_a_pipe_that_is_not_text_is_said_to_be_none(complaint, monkeypatch):
@@ -610,46 +646,41 @@ def test_a_pipe_that_is_not_text_is_said_to_be_none(complaint, monkeypatch):
     assert job("--prompt", "-").prompt() == job("--prompt", "x\r\n").prompt()
 
 
-@pytest.mark.parametrize("files, words", [
-    (["snapshots/0a1b/config.json"], "snapshots/0a1b/config.json, of a hub cache"),
-    (["consolidated.00.pth", "params.json"], "of Meta's own files: take Hugging Face's"),
-    (["m.gguf"], "there is m.gguf, which is not read"), ([], "config.json: cannot be read")])
-def test_another_kind_of_folder_is_named(complaint, tmp_path, files, words):
-    """Rejects "no such file" for a folder that holds a model, only in another form."""
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    status, said = complaint("--model", tmp_path, "--prompt", "x")
-    assert status == 1 and words in said
-
-
 TURN = ("'<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + content | trim + '<|eot_id|>'"
         " + '<|start_header_id|>assistant<|end_header_id|>'")
-OTHER = dict(tokenizer_config=dict(chat_template="{{ 'Cutting Knowledge Date' + " + TURN + " }}"))
+IM_START = "{% if m %}<|im_start|>{{ m['role'] }}{% endif %}"
+DATES = "{{ 'Cutting Knowledge Date' + " + TURN + " }}"
+NOT_FOLLOWED = "the folder's chat template is not followed"
+
+
+def template(text):
+    return {"tokenizer_config.json": dict(chat_template=text)}
+
+
+def ends(ids):
+    return {"generation_config.json": dict(eos_token_id=ids)}
 
 
 @pytest.mark.parametrize("files, how, words", [
     ({}, ["--prompt", "a <|eot_id|>"], "<|eot_id|> in the prompt is text"),
-    (dict(generation_config=dict(eos_token_id=[3841, 97])), [],
-     "ends the text, as the model's files say: 97, 'a'"),
-    (OTHER, ["--chat"], "the folder's chat template is not followed"), (OTHER, [], None),
-    (dict(tokenizer_config=dict(chat_template="{% if m %}<|im_start|>{{ m['role'] }}{% endif %}")),
-     ["--chat"], "the folder's chat template is not followed"),
-    (dict(tokenizer_config=dict(chat_template="{{" + TURN + "}}")), ["--chat"], None)])
+    (ends([3841, 97]), [], "ends the text, as the model's files say: 97, 'a'"),
+    (ends([]), [], "the model's files name no token that ends a text"),
+    ({}, ["--strategy", "ar", "--draft-length", 8], "--strategy ar drafts nothing"),
+    (template(DATES), ["--chat"], NOT_FOLLOWED), (template(IM_START), ["--chat"], NOT_FOLLOWED),
+    (template(DATES), [], None), (template("{{" + TURN + "}}"), ["--chat"], None)])
 def test_what_departs_from_what_was_asked_is_said_once(tmp_path, capsys, files, how, words):
     """Rejects silence, and a note for the template that is followed."""
-    files = dict(generation_config=dict(eos_token_id=[3841, 3849])) | files
-    job("--model", copy_of_the_demo(tmp_path, **files), "--prompt", "x", *how).prompt()
+    folder = copy_of_the_demo(tmp_path, ends([3841, 3849]) | files)
+    job("--model", folder, "--prompt", "x", *how).prompt()
     err = capsys.readouterr().err
     assert err == "" if words is None else err.count("note: ") == 1 and words in err
 
 
+@pytest.mark.parametrize("how, said", [((), True), (("--device", "cpu"), False)])
 def test_a_gpu_that_cannot_be_used_is_named_where_the_device_was_left_open(tmp_path, monkeypatch,
-                                                                          capsys):
-    """Rejects an 8B that runs on the CPU without a word, and the word where the CPU was asked for."""
+                                                                          capsys, how, said):
+    """Rejects an 8B that runs on the CPU without a word, and one where that was asked for."""
     monkeypatch.setattr("gpu.driver.unusable", lambda: "there seems to be a GPU")
-    folder = copy_of_the_demo(tmp_path, clasp=dict(prompt="x"))
-    for how, said in (((), True), (("--device", "cpu"), False)):
-        job("--model", folder, *how)
-        assert ("note: there seems to be a GPU; computing on the CPU" in
-                capsys.readouterr().err) == said
+    job("--model", copy_of_the_demo(tmp_path, {"clasp.json": dict(prompt="x")}), *how)
+    assert ("note: there seems to be a GPU; computing on the CPU" in
+            capsys.readouterr().err) == said
