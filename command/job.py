@@ -209,7 +209,7 @@ class Job:
             raise short from None
 
     def progress(self) -> Callable[[str, Tensor], Tensor]:
-        """Says how much has been read: on a terminal tensor by tensor, in a log once, if much."""
+        """Says of a large model how much was read: in a log once, on a terminal again and again."""
         total = self.weights / 1e9
         done = 0
         if total > MUCH and not sys.stderr.isatty():
@@ -218,7 +218,8 @@ class Job:
         def part(_: str, x: Tensor) -> Tensor:
             nonlocal done
             done += x.numel() * self.dtype.itemsize
-            waiting(f"loading: {done / 1e9:.1f} of {total:.1f} GB")
+            if total > MUCH:
+                waiting(f"loading: {done / 1e9:.1f} of {total:.1f} GB")
             return x
         return part
 
@@ -261,10 +262,11 @@ class Job:
         if self.a.prompt_ids is not None:
             return self.fits(self.a.prompt_ids)
         try:
-            text = self.a.prompt or ""
+            # Whatever the locale took the bytes of the command line for, they are UTF-8.
+            text, self.a.system = (word.encode("utf-8", "surrogateescape").decode()
+                                   for word in (self.a.prompt or "", self.a.system or ""))
             if text == "-":
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
-            (text + (self.a.system or "")).encode()
         except UnicodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
         if not text:
