@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import errno
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,13 +55,6 @@ def numbers(text: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,2,3")
     return [int(part) for part in parts]
-
-
-def interruptible() -> None:
-    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see
-    command/start.py) it just ended the process. Ignored, as under nohup, it stays."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def out_of_memory(e: BaseException) -> bool:

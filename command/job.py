@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command.cli import UsageError, interruptible, out_of_memory, waiting
+from command.cli import UsageError, out_of_memory, waiting
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError, read_json
@@ -187,7 +188,10 @@ class Job:
                                                    not self.a.no_compile)
         waiting("")
         self.load_seconds = time.perf_counter() - self.began
-        interruptible()                                # from here on the text is kept
+        # From here on Ctrl-C is an exception, so that the text is kept. Before (command/start.py) it
+        # just ended the process. Ignored, as under nohup, it stays.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     @contextlib.contextmanager

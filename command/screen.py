@@ -157,9 +157,10 @@ class Screen:
             self.begin()
         self.shown.append(self.text.add([], final=True))
         whole = "".join(self.shown)
+        stats = figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
         if a.json:
             print(json.dumps(dict(prompt_ids=self.ids, ids=ids_of(self.rounds),
-                                  settings=self.job.report(), stats=self.figures(),
+                                  settings=self.job.report(), stats=stats,
                                   text=whole if self.job.tokenizer else None)))
             return
         if not a.verbose:
@@ -171,11 +172,7 @@ class Screen:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         if whole.encode(encoding, "ignore").decode(encoding) != whole:
             note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
-        account = summary(self.figures(), self.job.ran)
-        print(self.err.paint("dim", account), file=sys.stderr)
+        print(self.err.paint("dim", summary(stats, self.job.ran)), file=sys.stderr)
         if self.job.own_prompt and sys.stderr.isatty():
             print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; "
                   "--help", file=sys.stderr)
-
-    def figures(self) -> dict:
-        return figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)

@@ -14,12 +14,8 @@ from text.tokenizer import BOS, NAMED, SPLIT, _ranks_of_meta  # noqa: E402
 HERE = Path(__file__).resolve().parent
 RANKS = _ranks_of_meta(HERE.parent / "demo" / "tokenizer.model")[0]
 V = len(RANKS)
-TEXTS = ["", " ", "   \n\n \n\t", "def f(x):\n\treturn  x ** 2  # why?\n\n\n", "\r\n\r\n x\r",
-         "I'LL don't we've ſ's", "1234567 3.14 1e-5", "naïve Führer ½ ² 日本語 العربية नमस्ते",
-         "🦙👩‍👩‍👧 ꙊéÉ e\u0301", "\0\x7f\u2028\u00a0\ufeff", "        self.assertEqual(None, ...)",
-         "<|begin_of_text|>x<|eot_id|>", "a" * 500, "=" * 70 + "\n",
-         "hi Bác <think> </think>", "a <think>\n b", "thinking <think>ing", "return returned",
-         "a <think>more</think> <|eot_id|> eot", "Bác. xBác Bácx  Bác", "<｜begin▁of▁sentence｜>x"]
+RECORDED = json.loads((HERE / "recorded.json").read_text(encoding="utf-8"))
+TEXTS = list(RECORDED["plain"]["ids"])                 # a new one is written there by hand
 
 same = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
 others = [b for b in range(256) if b not in same]

@@ -11,14 +11,14 @@ import pytest
 from command.cli import instead
 from command.flags import DEMO
 from llama import ModelError
-from text.record import FOLDERS, RANKS, RENAMED, TEXTS, V, specials, token, tokenizer_json, write
+from text.record import (FOLDERS, RANKS, RECORDED, RENAMED, TEXTS, V, specials, token,
+                         tokenizer_json, write)
 from text.tokenizer import NAMED, SPLIT, Tokenizer, stop_ids
 
 LLAMA3 = os.environ.get("CLASP_LLAMA3")                # a folder of Meta's files
 META = "tokenizer.model"
 HF = "tokenizer.json"
 CONFIG = "config.json"
-RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text(encoding="utf-8"))
 PLAIN = RECORDED["plain"]["ids"]
 
 

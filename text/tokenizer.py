@@ -62,10 +62,6 @@ class Tokenizer:
     """Byte-pair encoding with LLaMA-3's ranks, from Hugging Face's tokenizer.json or Meta's
     tokenizer.model.
 
-    >>> tok = Tokenizer("demo")
-    >>> tok.decode(tok.encode("def f(x):"))
-    'def f(x):'
-
     special   name -> id of the tokens that no text can spell
     bos       the one that begins a text
     """
@@ -96,10 +92,8 @@ class Tokenizer:
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
         self._added = added
-        self._spelled = []
-        if len(self.special) < len(added):             # what is not normalized is looked for first
-            self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
-                             for kind in (False, True)]
+        self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
+                         for kind in (False, True)]    # what is not normalized is looked for first
         self._bpe = _bpe(ranks if made is None else _reached(ranks, made))
 
     def encode(self, text: str) -> list[int]:
