@@ -18,28 +18,28 @@ Glossary
     g        (J, width) the states g[i, 0 .. J-1] of one row; row i has min(i, M) + 1 of them
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
-Why at the same depth: a beginning can be judged before its end is known, and a state that is near
-to h[i] will mostly be taken near to h[L] by the layers that follow. Why approximate (§3.5): a cell
-keeps one state, the nearest so far, although a farther one might come out nearer in the end.
+Why at the same depth: what the remaining layers will do is not known yet, but from a state near to
+h[i] they mostly lead to one near to h[L]. Why approximate (§3.5): a cell keeps one state, the
+nearest so far, although a farther one might come out nearer in the end.
 
-The verify pass has just computed h. The cost is L calls of f with at most M+1 states. Column 0 is a
-check alone: it runs layer i-1 on the full model's own h[i-1], which must give h[i] and a cosine of
-1. If it does not, f does not see the text that the verify saw; whoever reads the table can tell.
+The cost is L calls of f with at most M+1 states; h the verify has just computed. The cosines of
+column 0 are a check: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of
+1. If it does not, f does not see the text that the verify saw.
 """
 import itertools
 import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, nan
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
 Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,); in the paper cosine
-NAN = float("nan")
-INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
     """The recurrence as it is written, a cell at a time: to read first, and the reference for the
     fast one. Algorithm 1 runs a layer only if that is nearer, so a tie skips it."""
     L = len(h) - 1
-    D = [[NAN] * (M + 1) for _ in range(L + 1)]
+    D = [[nan] * (M + 1) for _ in range(L + 1)]
     skipped = [[False] * (M + 1) for _ in range(L + 1)]
     D[0][0] = 1.0
     g = {(0, 0): h[0]}
     for i in range(1, L + 1):
         for j in range(min(i, M) + 1):
-            run = -INF
-            skip = -INF
+            run = -inf
+            skip = -inf
             if j < i:                                  # else there is nothing that could be run
                 after = run_layer(i - 1, g[i - 1, j][None])                 # (1, width)
                 run = near(after, h[i]).item()
@@ -109,26 +109,24 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
-    D = torch.full((L + 1, M + 1), NAN, dtype=wide, device=h.device)
+    D = torch.full((L + 1, M + 1), nan, dtype=wide, device=h.device)
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
     g = h[:1]
     for i in range(1, L + 1):
-        J = len(g)                                     # so many cells has row i-1
-        after = run_layer(i - 1, g)                    # (J, width)
-        run = near(after, h[i])                        # (J,) cell j there leads to cell j here,
-        skip = near(g, h[i])                           # (J,) or, by skipping, to cell j+1
-        # Cells 1 .. J-1 can be reached both ways. Cell 0 skips nothing: it is the full model's.
-        run_wins = run[1:] > skip[:-1]                 # strict: a tie skips
-        D[i, 0] = run[0]
-        D[i, 1:J] = torch.where(run_wins, run[1:], skip[:-1])
-        skipped[i, 1:J] = ~run_wins
-        cells = [h[i:i + 1], torch.where(run_wins[:, None], after[1:], g[:-1])]
-        if J <= M:                                     # cell J, new in this row: all was skipped
-            D[i, J] = skip[-1]
-            skipped[i, J] = True
-            cells.append(g[-1:])
-        g = torch.cat(cells)
+        J = min(i, M) + 1                              # cells of row i; g has those of row i-1
+        after = run_layer(i - 1, g)
+        # Two ways lead to cell j: to run, from cell j of the row above; to skip, from its cell j-1.
+        run = F.pad(near(after, h[i]), (0, 1), value=-inf)[:J]              # (J,)
+        skip = F.pad(near(g, h[i]), (1, 0), value=-inf)[:J]                 # (J,)
+        run_wins = run > skip                          # strict: a tie skips
+        run_wins[0] = True                             # it skips nothing, even where run is nan
+        D[i, :J] = torch.where(run_wins, run, skip)
+        skipped[i, :J] = ~run_wins
+        g_run = F.pad(after, (0, 0, 0, 1))[:J]                              # (J, width)
+        g_skip = F.pad(g, (0, 0, 1, 0))[:J]                                 # (J, width)
+        g = torch.where(run_wins[:, None], g_run, g_skip)
+        g[0] = h[i]                                    # nothing skipped: the full model's own state
     return D, skipped, g
 
 

@@ -1,5 +1,4 @@
-"""LLaMA-3 from its published weights: rows, cache, forward pass; behind them configuration and
-loading. Batch of one.
+"""LLaMA-3 from its published weights: rows, cache, forward pass; then configuration and loading.
 
 **The one idea.** A pass takes T token *rows*. A row does not know whether it is being decoded,
 verified or tried out; it is told three things about itself, and one attention routine serves every
@@ -11,15 +10,13 @@ pass of the method (`python llama.py` draws them):
     candidates of the DP       J       t for all        t+1, t+2, ...          0 .. t-1 and its own
 
 The third line is the interesting one: J candidates for the state of the *same* token, none of which
-may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6,
-"sequence parallel" with a specialised mask).
+may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6).
 
-Glossary (8B in brackets)
-    L    decoder layers [32]                D     width of the residual stream [4096]
-    H    query heads [32]                   G     key/value heads [8], each for R = H / G of them
-    hd   head size [128]                    V     vocabulary [128256]
-    T    rows of a pass, the first at t     S     slots of the cache; a pass looks at the first W
-    h[i] the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
+Glossary, beside the sizes that `Config` has
+    T, t  rows of a pass; the position of the first
+    S, W  slots of the cache; how many of them, from the first on, a pass looks at
+    R     query heads that share a key/value head, H / G
+    h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
 The model owns weights and nothing else; `Cache` stores; the caller counts positions. To roll back a
 rejected draft is therefore arithmetic: what lies behind is overwritten before anyone may read it.
@@ -31,7 +28,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,13 +81,13 @@ class Cache:
 
     def candidates(self, t: int, J: int) -> Rows:
         """J candidates for the state of the token at position t (§3.6). Each has its position,
-        writes a scratch slot behind it, and reads the slots before the token and its own. So the
-        full model's entry for the token is neither read, or the token would be seen twice, nor
-        harmed."""
+        writes one of the slots behind it, where no text is yet, and reads those before the token
+        and its own. So the full model's entry for the token is neither harmed nor read: the token
+        would be seen twice."""
         assert t + J < self.S, f"{J} slots behind {t} in a cache of {self.S}"
-        visible = self.slot[:t + 1 + J]
-        slots = visible[t + 1:]
-        may_read = (visible < t) | (visible == slots[:, None])                  # (J, W)
+        slot = self.slot[:t + 1 + J]
+        slots = slot[t + 1:]
+        may_read = (slot < t) | (slot == slots[:, None])                        # (J, W)
         position = torch.full_like(slots, t)
         return self.rows(position, slots, may_read)
 
@@ -206,9 +202,8 @@ class Llama:
         h = [F.embedding(ids, self.embed)]                                  # (T, D)
         for i in range(self.cfg.L):
             if skip and skip[i]:
-                # The residual stream flows past, and this layer writes nothing into its cache. No
-                # later step of the draft misses it, for all of them skip the same layers; and the
-                # verify runs every layer over these slots before anyone reads there.
+                # The residual stream flows past. Nobody reads the hole that stays in this layer's
+                # cache: a whole draft skips the same layers, and the verify fills it.
                 h.append(h[i])
             else:
                 h.append(self.layer(i, h[i], rows, cache))
@@ -228,23 +223,23 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
-        `device` in `dtype` (default: bfloat16 on a GPU, else float32); every tensor is used exactly
-        once, or what `part(name, tensor)` makes of it (gpu/: a share). Raises ModelError."""
+        `device` in `dtype` (default: bfloat16 on a GPU, else float32). Every tensor is used exactly
+        once, as `part(name, tensor)` returns it. Raises ModelError."""
         c = Config.load(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
         if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
-            other = left.pop("lm_head.weight")
-            table = left.setdefault("model.embed_tokens.weight", other)
-            if not table().equal(other()):
+            table = left.pop("lm_head.weight")
+            embed = left.setdefault("model.embed_tokens.weight", table)
+            if not embed.equal(table):
                 raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                                  "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
             if name not in left:
                 raise ModelError(f"{folder}: the weights lack {name}")
-            got = left.pop(name)()
+            got = left.pop(name)
             if got.shape != shape or not got.is_floating_point():
                 raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                                  f"config.json these are floats of shape {list(shape)}")
@@ -275,12 +270,7 @@ class Llama:
 # ---------------------------------------------------------------------------- files of a model
 
 class ModelError(Exception):
-    """What is wrong with a model folder or with what is asked of it, in one line for its user.
-    `path`: the file that could not be read, if that is what is wrong."""
-
-    def __init__(self, line: str, path: Path | None = None) -> None:
-        super().__init__(line)
-        self.path = path
+    """What is wrong with a model folder or with what is asked of it, in one line for its user."""
 
 
 @dataclass(frozen=True)
@@ -305,12 +295,12 @@ class Config:
         name: a setting silently ignored gives a model silently wrong. Raises ModelError."""
         path = Path(folder) / "config.json"
         c = {key: v for key, v in read_json(path).items() if v is not None}  # null is "not given"
-        # 4 has rope_theta beside rope_scaling, whose rope_type was once called type; 5 has all in
-        # rope_parameters. Reading the old spelling alone would give a new file theta 10000.
+        # Transformers 4 has rope_theta beside rope_scaling, 5 has all in rope_parameters. To read
+        # the old spelling alone would give a new file theta 10000.
         for name in ("rope_scaling", "rope_parameters"):
             rope = c.get(name, {})
             c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
-        if "rope_type" not in c:
+        if "rope_type" not in c:                       # it was once called type
             c["rope_type"] = c.get("type", None if "factor" in c else "default")
         supported = dict(
             architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
@@ -326,9 +316,11 @@ class Config:
                 raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
             return kind(value)
 
-        scaling = c["rope_type"] == "llama3" and (
-            number("factor", kind=float), number("low_freq_factor", kind=float),
-            number("high_freq_factor", kind=float), number("original_max_position_embeddings"))
+        scaling = None
+        if c["rope_type"] == "llama3":
+            scaling = (number("factor", kind=float), number("low_freq_factor", kind=float),
+                       number("high_freq_factor", kind=float),
+                       number("original_max_position_embeddings"))
         D = number("hidden_size")
         H = number("num_attention_heads")
         cfg = cls(L=number("num_hidden_layers"), D=D, H=H, G=number("num_key_value_heads", H),
@@ -336,44 +328,43 @@ class Config:
                   V=number("vocab_size"), eps=number("rms_norm_eps", 1e-6, float),
                   context=number("max_position_embeddings", 2048),
                   tied=c.get("tie_word_embeddings", False),
-                  theta=number("rope_theta", 1e4, float), scaling=scaling or None)
+                  theta=number("rope_theta", 1e4, float), scaling=scaling)
         if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
             raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
         return cfg
 
 
 def read_json(path: Path) -> dict:
-    """A file with one JSON object; whatever is wrong with it as a ModelError."""
+    """A file with one JSON object. Raises ModelError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        raise ModelError(f"{path}: cannot be read as a JSON object: {why}", path) from None
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}") from None
 
 
-def tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """name -> what reads it from the memory-mapped file that has it: model.safetensors, or the
-    shards of an index, which says in which of them a tensor counts."""
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights by name, of model.safetensors or, without one, of shards. If several shards have
+    a tensor, their index says which counts. The files are mapped into memory: they are read where
+    a tensor is used. Raises ModelError."""
+    files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    paths = [folder / "model.safetensors"]
     home = {}
-    if index.exists() and not paths[0].exists():
+    if index.exists() and not (folder / files[0]).exists():
         home = read_json(index).get("weight_map", {})
-        try:
-            paths = sorted({folder / file for file in home.values()})
-        except (AttributeError, TypeError):
-            raise ModelError(f"{index}: weight_map does not say where tensors are") from None
+        if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
+            raise ModelError(f"{index}: weight_map does not say where tensors are")
+        files = sorted(set(home.values()))
     found = {}
-    for path in paths:
+    for file in files:
         try:
-            file = safe_open(path, framework="pt")
+            weights = safe_open(folder / file, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: missing, broken or cut short: {e}", path) from None
-        for name in file.keys():
-            where = folder / home[name] if name in home else path
+            raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
+        for name in weights.keys():
             # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
-            if where == path and not name.endswith("rotary_emb.inv_freq"):
-                found[name] = partial(file.get_tensor, name)
+            if home.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
+                found[name] = weights.get_tensor(name)
     return found
 
 

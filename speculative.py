@@ -9,25 +9,26 @@ probability q(d); the full model would have said p(d).
 
 The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this:
 
-    - one function (`probabilities`) turns logits into p and into q, wherever they are needed;
+    - one function (`probabilities`) turns logits into p and into q;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To throw it away unjudged would make it rarer than p says;
-    - draft and verify see the same text: rejected tokens leave nothing behind that anyone reads.
+      harmless. To throw one away for what it is, or for what came after it, makes it too rare;
+    - rejected tokens leave nothing behind that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
-    T, D       rows of a pass; the model's width
+    L, D       layers of the model; width of its states h[0..L]
     own        the token that the full model adds behind the accepted ones: a correction or a bonus
-    probe      the last token that the full model has read and kept: the last accepted one or, if
-               there is none, the token before the draft. Its states h[0..L] choose the layers
-    chance     answers "accept with probability a?" and "draw from p"
+    probe      the last accepted token or, if there is none, the one before the draft: the last that
+               the full model has read and kept. Its states choose the layers
+    confidence of a drafted token: the draft's top-1 probability there, at temperature 1
 
-This file knows no LLaMA and no dynamic program. A model, its cache and its rows are anything with
-the methods of those in llama.py; a chooser is called as dp_layer_skip.choose_skip is.
+This file knows no LLaMA and no dynamic program. A model and its cache are anything with the methods
+of those in llama.py; `choose` is called as dp_layer_skip.choose_skip is.
 """
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 CHUNK = 512                  # rows of one prefill pass: scores take rows x slots of memory per head
+NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,10 @@ class Settings:
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 0                  # 0 is plain decoding
+    K: int = 0                  # 0 is plain decoding (this and what follows is read by Paper)
     M: int = 0                  # 0 drafts with the full model
-    exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence: the draft's
-                                #      top-1 probability at temperature 1
-    interval: int = 16          # verifications between two layer optimisations (the paper's LOI)
+    exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
+    interval: int = 16          # verifications from one layer optimisation to the next
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1, self
@@ -62,29 +63,28 @@ class Settings:
 
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
-    """The one way from logits to the distribution that is sampled: temperature, top-k, top-p, in
-    float32 or wider. Greedy is one-hot and needs no rule of its own. What ties with the k-th logit
-    is kept; where equal tokens compete for the last of top_p, the smaller id has it."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """The one way from logits to the distribution that is sampled: top-k, temperature, top-p, in
+    float64, where no temperature overflows. Greedy is one-hot and needs no rule of its own. What
+    ties with the k-th logit is kept; of tokens that tie at the edge of top_p, the smaller ids."""
+    logits = logits.double()
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    if s.top_k:
+    if s.top_k > 0:
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    tiny = torch.finfo(logits.dtype).tiny              # no temperature may overflow
-    temperature = min(max(s.temperature, tiny), 1 / tiny)
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    highest = logits.amax(-1, keepdim=True)
+    p = ((logits - highest) / s.temperature).softmax(-1)
     if s.top_p < 1:
-        largest, order = p.sort(dim=-1, descending=True, stable=True)
-        before = largest.cumsum(-1) - largest
-        kept = torch.where(before < max(s.top_p, tiny), largest, 0)
-        p = torch.zeros_like(p).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+        likely, order = p.sort(dim=-1, descending=True, stable=True)
+        before = likely.cumsum(-1) - likely            # the mass of all that are likelier
+        likely = likely.masked_fill(before >= s.top_p, 0)
+        p = torch.zeros_like(p).scatter_(-1, order, likely / likely.sum(-1, keepdim=True))
     return p
 
 
 def acceptance(p: Tensor, q: Tensor) -> Tensor:
     """min(1, p/q): how likely a drafted token is kept (Leviathan et al. 2023, Algorithm 1)."""
-    return (p.double() / q.double()).clamp(max=1)
+    return (p / q).clamp(max=1)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
@@ -102,21 +102,22 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance") -> t
     k = len(drafted)
     a = []                                             # for each, the chance that it is accepted
     if k > 0:
-        place = torch.arange(k, device=p.device)
+        step = torch.arange(k, device=p.device)
         token = torch.tensor(drafted, device=p.device)
-        a = acceptance(p[place, token], torch.stack(q)[place, token]).tolist()
+        a = acceptance(p[step, token], torch.stack(q)[step, token]).tolist()
     accepted = 0
     while accepted < k and chance.accept(a[accepted]):
         accepted += 1
-    owed = residual(p[accepted], q[accepted]) if accepted < k else p[k]     # (V,)
-    return accepted, chance.draw(owed)
+    if accepted < k:
+        return accepted, int(chance.draw(residual(p[accepted], q[accepted])))
+    return accepted, int(chance.draw(p[k]))
 
 
 class Chance:
     """A seeded generator, on the host: a seed means the same uniforms on every device."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)        # 32 bits of the seed count
+        self.generator = torch.Generator().manual_seed(seed)
 
     def uniform(self) -> float:
         """u in [0, 1), 53 random bits."""
@@ -126,28 +127,22 @@ class Chance:
         """True with probability a. Strict: u <= a would pass a token of probability 0 at u = 0."""
         return self.uniform() < a
 
-    def draw(self, p: Tensor) -> int:
-        """A token drawn from p (V,): the first id at which the running sum, in float64, exceeds u
-        times the total. Parallel sums may fall by rounding, so where p is 0 they count as 0.
-        Raises FloatingPointError if p holds no number above 0."""
-        cdf = torch.where(p > 0, p.cumsum(0, dtype=torch.float64), 0)
-        total = cdf.amax()
-        first = (cdf > self.uniform() * total).int().argmax()
-        token, mass = torch.stack((first.double(), total)).tolist()         # one wait for a GPU
-        if not mass > 0:
-            raise FloatingPointError("the logits are not finite numbers: damaged weights?")
-        return int(token)
+    def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (), an id
+        """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
+        total; -1 if p holds no number above 0. It is left on p's device: to read it is to wait."""
+        cdf = p.cumsum(0, dtype=torch.float64)
+        # Summed in parallel it may rise or fall by rounding, even at a token of probability 0.
+        cdf = torch.where(p > 0, cdf, 0)
+        exceeds = cdf > self.uniform() * cdf.amax()
+        return torch.where(exceeds.any(), exceeds.int().argmax(), -1)
 
 
 class Paper:
-    """What the paper decides by fixed numbers. Another policy may take its place (see policy/). A
-    round reads `skip`, asks `goes_on` before each token of a draft, tells `judged` what came of it,
-    asks whether layers are `due` and, if so, has them `optimise`d. The questions change nothing.
-    The answers say how many tokens are drafted, by which layers, never what becomes of a drafted
-    token: so no policy that leaves the cache's entries of the text alone changes the distribution.
-
-    skip     the layers that the next draft leaves out, one flag each
-    slots    of the cache behind the text, for the candidates of the dynamic program"""
+    """The policy of the paper: fixed numbers. Another may take its place (policy/). A round reads
+    `skip`, the layers that the draft leaves out, asks `goes_on` before each token, tells `judged`
+    what came of them, asks whether layers are `due` and, if so, lets them be `optimise`d. A policy
+    says how many tokens are drafted and by which layers, never what becomes of one. So it cannot
+    change the distribution, if it writes no slots of the cache but the `slots` behind the text."""
 
     def __init__(self, s: Settings, L: int) -> None:
         assert s.M <= L, f"{s.M} of {L} layers cannot be left out"
@@ -185,7 +180,7 @@ class Round:
     start: int                  # tokens of text before it
     skip: tuple[bool, ...]      # layers that the draft left out
     drafted: list[int]          # d1..dk
-    confidence: list[float]     # the draft's top-1 probability at each, at temperature 1
+    confidence: list[float]     # at each
     accepted: int               # how many of them
     emitted: list[int]          # these and the full model's own, cut after a stop token
     choice: Any                 # what the chooser returned, if it was asked after this round
@@ -203,49 +198,45 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
     text = list(prompt)
     end = len(text) + s.N
     cache = model.cache(end + policy.slots)
+    cached = 0                     # slots 0 .. cached-1 hold the full model's entries for the text
 
-    for n in itertools.count():                        # verification n
-        began = _clock(model)
+    for n in itertools.count():                        # verification n; n = 0 is the prefill
         start = len(text)
+        began = _clock(model)
 
-        # Slots 0 .. cached-1 hold the full model's entries for the text. This number is the whole
-        # rollback: what lies behind it is overwritten before anyone may read it. In round 0, the
-        # prefill, nothing is cached and nothing drafted; later the last token alone is not cached.
-        cached = start - 1 if n > 0 else 0
-        most = end - start - 1 if n > 0 else 0         # the model adds a token of its own
-
-        # 1. Draft. All its tokens leave out the same layers: none reads an entry that was not
-        #    written because another one skipped the layer.
+        # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers:
+        #    none reads an entry that was not written because another one skipped the layer.
         skip = policy.skip
+        most = end - start - 1 if n > 0 else 0         # the full model adds a token of its own
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
+        k = len(drafted)
         drafting = _clock(model)
 
-        # 2. Verify: one full pass over the last token and the draft (at first, the prompt). It
-        #    overwrites the draft's entries in the cache, and fills those of skipped layers.
-        k = len(drafted)
+        # 2. Verify: one full pass over what is not cached (the prompt, later the last token) and
+        #    the draft. It overwrites the draft's entries, and fills those of skipped layers.
         h = read(model, text[cached:] + drafted, cached, cache)
-        h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk;
-                                                       # in the prefill the prompt's last token
-        logits = model.head(h[-1])
+        h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk
+        logits = model.head(h[-1])                                          # (k+1, V)
         if not logits.isfinite().all():
-            raise FloatingPointError("the model's logits are not finite numbers: damaged weights?")
+            raise FloatingPointError(NOT_FINITE)
         p = probabilities(logits, s)                                        # (k+1, V)
         accepted, own = judge(p, q, drafted, chance)
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]
-        stops = [i for i, token in enumerate(emitted) if token in s.stop_ids]
-        if stops:                                      # in an accepted draft nothing may follow it
-            emitted = emitted[:stops[0] + 1]
+        if accepted > 0 and drafted[accepted - 1] in s.stop_ids:
+            emitted.pop()                              # nothing follows a stop token
         text += emitted
-        done = bool(stops) or len(text) == end
+        done = len(text) == end or text[-1] in s.stop_ids
+        # The whole rollback: entries from this slot on are overwritten before anyone reads them.
+        cached = len(text) - 1                         # the last token has not been read
         verifying = _clock(model)
 
-        # 3. Optimise layers, for the next drafts. The verify has computed the probe's states, in
-        #    row 0 if nothing was accepted. The last token, the model's own, is not yet read.
+        # 3. Optimise layers, for the next drafts, by the states that the verify has computed for
+        #    the probe: row 0 is the token before the draft, row `accepted` the last accepted one.
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, D)
-            choice = policy.optimise(choose, model, cache, text[:-1], probe)    # up to the probe
+            choice = policy.optimise(choose, model, cache, text[:cached], probe)
         seconds = (drafting - began, verifying - drafting, _clock(model) - verifying)
         yield Round(start, skip, drafted, confidence, accepted, emitted, choice, seconds)
         if done:
@@ -258,16 +249,22 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
     draft. Ours, as the paper is silent: confidence is unfiltered, and a doubtful token is judged
     like any other, only none is drafted behind it."""
     drafted, q, confidence = [], [], []
-    last = text[-1]
-    while len(drafted) < most and last not in s.stop_ids and policy.goes_on(confidence):
+    last = torch.tensor(text[-1:], device=model.device)                     # (1,)
+    while len(drafted) < most and policy.goes_on(confidence):
         rows = cache.sequence(len(text) - 1 + len(drafted), 1)
-        ids = torch.tensor([last], device=model.device)
-        h = model.forward(ids, rows, cache, skip)
+        h = model.forward(last, rows, cache, skip)
         logits = model.head(h[-1])[0]                                       # (V,)
         q.append(probabilities(logits, s))
-        last = chance.draw(q[-1])
-        drafted.append(last)
-        confidence.append(logits.softmax(-1).amax().item())
+        last = chance.draw(q[-1])[None]
+        sure = logits.softmax(-1).amax()[None]
+        # Together, for a GPU is waited for; as float32 an id below 2^24 is exact.
+        token, top = torch.cat((last, sure)).tolist()
+        if math.isnan(top):
+            raise FloatingPointError(NOT_FINITE)
+        drafted.append(int(token))
+        confidence.append(top)
+        if token in s.stop_ids:
+            break
     return drafted, q, confidence
 
 

@@ -385,7 +385,7 @@ def test_the_seeded_generator_draws_from_p():
     seen = [0] * 5
     n = 4000
     for _ in range(n):
-        drafted = chance.draw(q)
+        drafted = int(chance.draw(q))
         accepted, own = judge(torch.stack((p, p)), [q], [drafted], chance)
         seen[drafted if accepted else own] += 1
     assert sum((x - n * w) ** 2 / (n * w) for x, w in zip(seen, p.tolist())) < 23.5

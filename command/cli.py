@@ -7,7 +7,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llama import ModelError
@@ -89,17 +89,28 @@ INSTEAD = {"snapshots/*/config.json": "of a hub cache: take the folder that it i
            "pytorch_model*.bin": "which is not read: convert it to safetensors"}
 
 
-def instead(path: Path) -> str:
-    """What stands in the place of a file that cannot be read, in words to add; "" if unknown."""
+def instead(folder: Path) -> str:
+    """What stands in a folder in the place of what is read, in words to add; "" if unknown."""
     with contextlib.suppress(OSError):
-        if path.is_file():
-            with open(path, "rb") as file:
-                pointer = file.read(23) == b"version https://git-lfs"
-            return "; it is a pointer of Git LFS: git lfs pull" if pointer else ""
+        for path in filter(Path.is_file, sorted(folder.iterdir())):
+            with path.open("rb") as file:
+                if file.read(23) == b"version https://git-lfs":
+                    return f"; {path.name} is a pointer of Git LFS: git lfs pull"
+        if any(folder.glob("config.json")) and any(folder.glob("*.safetensors")):
+            return ""
         for pattern, what in INSTEAD.items():
-            for other in sorted(path.parent.glob(pattern))[:1]:
-                return f"; there is {other.relative_to(path.parent)}, {what}"
+            for other in sorted(folder.glob(pattern))[:1]:
+                return f"; there is {other.relative_to(folder)}, {what}"
     return ""
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """For what reads a model's folder: where it fails, what lies there instead is said."""
+    try:
+        yield
+    except ModelError as e:
+        raise ModelError(f"{e}{instead(folder)}") from None
 
 
 def answer(work: Callable[[], int]) -> int:
@@ -120,8 +131,6 @@ def answer(work: Callable[[], int]) -> int:
         if isinstance(e, RuntimeError) and not out_of_memory(e):
             raise
         line = str(e).strip().replace("\n", " ")
-        if isinstance(e, ModelError) and e.path:
-            line += instead(e.path)
         print(f"{name}: {line or 'out of memory'}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:

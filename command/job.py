@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command.cli import UsageError, out_of_memory, waiting
+from command.cli import UsageError, out_of_memory, reading, waiting
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError, read_json
@@ -55,7 +55,8 @@ class Job:
         self.folder = Path(a.model).expanduser()
         if not self.folder.is_dir():
             raise ModelError(f"{self.folder}: {no_folder(self.folder)}")
-        self.cfg = Config.load(self.folder)
+        with reading(self.folder):
+            self.cfg = Config.load(self.folder)
         self.stops = stop_ids(self.folder)
         self.take_saved_flags()
         self.device = self.checked_device()
@@ -129,7 +130,8 @@ class Job:
     def checked_tokenizer(self) -> Tokenizer | None:
         """None where only ids are given and none can be read."""
         try:
-            tokenizer = Tokenizer(self.folder)
+            with reading(self.folder):
+                tokenizer = Tokenizer(self.folder)
         except ModelError:
             if self.a.prompt_ids is None:              # ids need none; one makes them readable
                 raise
@@ -178,7 +180,7 @@ class Job:
 
     def load(self) -> "Job":
         """Read the weights; on a GPU also record the passes."""
-        with self.enough_memory():
+        with self.enough_memory(), reading(self.folder):
             self.model = self.Model.load(self.folder, self.device, self.dtype,
                                          part=self.progress())
             self.choose = choose_skip

@@ -46,9 +46,9 @@ class Recording(Chance):
         self.verdicts.append((a, self.last, accepted))
         return accepted
 
-    def draw(self, p: Tensor) -> int:
+    def draw(self, p: Tensor) -> Tensor:
         token = super().draw(p)
-        self.draws.append((token, p[token].item(), self.last))
+        self.draws.append((int(token), p[token].item(), self.last))
         return token
 
 

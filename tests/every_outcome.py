@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from speculative import Chance
@@ -38,8 +39,9 @@ class Enumerating(Chance):
     def accept(self, a: float) -> bool:
         return bool(self._answer([(v, w) for v, w in ((True, a), (False, 1 - a)) if w > 0]))
 
-    def draw(self, p: Tensor) -> int:
-        return self._answer([(token, w) for token, w in enumerate((p / p.sum()).tolist()) if w > 0])
+    def draw(self, p: Tensor) -> Tensor:
+        options = [(token, w) for token, w in enumerate((p / p.sum()).tolist()) if w > 0]
+        return torch.tensor(self._answer(options))
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:

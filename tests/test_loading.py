@@ -24,7 +24,7 @@ def complaint(call, *args):
     with pytest.raises(llama.ModelError) as e:
         call(*args)
     assert str(e.value) and "\n" not in str(e.value)
-    return str(e.value) + (instead(e.value.path) if e.value.path else "")
+    return str(e.value) + instead(Path(args[0]))
 
 
 def configure(**overrides):

@@ -24,14 +24,14 @@ def test_every_row_is_llama_up_to_rounding(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_probabilities_are_float32_or_wider_and_finite_at_any_temperature(dtype):
+def test_probabilities_are_float64_and_finite_at_any_temperature(dtype):
     """Rejects arithmetic in bfloat16, overflow at tiny temperatures, and an empty
     nucleus."""
     logits = torch.tensor([-300.0, 0.0, 300.0, 299.0], dtype=dtype)
     for temperature in (1e-300, 1e-46, 1e-30, 1e-3, 1.0, 1e6):
         for top_k, top_p in ((0, 1.0), (9, 1.0), (2, 0.5), (1, 1.0), (0, 1e-300)):
             p = probabilities(logits, Settings(temperature=temperature, top_k=top_k, top_p=top_p))
-            assert p.dtype == torch.promote_types(dtype, torch.float32)
+            assert p.dtype == torch.float64
             assert p.isfinite().all()
             assert abs(p.sum().item() - 1) < 1e-6
 
@@ -72,8 +72,7 @@ def test_where_nothing_can_be_drawn_nothing_is():
     """Rejects token 0 for an answer where p holds no number above 0, in a draft too, whose logits
     nobody else looks at; and no number at a temperature beyond float32, with a filter or without."""
     for p in (torch.zeros(3), torch.full((3,), math.nan)):
-        with pytest.raises(FloatingPointError):
-            Chance(0).draw(p)
+        assert Chance(0).draw(p) == -1
     logits = torch.tensor([0.0, 3.0, 2.0])
     for how, want in ((dict(), [1 / 3] * 3), (dict(top_k=1), [0, 1, 0])):
         p = probabilities(logits, Settings(temperature=1e300, **how))

@@ -193,7 +193,7 @@ def drawing(cdf, exceeds):
     """Chance.draw by another running sum, or another comparison with it."""
     def draw(self, p):
         total = cdf(p)
-        return int(exceeds(total, self.uniform() * total.amax()).int().argmax())
+        return exceeds(total, self.uniform() * total.amax()).int().argmax()
     return [put(Chance, "draw", draw)]
 
 

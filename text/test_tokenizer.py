@@ -27,7 +27,7 @@ def complaint(call, *args):
     with pytest.raises(ModelError) as e:
         call(*args)
     assert str(e.value) and "\n" not in str(e.value)
-    return str(e.value) + (instead(e.value.path) if e.value.path else "")
+    return str(e.value) + (instead(args[0]) if isinstance(args[0], Path) else "")
 
 
 def put(folder, files):

@@ -206,7 +206,7 @@ def _ranks_of_meta(path: Path) -> Ranks:
         ranks = {base64.b64decode(t, validate=True): int(r) for t, r in rows}
     except ValueError as e:
         raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3, base64 and rank per line: "
-                         f"{e}", path) from None
+                         f"{e}") from None
     spare = (f"<|reserved_special_token_{n}|>" for n in range(256))
     plain = dict.fromkeys(OPTIONS, False)
     return ranks, {NAMED.get(i) or next(spare): plain | dict(special=True, id=len(ranks) + i)
