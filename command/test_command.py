@@ -28,6 +28,9 @@ from text.tokenizer import EOT, Tokenizer
 
 ROOT = DEMO.parent
 TOK = Tokenizer(DEMO)
+CONFIG = json.loads((DEMO / "config.json").read_text())
+V = CONFIG["vocab_size"]
+CHATS = {"config.json": CONFIG | dict(vocab_size=4096)}     # has a row for every special token
 # All four numbers: nothing is measured then, and a seed means one text.
 NAMED = ("--skip-layers", 22, "--draft-length", 12, "--draft-exit-threshold", 0.3, "--interval", 64)
 SHORT = ("--max-new-tokens", 24, *NAMED)
@@ -115,6 +118,7 @@ def process(*arguments, python=(), **options):
 
 def copy_of_the_demo(folder, files):
     """A folder with the demo's model; files: name -> content, a JSON value each; None: left out."""
+    folder.mkdir(exist_ok=True)
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model"):
         if name not in files:
             (folder / name).symlink_to(DEMO / name)
@@ -248,15 +252,15 @@ def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, capsys):
     --chat, a missing begin token; and a note on a model that <|eot_id|> does stop."""
     q = dict(role="user", content=" Why? ")
     system = dict(role="system", content="Be brief.")
+    this = ("--model", copy_of_the_demo(tmp_path / "silent", CHATS), "--prompt", " Why? ")
     for how, want in (([], [TOK.bos, *TOK.encode(" Why? ")]), (["--chat"], TOK.chat([q])),
                       (["--chat", "--system", "Be brief."], TOK.chat([system, q])),
                       (["--chat", "--system", ""], TOK.chat([q]))):
-        assert job("--prompt", " Why? ", *how).prompt() == want
+        assert job(*this, *how).prompt() == want
         err = capsys.readouterr().err
         assert ("note: <|eot_id|>" in err, err.count("\n")) == (bool(how),) * 2
-    stops = dict(eos_token_id=[3841, TOK.special[EOT]])
-    folder = copy_of_the_demo(tmp_path, {"generation_config.json": stops})
-    job("--model", folder, "--chat", "--prompt", "x")
+    stops = {"generation_config.json": dict(eos_token_id=[3841, TOK.special[EOT]])}
+    job("--model", copy_of_the_demo(tmp_path / "stops", stops), "--chat", "--prompt", "x")
     assert capsys.readouterr().err == ""
 
 
@@ -516,7 +520,7 @@ def test_what_cannot_fit_into_memory_is_said_with_its_sizes_beforehand(monkeypat
 # ============================================================================== what is wrong
 
 LIMITS = {              # flag: what it takes, at the ends; what it does not take
-    "--prompt-ids": (["0", "4095", "1 2,3"], ["", ",", "1,x", "-1", "1.5", "1;2"]),
+    "--prompt-ids": (["0", str(V - 1), "1 2,3"], ["", ",", "1,x", "-1", "1.5", "1;2"]),
     "--device": (["cpu"], ["abacus", "cuda:", "cuda:x", "CPU", ""]),
     "--dtype": (["float32", "float64", "bfloat16"], ["int3", "float16", ""]),
     "--threads": (["1"], ["0", "1025", "x", "1.5", "1e12"]),
@@ -559,7 +563,7 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--zzz"], 2, "unrecognized arguments: --zzz (--help"),
     (["hello"], 2, "hello; a prompt stands behind --prompt, in quotes"),
     (["--chat=yes"], 2, "--chat"), (["--prompt", "\udc80"], 2, "not valid UTF-8"),
-    (["--prompt-ids", "4096"], 2, "token 4096 is not in the model's vocabulary of 4096"),
+    (["--prompt-ids", V], 2, f"token {V} is not in the model's vocabulary of {V}"),
     (["--prompt-ids", "3,9" + "9" * 30], 2, "vocabulary"),
     (["--prompt-ids", "1", "--prompt", "x"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt-ids", "1", "--chat"], 2, "--prompt-ids goes without --prompt and --chat"),
@@ -666,7 +670,7 @@ def ends(ids):
     (template(DATES), [], None), (template("{{" + TURN + "}}"), ["--chat"], None)])
 def test_what_departs_from_what_was_asked_is_said_once(tmp_path, capsys, files, how, words):
     """Rejects silence, and a note for the template that is followed."""
-    folder = copy_of_the_demo(tmp_path, ends([3841, 3849]) | files)
+    folder = copy_of_the_demo(tmp_path, CHATS | ends([3841, 3849]) | files)
     job("--model", folder, "--prompt", "x", *how).prompt()
     err = capsys.readouterr().err
     assert err == "" if words is None else err.count("note: ") == 1 and words in err
