@@ -569,7 +569,7 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt-ids", "1", "--chat"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt", "x", "--system", "y"], 2, "--system goes with --chat"),
     (["--model", "/nowhere", "--prompt", "x"], 1, "/nowhere: no such folder"),
-    (["--model", "meta-llama/Llama-3.2-1B"], 1, "hf download meta-llama/Llama-3.2-1B prints"),
+    (["--model", "meta-llama/Llama-3.2-1B"], 1, "of a model on the hub, `hf download NAME`"),
     (["--model", DEMO / "config.json"], 1, f"a file; give its folder, {DEMO}"),
     (["--model", DEMO.parent / "text"], 1, "config.json: cannot be read"),
     (["--model", "a\nb"], 1, "a b: no such folder"),
