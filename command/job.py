@@ -190,8 +190,8 @@ class Job:
                                                    not self.a.no_compile)
         waiting("")
         self.load_seconds = time.perf_counter() - self.began
-        # From here on Ctrl-C is an exception, so that the text is kept. Before (command/start.py) it
-        # just ended the process. Ignored, as under nohup, it stays.
+        # From here on Ctrl-C is an exception, so that the text is kept. Before, it just ended the
+        # process (command/start.py). Ignored, as under nohup, it stays.
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
