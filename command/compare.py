@@ -40,7 +40,7 @@ def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
     return status
 
 
-def comparison(pairs: Sequence[tuple[list[Round], list[Round]]], greedy: bool) -> dict:
+def comparison(pairs: Sequence[Pair], greedy: bool) -> dict:
     """Of runs of one prompt, (plain, CLaSp) each: medians over the pairs, sums for what is counted;
     `stats` of the first pair. `equal` is None for samples: two of one distribution may differ."""
     plain, clasp = ([figures(pair[side]) for pair in pairs] for side in range(2))
@@ -59,7 +59,7 @@ def comparison(pairs: Sequence[tuple[list[Round], list[Round]]], greedy: bool) -
                for name in ("draft_step", "verify", "optimise")})
 
 
-def compared(c: dict, pairs: Sequence[tuple[list[Round], list[Round]]], dtype: str) -> str:
+def compared(c: dict, pairs: Sequence[Pair], dtype: str) -> str:
     """A comparison in five lines."""
     texts = "two samples of one distribution: not to be compared by token"
     if c["equal"] is not None:

@@ -4,7 +4,6 @@ then the weights. What the user left open is decided here, and said where it is 
 import argparse
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -54,7 +53,10 @@ class Job:
         self.own_prompt = a.prompt is None and a.prompt_ids is None          # the model's
         self.folder = Path(a.model).expanduser()
         if not self.folder.is_dir():
-            raise ModelError(f"{self.folder}: {no_folder(self.folder)}")
+            what = "no such folder; of a model on the hub, `hf download NAME` prints it"
+            if self.folder.exists():
+                what = f"a file; give its folder, {self.folder.parent}"
+            raise ModelError(f"{self.folder}: {what}")
         with reading(self.folder):
             self.cfg = Config.load(self.folder)
         self.stops = stop_ids(self.folder)
@@ -190,8 +192,8 @@ class Job:
                                                    not self.a.no_compile)
         waiting("")
         self.load_seconds = time.perf_counter() - self.began
-        # From here on Ctrl-C is an exception, so that the text is kept. Before (command/start.py) it
-        # just ended the process. Ignored, as under nohup, it stays.
+        # From here on Ctrl-C is an exception, so that the text is kept. Before, it just ended the
+        # process (command/start.py). Ignored, as under nohup, it stays.
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
@@ -215,7 +217,7 @@ class Job:
             raise short from None
 
     def progress(self) -> Callable[[str, Tensor], Tensor]:
-        """Says of a large model how much was read: in a log once, on a terminal again and again."""
+        """Says of a large model how much is read: in a log once, on a terminal as it comes."""
         total = self.weights / 1e9
         done = 0
         if total > MUCH and not sys.stderr.isatty():
@@ -244,8 +246,7 @@ class Job:
         return self.costs["verify"]
 
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        """The rounds of a run, if there is memory for them and, where several processes share it,
-        if all agree on them."""
+        """The rounds of a run, while there is memory and, of several processes, all agree."""
         with self.enough_memory():
             yield from rounds
 
@@ -326,12 +327,3 @@ def paper_numbers(L: int) -> dict[str, float]:
     """The paper's: 44 of the 70B's 80 layers left out, an exit threshold of 0.7, and up to 128
     verifications between two choices of layers, of which 64 is taken here. K is not stated."""
     return dict(K=12, M=round(0.55 * L), exit_threshold=0.7, interval=64)
-
-
-def no_folder(path: Path) -> str:
-    """What there is in the place of a model's folder, and what to do."""
-    if path.exists():
-        return f"a file; give its folder, {path.parent}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return f"no such folder; for a model on the hub, hf download {path} prints the one to give"
-    return "no such folder"

@@ -65,8 +65,8 @@ class Terminal:
         names = [("kept", "kept"), ("dim", " "), ("rejected", "rejected"), ("dim", " "),
                  ("own", "the model's own")]
         run, left_out = self.cells
-        fates, = self.folded(names, self.width)
-        return f"{fates}  {run} layer run, {left_out} left out  * chosen anew"
+        marked, = self.folded(names, self.width)
+        return f"{marked}  {run} layer run, {left_out} left out  * chosen anew"
 
     def round(self, n: int, r: Round, tokenizer: Tokenizer | None, anew: bool = False) -> str:
         """Round n: a cell per layer, light where left out, behind a * where they were chosen anew;
@@ -89,8 +89,7 @@ class Terminal:
 
 
 class Text:
-    """ids -> text as it comes; a character split over tokens waits for its last byte. Without a
-    tokenizer, the ids."""
+    """ids -> text as it comes; a split character waits for its last byte. No tokenizer: the ids."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[int]) -> None:
         self.tokenizer = tokenizer

@@ -1,6 +1,4 @@
-"""What has to come before the imports, which take a second: the clock, what Ctrl-C means, and what
-to install where something is missing.
-"""
+"""What has to come before the imports, which take a second: clock, Ctrl-C, missing packages."""
 import importlib.util
 import signal
 import sys

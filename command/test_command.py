@@ -539,9 +539,9 @@ LIMITS = {              # flag: what it takes, at the ends; what it does not tak
 FREE = {"--prompt", "--system", "--model", "--trace", "--costs"}
 
 
-def test_every_flag_takes_what_it_can_and_nothing_else(complaint):
+def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
     """Rejects a limit that is off by one, a traceback, a value that is guessed, and a complaint
-    that does not name the flag and the value."""
+    that does not name the flag and the value; of a small context, one token less than it leaves."""
     with_value = set(re.findall(r"(--[a-z-]+) [A-Z1]", parser().format_help()))
     assert with_value == {*LIMITS, *FREE}, "a new flag needs its limits here"
     for flag, (right, wrong) in LIMITS.items():
@@ -551,6 +551,9 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint):
         for value in wrong:
             status, said = complaint(*prompt, f"{flag}={value}")
             assert status == 2 and said.startswith(flag) and value in said, said
+    for how in (("--max-new-tokens", 5), ()):          # 128 do not fit
+        this = job("--model", tiny, "--prompt-ids", "49 " * 15, *how)
+        assert this.prompt() and this.settings.N == this.plain.N == 5
 
 
 TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
@@ -569,7 +572,7 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt-ids", "1", "--chat"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt", "x", "--system", "y"], 2, "--system goes with --chat"),
     (["--model", "/nowhere", "--prompt", "x"], 1, "/nowhere: no such folder"),
-    (["--model", "meta-llama/Llama-3.2-1B"], 1, "hf download meta-llama/Llama-3.2-1B prints"),
+    (["--model", "meta-llama/Llama-3.2-1B"], 1, "of a model on the hub, `hf download NAME`"),
     (["--model", DEMO / "config.json"], 1, f"a file; give its folder, {DEMO}"),
     (["--model", DEMO.parent / "text"], 1, "config.json: cannot be read"),
     (["--model", "a\nb"], 1, "a b: no such folder"),
@@ -594,14 +597,6 @@ def test_wrong_input_gets_one_clear_line(complaint, tiny, arguments, status, wor
     the advice that helps."""
     got, said = complaint(*(tiny if x == "TINY" else x for x in arguments))
     assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
-
-
-def test_what_the_context_leaves_is_taken(tiny):
-    """Rejects limits that are one too low, and a refusal of 128 tokens that nobody asked for."""
-    this = ("--model", tiny, "--prompt-ids", "49 " * 15)
-    assert job(*this, "--max-new-tokens", 5).prompt()
-    left = job(*this)
-    assert left.prompt() and left.settings.N == left.plain.N == 5
 
 
 WRONG_FOLDERS = [       # what differs from the demo's, what is said

@@ -88,19 +88,18 @@ def test_a_comparison_broken_off_is_of_the_pairs_that_were_finished(capsys):
         if len(seeds) == last:
             raise KeyboardInterrupt
         return plain_run(IDS, 0.01), clasp_run(IDS[:-1] + [9], 0.002, 0.012)
-    seeds, last = [], 4
     job = a_job()
     job.load_seconds = job.measure_seconds = 123.4
-    assert compare(job, pair, [1]) == 130
-    out = capsys.readouterr().out
-    assert "median of 2 runs" in out and "DIFFERENT from token 6" in out
-    assert max(map(len, out.splitlines())) < 80
-    job.settings.temperature, seeds = 1, []
-    compare(job, pair, [1])
-    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+    for temperature, words in ((0, "DIFFERENT from token 6"), (1, "two samples")):
+        job.settings.temperature = temperature
+        seeds, last = [], 4
+        assert compare(job, pair, [1]) == 130
+        out = capsys.readouterr().out
+        assert "median of 2 runs" in out and words in out
+        assert max(map(len, out.splitlines())) < 80
     seeds, last = [], 2
     with pytest.raises(KeyboardInterrupt):
-        compare(a_job(), pair, [1])
+        compare(job, pair, [1])
 
 
 def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_warm_up(capsys):
