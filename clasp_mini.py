@@ -14,12 +14,14 @@ Who decides how much is drafted, and when layers are chosen anew?
                        R tokens (policy/probe.py)
     --strategy ar      nobody: plain decoding, a token per pass
 
-A Job (command/job.py) holds what the flags ask for: model, settings, costs of passes. `agreed` is
-for several GPUs, whose processes compare their rounds; of one process it passes them on.
+A Job (command/job.py) holds what the flags ask for: model, settings, and for our policy the paper's
+`numbers` (K, M, exit threshold, interval: some left open) and what passes cost. Its `guarded` hands
+rounds on, unless memory is short or the processes of several GPUs do not agree.
 """
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 if __name__ == "__main__":
     import command.start  # noqa: F401  the clock, and what Ctrl-C means while the rest is imported
@@ -34,10 +36,10 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Ours, where the user has left some of the paper's numbers open; else the paper's."""
-    if job.adaptive:
-        return Adaptive(job.settings, **job.costs, **job.named, probe=job.probe,
-                        measure=job.measure if job.guessed else None)
+    """Ours, where the user has left some of the paper's four numbers open; else the paper's."""
+    if job.left_open:
+        measure = job.measure if job.costs_guessed else None
+        return Adaptive(job.settings, **job.costs, **job.numbers, probe=job.probe, measure=measure)
     if job.probe > 1:
         return PaperByProbe(job.settings, job.cfg.L, job.probe)
     return Paper(job.settings, job.cfg.L)
@@ -48,14 +50,15 @@ def run(job: Job, ids: list[int], seed: int) -> Iterator[Round]:
     policy = policy_of(job)
     if job.a.trace:
         from oracle.trace import record
-        return job.agreed(record(job, ids, seed, policy))
-    return job.agreed(generate(job.model, ids, job.settings, Chance(seed), job.choose, policy))
+        return job.guarded(record(job, ids, seed, policy))
+    return job.guarded(generate(job.model, ids, job.settings, Chance(seed), job.choose, policy))
 
 
 def pair(job: Job, ids: list[int], seed: int) -> Pair:
-    """The same prompt plainly (nothing is drafted, whatever the policy) and with CLaSp."""
-    plain = generate(job.model, ids, job.plain, Chance(seed), job.choose)
-    return list(job.agreed(plain)), list(run(job, ids, seed))
+    """The same prompt plainly and with CLaSp."""
+    undrafted = replace(job.settings, K=0, M=0)
+    plain = generate(job.model, ids, undrafted, Chance(seed), job.choose)
+    return list(job.guarded(plain)), list(run(job, ids, seed))
 
 
 def write(job: Job, ids: list[int]) -> int:
@@ -79,11 +82,7 @@ def work(argv: Sequence[str] | None, kind: type[Job] = Job) -> int:
     job.load()
     if a.compare:
         return compare(job, lambda seed: pair(job, ids, seed), ids)
-    status = write(job, ids)
-    if job.own_prompt and sys.stderr.isatty():
-        print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; --help",
-              file=sys.stderr)
-    return status
+    return write(job, ids)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

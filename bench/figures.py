@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                        metavar="DIR", help="where figures go (bench/figures)")
         job, questions = opened(p, argv)
         plt = pyplot()
-        if job.cfg.L < INNER or not job.tokenizer or not job.adaptive:
+        if job.cfg.L < INNER or not job.tokenizer or not job.left_open:
             raise UsageError(f"needed are {INNER} layers, a tokenizer, and that something is left "
                              "to the policy")
         job.load()

@@ -31,9 +31,9 @@ Prompts = Sequence[list[int]]
 def speed(job: Job, prompts: Prompts, s: Settings, policy: Callable[[], Any]) -> float:
     """Behind all prompts, with a new policy for each. The prefill's pass and token do not count,
     its choice of layers does."""
-    if job.guessed:
+    if job.costs_guessed:
         job.costs = tables(measured(job), job.cfg.L, job.K)
-        job.guessed = False
+        job.costs_guessed = False
     table = costs.load(job.costs, job.cfg.L, max(*GRID["K"], job.K))
     tokens = 0
     steps = 0.0
@@ -55,7 +55,7 @@ def sweep(job: Job, prompts: Prompts, temperature: float
     the command names and, for what it leaves open, with numbers of ours."""
     L = job.cfg.L
     own = dict(K=12, M=round(L * 11 / 16), exit_threshold=0.3, interval=32)
-    named = {name: own[name] if value is None else value for name, value in job.named.items()}
+    named = {name: own[name] if value is None else value for name, value in job.numbers.items()}
     best = replace(job.plain, temperature=temperature, **named)
     found = {}
     for name, values in (GRID | dict(M=[round(part * L) for part in GRID["M"]])).items():
@@ -70,7 +70,7 @@ def sweep(job: Job, prompts: Prompts, temperature: float
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         job, questions = opened(parser("[flags]", __doc__.partition("\n")[0]), argv)
-        if not job.adaptive:
+        if not job.left_open:
             raise UsageError("nothing is left to the policy: name fewer of its numbers")
         prompts = [ids for _, ids in questions]
         job.load()

@@ -265,7 +265,7 @@ def test_a_risk_is_the_part_of_the_judged_tokens_that_was_rejected(monkeypatch):
 
 
 COUNTED = dict(cfg=SimpleNamespace(L=32), choose=None, model=None, plain=Settings(N=9), K=3,
-               a=SimpleNamespace(seed=3), guessed=False)
+               a=SimpleNamespace(seed=3), costs_guessed=False)
 
 
 def test_tokens_per_plain_step_by_hand(monkeypatch):
@@ -293,7 +293,7 @@ def test_a_sweep_varies_one_number_at_a_time_around_the_best_so_far(monkeypatch)
         tried.append(s)
         return -sum(abs(getattr(s, name) - v) for name, v in best.items())
     monkeypatch.setattr(sweep, "speed", speed)
-    job = SimpleNamespace(**COUNTED, named=dict(K=2, M=None, exit_threshold=0.0, interval=None))
+    job = SimpleNamespace(**COUNTED, numbers=dict(K=2, M=None, exit_threshold=0.0, interval=None))
     found, s = sweep.sweep(job, [], 1.0)
     assert {name: getattr(s, name) for name in best} == best and s.N == 9
     assert {name: max(of, key=of.get) for name, of in found.items()} == best

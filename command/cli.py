@@ -3,14 +3,14 @@ own name, and every end has its exit status. Serves the main command and those o
 """
 import argparse
 import contextlib
+import difflib
 import errno
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llama import ModelError, read_json
+from llama import ModelError
 
 
 class UsageError(Exception):
@@ -23,17 +23,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         if "expected one argument" in message:
             message += "; one that begins with - is written behind =, as in --prompt=-x"
+        if message.startswith("unrecognized"):
+            message += self.meant(message.split()[2].partition("=")[0])
         raise UsageError(message.removeprefix("argument ") + " (--help lists the flags)")
+
+
+    def meant(self, word: str) -> str:
+        """A hint at the flag that was meant by an unknown word."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        if not word.startswith("-"):
+            return "; a prompt stands behind --prompt, in quotes" if "--prompt" in flags else ""
+        near = [flag for flag in flags if flag.startswith(word)]
+        near += difflib.get_close_matches(word, flags, 1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def number(kind: type, wanted: str, ok: Callable[[float], bool]) -> Callable[[str], float]:
     """A type for argparse: a number of `kind` for which `ok` holds, in words `wanted`."""
     def parse(text: str) -> float:
-        try:
-            if ok(value := kind(text)):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if ok(value):
                 return value
-        except (ValueError, OverflowError):
-            pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return parse
 
@@ -44,29 +55,6 @@ def numbers(text: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,2,3")
     return [int(part) for part in parts]
-
-
-def saved(path: Path, p: Parser, names: Iterable[str]) -> dict:
-    """Defaults for `names` from a JSON file, checked by the flags they stand for; none, no file. An
-    object (of costs) is checked by who uses it."""
-    own = read_json(path) if path.exists() else {}
-    try:
-        for name in own:
-            if name not in names:
-                raise UsageError(f"{name} is not one of {', '.join(names)}")
-        a = p.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in own.items()
-                          if name != "costs" or not isinstance(value, dict)])
-    except UsageError as e:
-        raise ModelError(f"{path}: {e}") from None
-    return {name: value if name == "costs" and isinstance(value, dict) else getattr(a, name)
-            for name, value in own.items()}
-
-
-def interruptible() -> None:
-    """From here on Ctrl-C is an exception, so that what was made can be kept. Before (see
-    command/start.py) it just ended the process. Ignored, as under nohup, it stays."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def out_of_memory(e: BaseException) -> bool:
@@ -86,6 +74,12 @@ def open_streams() -> None:
                 raise OSError(errno.EBADF, "closed")
     if hasattr(sys.stdout, "reconfigure"):             # a notebook's has not
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
+
+
+def waiting(what: str) -> None:
+    """Say on a terminal what the user waits for, in place of what was said so before."""
+    if sys.stderr.isatty():
+        print(f"\r{what:40}\r", end="", file=sys.stderr, flush=True)
 
 
 # What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.

@@ -1,24 +1,29 @@
 """Plain decoding and CLaSp in turn on one prompt: the question of --compare."""
 import json
-import sys
 from collections.abc import Callable, Sequence
 
-from command.cli import UsageError
+from command.cli import UsageError, waiting
 from command.job import Job
-from command.report import figures, ideal_speedup, ids_of, median
+from command.report import brief, figures, ideal_speedup, ids_of, median
 from speculative import Round
 
 Pair = tuple[list[Round], list[Round]]                 # the plain run, and CLaSp's
 
 
 def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
-    """Run `pair`(seed) as often as was asked for and print what came of it; the exit status."""
+    """Run `pair`(seed) as often as was asked for and print what came of it; the exit status. Of
+    pairs that Ctrl-C leaves, those that are whole count."""
     pairs = []
-    for n in range(-1, job.a.repeats):                 # the first is a warm-up, not counted
-        if sys.stderr.isatty():
-            print(f"\rpair {n + 1} of {job.a.repeats}", end="\r" * (n + 1 == job.a.repeats),
-                  file=sys.stderr, flush=True)
-        pairs.append(pair(job.a.seed + max(0, n)))
+    status = 0
+    try:
+        for n in range(-1, job.a.repeats):             # the first is a warm-up, not counted
+            waiting(f"pair {n + 1} of {job.a.repeats}")
+            pairs.append(pair(job.a.seed + max(0, n)))
+    except KeyboardInterrupt:
+        if len(pairs) < 2:
+            raise
+        status = 130
+    waiting("")
     c = comparison(pairs[1:], greedy=job.settings.temperature == 0)
     if c["ideal_speedup"] is None:
         raise UsageError("nothing to compare, the prefill gave all tokens: allow more of them, or "
@@ -30,12 +35,12 @@ def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
                               load_seconds=job.load_seconds, measure_seconds=job.measure_seconds)))
     else:
         print(compared(c, pairs[1:], job.report()["dtype"]))
-        print(f"once before     loading {job.load_seconds:.2f} s, measuring costs "
-              f"{job.measure_seconds:.2f} s: in none of these rates")
-    return 0
+        print(f"once before     loading {brief(job.load_seconds)} s, measuring costs "
+              f"{brief(job.measure_seconds)} s: in none of these rates")
+    return status
 
 
-def comparison(pairs: Sequence[tuple[list[Round], list[Round]]], greedy: bool) -> dict:
+def comparison(pairs: Sequence[Pair], greedy: bool) -> dict:
     """Of runs of one prompt, (plain, CLaSp) each: medians over the pairs, sums for what is counted;
     `stats` of the first pair. `equal` is None for samples: two of one distribution may differ."""
     plain, clasp = ([figures(pair[side]) for pair in pairs] for side in range(2))
@@ -54,15 +59,15 @@ def comparison(pairs: Sequence[tuple[list[Round], list[Round]]], greedy: bool) -
                for name in ("draft_step", "verify", "optimise")})
 
 
-def compared(c: dict, pairs: Sequence[tuple[list[Round], list[Round]]], dtype: str) -> str:
+def compared(c: dict, pairs: Sequence[Pair], dtype: str) -> str:
     """A comparison in five lines."""
-    texts = "two samples of one distribution, not to be compared token by token"
+    texts = "two samples of one distribution: not to be compared by token"
     if c["equal"] is not None:
         texts = "equal"
     if c["equal"] is False:
         x, y = next(t for a, b in pairs if (t := (ids_of(a), ids_of(b)))[0] != t[1])
         where = next((n for n, (i, j) in enumerate(zip(x, y)) if i != j), min(len(x), len(y)))
-        texts = f"DIFFERENT from token {where} on: a tie within the rounding of {dtype}?"
+        texts = f"DIFFERENT from token {where} on: a tie, by the rounding of {dtype}?"
     plain, clasp = c["tokens_per_second"]
     return (f"plain decoding  {plain:8.1f} tokens/s   {c['plain_stats']['emitted']} tokens, median "
             f"of {len(pairs)} runs, interleaved\n"

@@ -31,7 +31,8 @@ def parser() -> Parser:
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N", type=number(
         str, "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d{1,3})?", v)))
     add("--dtype", choices=list(DTYPES), metavar="TYPE", help="float32, float64 or bfloat16")
-    add("--threads", type=positive, metavar="N", help="CPU threads (1 for a small model)")
+    add("--threads", type=number(int, "1 to 1024", lambda v: 1 <= v <= 1024), metavar="N",
+        help="CPU threads (1 for a small model)")
     add("--eager", action="store_true", help="GPU: no CUDA graphs")
     add("--no-compile", action="store_true", help="GPU: graphs of plain kernels")
     add("--trace", metavar="FILE", help="write every draw, verdict and table (oracle/TRACE.md)")

@@ -4,6 +4,7 @@ then the weights. What the user left open is decided here, and said where it is 
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command.cli import UsageError, interruptible, out_of_memory, reading, saved
+from command.cli import UsageError, out_of_memory, reading, waiting
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
-from llama import Config, Llama, ModelError
+from llama import Config, Llama, ModelError, read_json
 from policy import costs
 from policy.adaptive import budgets
 from speculative import Round, Settings
 from text.tokenizer import EOT, Tokenizer, has_other_template, stop_ids
 
-NUMBERS = ("K", "M", "exit_threshold", "interval")     # of the paper: what its policy goes by
+MUCH = 0.3                   # GB of weights that are not read in a moment
 
 
 def waited_since() -> float:
@@ -37,7 +38,12 @@ def note(text: str) -> None:
 
 
 class Job:
-    """What the flags `a` ask for. Raises ModelError, UsageError."""
+    """What the flags `a` ask for. Raises ModelError, UsageError.
+
+    numbers   the paper's K, M, exit_threshold and interval. None: left open, for our policy
+    K, M      the largest that may come of them
+    costs     what passes cost, if that policy decides; costs_guessed: nobody has measured them
+    """
 
     Model = Llama                                      # of several GPUs: gpu/ranks.py
 
@@ -45,9 +51,11 @@ class Job:
         self.began = waited_since()
         self.a = a
         self.own_prompt = a.prompt is None and a.prompt_ids is None          # the model's
-        self.folder = Path(a.model)
+        self.folder = Path(a.model).expanduser()
         if not self.folder.is_dir():
-            what = "a file; give the folder it is in" if self.folder.exists() else "no such folder"
+            what = "no such folder; of a model on the hub, `hf download NAME` prints it"
+            if self.folder.exists():
+                what = f"a file; give its folder, {self.folder.parent}"
             raise ModelError(f"{self.folder}: {what}")
         with reading(self.folder):
             self.cfg = Config.load(self.folder)
@@ -56,57 +64,64 @@ class Job:
         self.device = self.checked_device()
         self.tokenizer = self.checked_tokenizer()
         self.dtype = self.chosen_dtype()
-        named = (a.draft_length, a.skip_layers, a.draft_exit_threshold, a.interval)
-        self.named = dict(zip(NUMBERS, named))         # None: left open
+        c = self.cfg
+        weights = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
+        self.weights = weights * self.dtype.itemsize   # bytes of matrices; vectors do not count
+        self.numbers = dict(K=a.draft_length, M=a.skip_layers,
+                            exit_threshold=a.draft_exit_threshold, interval=a.interval)
         if a.strategy == "ar":
-            self.named = dict(K=0, M=0, exit_threshold=0.0, interval=1)
+            if any(value is not None for value in (*self.numbers.values(), a.probe)):
+                note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
+            self.numbers = dict(K=0, M=0, exit_threshold=0.0, interval=1)
         if a.strategy == "paper":
-            self.named = {name: value if self.named[name] is None else self.named[name]
-                          for name, value in paper_numbers(self.cfg.L).items()}
-        self.K = 12 if self.named["K"] is None else self.named["K"]          # at most
-        self.M = budgets(self.cfg.L)[-1] if self.named["M"] is None else self.named["M"]
-        if self.M > self.cfg.L:
-            raise UsageError(f"--skip-layers {self.M}: the model has {self.cfg.L} layers")
-        self.adaptive = None in self.named.values()
+            self.numbers = {name: value if self.numbers[name] is None else self.numbers[name]
+                            for name, value in paper_numbers(c.L).items()}
+        self.left_open = None in self.numbers.values()
+        self.K = 12 if self.numbers["K"] is None else self.numbers["K"]
+        self.M = budgets(c.L)[-1] if self.numbers["M"] is None else self.numbers["M"]
+        if self.M > c.L:
+            raise UsageError(f"--skip-layers {self.M}: the model has {c.L} layers")
         # Who decides. With all its numbers named clasp is the paper's loop.
-        self.ran = "paper" if a.strategy == "clasp" and not self.adaptive else a.strategy
+        self.ran = "paper" if a.strategy == "clasp" and not self.left_open else a.strategy
         self.probe = a.probe or 1
         N = 128 if a.max_new_tokens is None else a.max_new_tokens
         self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
-                                 **({} if self.adaptive else self.named))
+                                 **({} if self.left_open else self.numbers))
         self.length = N                                # of a text and its prompt
         self.load_seconds = 0.0
         self.measure_seconds = 0.0
-        self.guessed = False                           # are the costs?
-        self.costs = self.known_costs() if self.adaptive else None
+        self.costs_guessed = False
+        self.costs = self.known_costs() if self.left_open else None
 
     # ------------------------------------------------------------------ what is found beforehand
 
     def take_saved_flags(self) -> None:
-        """What the user left open is as clasp.json in the model's folder says. Its temperature and
-        seed go with its prompt, and its numbers with a policy that is not the paper's."""
-        own = dict(device="cuda" if torch.cuda.is_available() else "cpu", prompt=None, costs=None,
-                   temperature=0.0, seed=0, skip_layers=None, draft_length=None,
-                   draft_exit_threshold=None, interval=None, probe=None)
-        named = saved(self.folder / "clasp.json", parser(), own)
-        if self.a.device is None and "device" not in named:
-            from gpu.driver import unusable
-            amiss = unusable()
-            if amiss:
-                note(f"{amiss}; computing on the CPU")
-        passed_over = []
-        if not self.own_prompt:
-            passed_over += ["temperature", "seed"]
-        if self.a.strategy == "paper":
-            passed_over += ["skip_layers", "draft_length", "draft_exit_threshold", "interval",
-                            "probe"]
-        for name, value in own.items():
-            if name in named and name not in passed_over:
-                value = named[name]
+        """What the user left open is as clasp.json in the model's folder says, where it is checked
+        by the flags it stands for; its temperature and seed go with its prompt."""
+        default = dict(device=None, prompt=None, temperature=0.0, seed=0, costs=None)
+        path = self.folder / "clasp.json"
+        own = read_json(path) if path.exists() else {}
+        flags = [f"--{name}={value}" for name, value in own.items() if name != "costs"]
+        try:
+            for name in own.keys() - default.keys():
+                raise UsageError(f"{name} is not one of {', '.join(default)}")
+            saved = vars(parser().parse_args(flags))
+        except UsageError as e:
+            raise ModelError(f"{path}: {e}") from None
+        saved["costs"] = own.get("costs")              # checked by who uses them
+        for name, value in default.items():
+            if saved[name] is not None and (self.own_prompt or name in ("device", "costs")):
+                value = saved[name]
             if getattr(self.a, name) is None:
                 setattr(self.a, name, value)
 
     def checked_device(self) -> torch.device:
+        if self.a.device is None:
+            from gpu.driver import unusable
+            amiss = unusable()
+            if amiss:
+                note(f"{amiss}; computing on the CPU")
+            self.a.device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(self.a.device)
         gpus = torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= gpus:
@@ -123,7 +138,10 @@ class Job:
             if self.a.prompt_ids is None:              # ids need none; one makes them readable
                 raise
             return None
-        for i in tokenizer.stop_ids:
+        if not self.stops:
+            note("the model's files name no token that ends a text (eos_token_id): it goes on to "
+                 "--max-new-tokens")
+        for i in self.stops:
             if i not in tokenizer.special.values():
                 note(f"an ordinary token ends the text, as the model's files say: {i}, "
                      f"{tokenizer.decode([i])!r}")
@@ -157,7 +175,7 @@ class Job:
         if os.path.exists(self.shelf):                 # False where one may not look
             with contextlib.suppress(ModelError):      # a table cut short is measured again
                 return costs.load(str(self.shelf), self.cfg.L, self.K)
-        self.guessed = True
+        self.costs_guessed = True
         return costs.guess(self.cfg, self.K)
 
     # -------------------------------------------------------------------------------- the model
@@ -172,22 +190,24 @@ class Job:
                 from gpu.replay import recorded
                 self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
                                                    not self.a.no_compile)
+        waiting("")
         self.load_seconds = time.perf_counter() - self.began
-        interruptible()                                # from here on the text is kept
+        # From here on Ctrl-C is an exception, so that the text is kept. Before, it just ended the
+        # process (command/start.py). Ignored, as under nohup, it stays.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     @contextlib.contextmanager
     def enough_memory(self) -> Iterator[None]:
         """For what weights and cache do not fit into, found beforehand or by who allocates."""
         c = self.cfg
-        numbers = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
-        weights = numbers * self.dtype.itemsize
         cache = 2 * c.L * c.G * c.hd * self.length * self.dtype.itemsize
-        short = ModelError(f"out of memory: the weights take {weights / 1e9:.1f} GB in "
+        short = ModelError(f"out of memory: the weights take {self.weights / 1e9:.1f} GB in "
                            f"{str(self.dtype).removeprefix('torch.')}, the cache of {self.length} "
                            f"tokens {cache / 1e9:.1f} GB; take fewer --max-new-tokens or a "
                            "smaller model")
-        if self.device.type == "cpu" and weights + cache > memory_here():
+        if self.device.type == "cpu" and self.weights + cache > memory_here():
             raise short
         try:
             yield
@@ -197,24 +217,27 @@ class Job:
             raise short from None
 
     def progress(self) -> Callable[[str, Tensor], Tensor]:
-        """Says on a terminal how much of a large model has been read."""
+        """Says of a large model how much is read: in a log once, on a terminal as it comes."""
+        total = self.weights / 1e9
         done = 0
-        shown = time.monotonic()
+        if total > MUCH and not sys.stderr.isatty():
+            note(f"loading {total:.1f} GB")
 
         def part(_: str, x: Tensor) -> Tensor:
-            nonlocal done, shown
-            done += x.nbytes
-            if sys.stderr.isatty() and time.monotonic() > shown + 1:
-                shown = time.monotonic()
-                print(f"\rloading: {done / 1e9:.1f} GB\r", end="", file=sys.stderr, flush=True)
+            nonlocal done
+            done += x.numel() * self.dtype.itemsize
+            if total > MUCH:
+                waiting(f"loading: {done / 1e9:.1f} of {total:.1f} GB")
             return x
         return part
 
     def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
         """What a verify costs here, for the policy: measured once, kept for later runs."""
+        if self.weights / 1e9 > MUCH:
+            note("timing passes, which is kept for later runs")
         began = time.perf_counter()
         self.costs["verify"] = costs.measure(model, cache, text, self.K)
-        self.guessed = False
+        self.costs_guessed = False
         kept = costs.keep(self.shelf, self.costs)
         self.measure_seconds += time.perf_counter() - began
         if self.a.temperature:
@@ -222,8 +245,8 @@ class Job:
                  + (f"from then on one: {self.shelf}" if kept else "they could not be kept"))
         return self.costs["verify"]
 
-    def agreed(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        """The rounds of a run; where several processes share it, only if all agree on them."""
+    def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:
+        """The rounds of a run, while there is memory and, of several processes, all agree."""
         with self.enough_memory():
             yield from rounds
 
@@ -236,7 +259,7 @@ class Job:
         """The settings as --json prints them."""
         return dict(model=str(self.folder), device=str(self.device), strategy=self.a.strategy,
                     seed=self.a.seed, dtype=str(self.model.dtype).removeprefix("torch."),
-                    threads=torch.get_num_threads(), **asdict(self.settings) | self.named,
+                    threads=torch.get_num_threads(), **asdict(self.settings) | self.numbers,
                     r=self.probe, costs=self.costs)
 
     # ------------------------------------------------------------------------------- the prompt
@@ -246,10 +269,11 @@ class Job:
         if self.a.prompt_ids is not None:
             return self.fits(self.a.prompt_ids)
         try:
-            text = self.a.prompt or ""
+            # Whatever the locale took the bytes of the command line for, they are UTF-8.
+            text, self.a.system = (word.encode("utf-8", "surrogateescape").decode()
+                                   for word in (self.a.prompt or "", self.a.system or ""))
             if text == "-":
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
-            (text + (self.a.system or "")).encode()
         except UnicodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
         if not text:

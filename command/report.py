@@ -18,10 +18,6 @@ def figures(rounds: Sequence[Round], load: float = 0.0, measure: float = 0.0) ->
     prefill = rounds[0].seconds[1] if rounds else 0.0
     draft, verify, optimise = (sum(r.seconds[step] for r in rounds) for step in range(3))
     decoding = draft + verify + optimise - prefill
-    shares = None
-    if decoded:
-        shares = dict(draft=draft / decoding, verify=(verify - prefill) / decoding,
-                      optimise=optimise / decoding)
     updates = [r.seconds[2] for r in rounds if r.choice]
     return dict(
         drafted=drafted, accepted=accepted, emitted=emitted, verifies=verifies,
@@ -29,7 +25,7 @@ def figures(rounds: Sequence[Round], load: float = 0.0, measure: float = 0.0) ->
         acceptance=accepted / drafted if drafted else None,
         seconds=load + prefill + decoding, load_seconds=load, measure_seconds=measure,
         prefill_seconds=prefill, decode_seconds=decoding,
-        tokens_per_second=decoded / decoding if decoded else None, shares=shares,
+        tokens_per_second=decoded / decoding if decoded else None,
         draft_step_seconds=median(r.seconds[0] / len(r.drafted) for r in rounds if r.drafted),
         verify_seconds=median(r.seconds[1] for r in rounds[1:]),
         optimise_seconds=median(updates), optimisations=len(updates),

@@ -1,17 +1,18 @@
 """What a run shows while it goes on: text on stdout; prompt, rounds and account on stderr."""
-import contextlib
+import codecs
 import itertools
 import json
 import os
+import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+from command.cli import waiting
 from command.job import Job, note
 from command.report import fates, figures, ids_of, summary
 from speculative import Round
-from text.stream import Text
 from text.tokenizer import Tokenizer
 
 BAR = 32                     # layers that one line shows
@@ -26,10 +27,8 @@ class Terminal:
     def __init__(self, stream: TextIO) -> None:
         self.colour = (stream.isatty() and not os.environ.get("NO_COLOR")
                        and os.environ.get("TERM") != "dumb")
-        self.width = 79
-        if stream.isatty():
-            with contextlib.suppress(OSError):
-                self.width = max(79, os.get_terminal_size(stream.fileno()).columns)
+        columns = shutil.get_terminal_size((79, 24)).columns if stream.isatty() else 79
+        self.width = max(79, columns)
         self.cells = "█░"
         try:
             self.cells.encode(stream.encoding or "ascii")
@@ -66,8 +65,8 @@ class Terminal:
         names = [("kept", "kept"), ("dim", " "), ("rejected", "rejected"), ("dim", " "),
                  ("own", "the model's own")]
         run, left_out = self.cells
-        fates, = self.folded(names, self.width)
-        return f"{fates}  {run} layer run, {left_out} left out  * chosen anew"
+        marked, = self.folded(names, self.width)
+        return f"{marked}  {run} layer run, {left_out} left out  * chosen anew"
 
     def round(self, n: int, r: Round, tokenizer: Tokenizer | None, anew: bool = False) -> str:
         """Round n: a cell per layer, light where left out, behind a * where they were chosen anew;
@@ -89,6 +88,21 @@ class Terminal:
         return "\n".join(lines)
 
 
+class Text:
+    """ids -> text as it comes; a split character waits for its last byte. No tokenizer: the ids."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, ids: Sequence[int], final: bool = False) -> str:
+        ids = [i for i in ids if i not in self.stops]
+        if self.tokenizer:
+            return self.utf8.decode(self.tokenizer.decode_bytes(ids), final)
+        return "".join(f"{i} " for i in ids)
+
+
 class Screen:
     """One run of a job, as its flags want it shown."""
 
@@ -101,23 +115,31 @@ class Screen:
         self.open = False                              # does the text's last line go on?
         self.err = Terminal(sys.stderr)
         self.one = sys.stdout.isatty() and sys.stderr.isatty()      # text and rounds on one screen
-        tok = job.tokenizer
-        prompt = tok.decode(ids[ids[0] == tok.bos:]) if tok else ""
-        if job.a.verbose:
-            lines = [self.err.legend()]
-            for line in prompt.splitlines():
-                lines += self.err.folded([("dim", line)], self.err.width)
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-        elif self.one and not (job.a.json or job.a.chat):
-            self.put(self.err.paint("dim", prompt), sys.stderr)
+        waiting(f"reading {len(ids)} tokens")
 
     def put(self, text: str, stream: TextIO) -> None:
         print(text, end="", file=stream, flush=True)
         if text:
             self.open = not text.endswith("\n")
 
+    def begin(self) -> None:
+        """The prompt, and what the marks of rounds mean."""
+        waiting("")
+        a = self.job.a
+        tok = self.job.tokenizer
+        prompt = tok.decode(self.ids[self.ids[0] == tok.bos:]) if tok else ""
+        if a.verbose:
+            lines = [self.err.legend()]
+            for line in prompt.splitlines():
+                lines += self.err.folded([("dim", line)], self.err.width)
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        elif self.one and not (a.json or a.chat):
+            self.put(self.err.paint("dim", prompt), sys.stderr)
+
     def show(self, r: Round) -> None:
         """A round has ended."""
+        if not self.rounds:
+            self.begin()
         self.shown.append(self.text.add(r.emitted))
         if self.job.a.verbose:
             anew = bool(self.rounds) and self.rounds[-1].choice is not None
@@ -130,34 +152,26 @@ class Screen:
     def end(self) -> None:
         """The run has ended, or was interrupted: what was made so far is kept."""
         a = self.job.a
+        if not self.rounds:
+            self.begin()
         self.shown.append(self.text.add([], final=True))
         whole = "".join(self.shown)
+        stats = figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
         if a.json:
             print(json.dumps(dict(prompt_ids=self.ids, ids=ids_of(self.rounds),
-                                  settings=self.job.report(), stats=self.figures(),
+                                  settings=self.job.report(), stats=stats,
                                   text=whole if self.job.tokenizer else None)))
             return
         if not a.verbose:
             self.put(self.shown[-1], sys.stdout)
         elif not self.one:                             # on one screen the rounds hold the text
             self.put(whole, sys.stdout)
-        if self.open and sys.stdout.isatty():
-            print(flush=True)
-        elif self.open and together():
-            print(file=sys.stderr)
+        if self.open:
+            print(file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         if whole.encode(encoding, "ignore").decode(encoding) != whole:
             note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
-        account = summary(self.figures(), self.job.ran)
-        print(self.err.paint("dim", account), file=sys.stderr)
-
-    def figures(self) -> dict:
-        return figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
-
-
-def together() -> bool:
-    """Do stdout and stderr lead to one place? Those of a notebook, which are no files, do."""
-    try:
-        return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
-    except (OSError, ValueError):
-        return True
+        print(self.err.paint("dim", summary(stats, self.job.ran)), file=sys.stderr)
+        if self.job.own_prompt and sys.stderr.isatty():
+            print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; "
+                  "--help", file=sys.stderr)

@@ -17,7 +17,6 @@ import pytest
 import clasp_mini
 import llama
 import speculative
-from command.cli import interruptible
 from command.flags import DEMO, VERSION, parsed, parser
 from command.job import Job
 from dp_layer_skip import choose_skip, torch
@@ -28,6 +27,10 @@ from tests.slow_llama import BASE, random_checkpoint
 from text.tokenizer import EOT, Tokenizer
 
 ROOT = DEMO.parent
+TOK = Tokenizer(DEMO)
+CONFIG = json.loads((DEMO / "config.json").read_text())
+V = CONFIG["vocab_size"]
+CHATS = {"config.json": CONFIG | dict(vocab_size=4096)}     # has a row for every special token
 # All four numbers: nothing is measured then, and a seed means one text.
 NAMED = ("--skip-layers", 22, "--draft-length", 12, "--draft-exit-threshold", 0.3, "--interval", 64)
 SHORT = ("--max-new-tokens", 24, *NAMED)
@@ -84,7 +87,8 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(run, monkeypatch):
-    """terminal(*arguments) -> what appears on a terminal; `streams` are those that lead there."""
+    """terminal(*arguments) -> what stays on a terminal to which `streams` lead, and what else is
+    shown there until it is overwritten."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
@@ -94,7 +98,8 @@ def terminal(run, monkeypatch):
             for name in streams:
                 patch.setattr(sys, name, screen)
             assert run(*arguments)[0] == 0
-        return screen.getvalue()
+        passing = r"\r([^\r]*)\r"
+        return re.sub(passing, "", screen.getvalue()), re.findall(passing, screen.getvalue())
     return call
 
 
@@ -111,14 +116,14 @@ def process(*arguments, python=(), **options):
         signal.signal(signal.SIGINT, before)
 
 
-def copy_of_the_demo(folder, **files):
-    """A folder with the demo's model; files=contents, a JSON value each, or None: left out."""
+def copy_of_the_demo(folder, files):
+    """A folder with the demo's model; files: name -> content, a JSON value each; None: left out."""
     folder.mkdir(exist_ok=True)
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model"):
-        (folder / name).symlink_to(DEMO / name)
-    for stem, content in files.items():
-        name = next((p.name for p in folder.iterdir() if p.stem == stem), f"{stem}.json")
-        (folder / name).unlink(missing_ok=True)
+        if name not in files:
+            (folder / name).symlink_to(DEMO / name)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if content is not None:
             (folder / name).write_text(json.dumps(content))
     return folder
@@ -155,34 +160,25 @@ def test_the_demo_drafts_more_than_it_costs():
 @pytest.mark.parametrize("prompt", ["def fibonacci(n):\n", "The following functions "])
 def test_every_strategy_writes_the_text_of_plain_decoding_and_says_that_it_ran(run, result, prompt):
     """Rejects a greedy text that depends on the strategy; a prompt, a newline, a colour or a figure
-    in what a pipe receives, or in a log beside --json; an account without its strategy or of more
-    than 79 columns."""
+    in what a pipe receives, or in a log beside --json; a documented field of --json that is missing
+    or does not mean what it says; an account without its strategy or of more than 79 columns."""
     prompt = ("--prompt", prompt, "--max-new-tokens", 24)
     plain = result(*prompt, "--strategy", "ar")
-    assert plain["stats"]["drafted"] == 0
+    assert plain.keys() == {"prompt_ids", "ids", "text", "settings", "stats"}
+    assert plain["stats"].keys() >= {
+        "drafted", "accepted", "emitted", "verifies", "seconds", "tokens_per_second",
+        "tokens_per_verify", "acceptance", "skip_set"}
+    assert (plain["stats"]["drafted"], plain["stats"]["emitted"]) == (0, len(plain["ids"]))
+    assert plain["text"] == TOK.decode(plain["ids"])
     for how, ran in (((), "clasp"), (("--strategy", "paper"), "paper"), (NAMED, "paper")):
         r = result(*prompt, *how)
         assert (r["ids"], r["text"]) == (plain["ids"], plain["text"])
         assert how == () or r["stats"]["drafted"] > 0
+        assert how != NAMED or len(r["stats"]["skip_set"]) == 22
         status, out, err = run(*prompt, *how)
         assert (status, out) == (0, plain["text"])
         assert re.fullmatch(rf"{ran}: 24 tokens in .*\ndecoding .*\n", err) and "\033" not in err
         assert max(map(len, err.splitlines())) < 80
-
-
-def test_json_is_one_object_with_the_documented_fields(result):
-    """Rejects a field that is missing or does not mean what its name says, a seed without effect
-    and one that does not give the same text again, ids that something is added to."""
-    sampled = (*SHORT, "--temperature", 1)
-    r = result("--prompt", "class A:", *sampled, "--seed", 5)
-    assert r.keys() == {"prompt_ids", "ids", "text", "settings", "stats"}
-    assert r["stats"].keys() >= {"drafted", "accepted", "emitted", "verifies", "seconds",
-                                 "tokens_per_second", "tokens_per_verify", "acceptance", "skip_set"}
-    assert r["stats"]["emitted"] == len(r["ids"]) and len(r["stats"]["skip_set"]) == 22
-    assert r["text"] == Tokenizer(DEMO).decode(r["ids"])
-    ids = ",".join(map(str, r["prompt_ids"]))
-    assert result("--prompt-ids", ids, *sampled, "--seed", 5)["ids"] == r["ids"]
-    assert result("--prompt", "class A:", *sampled, "--seed", 6)["ids"] != r["ids"]
 
 
 def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
@@ -216,7 +212,7 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
         dataclasses.asdict(want), stop_ids=[], model=str(tiny), device="cpu", strategy="clasp",
         seed=seed, dtype="float64", threads=2, r=3, costs=None)
     assert (said["prompt_ids"], said["text"]) == ([1, 2], None)             # nothing is added
-    plain = result(*of_this, *odd, "--strategy", "ar")["settings"]
+    plain = result(*of_this, *odd[:6], "--strategy", "ar")["settings"]
     assert (calls[1][2].K, calls[1][2].M, plain["K"], plain["costs"]) == (0, 0, 0, None)
     assert [plain[name] for name in ("threads", "seed", "strategy", "dtype")] == [
         1, 0, "ar", "float32"]
@@ -229,59 +225,64 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     assert [(call[2].K, call[3].generator.initial_seed()) for call in calls[3:]] == [
         (0, 8), (3, 8)] * 2
     assert r["equal"] and r["stats"]["drafted"] > 0 == r["plain_stats"]["drafted"]
+    sampled = (*of_this, *odd, "--interval", 1, "--temperature", 1)
+    first, again, other = (result(*sampled, "--seed", n)["ids"] for n in (5, 5, 6))
+    assert first == again != other
     assert job("--compare").a.repeats == 5
 
 
-def test_the_papers_loop_is_one_flag_on_every_device(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_papers_loop_is_one_flag_on_every_device(monkeypatch, capsys, device):
     """Rejects other numbers than the paper's 44 of 80 layers, 0.7 and 64, a probe of several tokens
-    on a GPU, numbers of the model's folder in their place, and flags that do not replace them."""
+    on a GPU, and flags that do not replace them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    folder = copy_of_the_demo(tmp_path, clasp=dict(skip_layers=7, interval=9, probe=2))
-    for device in ("cpu", "cuda"):
-        this = ("--device", device, "--strategy", "paper", "--prompt", "x")
-        for model in (DEMO, folder):
-            paper = job(*this, "--model", model)
-            s = paper.settings
-            assert (s.K, s.M, s.exit_threshold, s.interval, paper.probe) == (12, 18, 0.7, 64, 1)
-            assert type(clasp_mini.policy_of(paper)) is Paper
-        s = job(*this, "--skip-layers", 5, "--interval", 8).settings
-        assert (s.K, s.M, s.exit_threshold, s.interval) == (12, 5, 0.7, 8)
-        named = job("--device", device, *NAMED)        # the same loop, by the default strategy
-        assert (named.ran, type(clasp_mini.policy_of(named))) == ("paper", Paper)
-    assert "computing in bfloat16 on cuda" in capsys.readouterr().err
+    for how, want in ((("--strategy", "paper"), (12, 18, 0.7, 64)),
+                      (("--strategy", "paper", "--skip-layers", 5, "--interval", 8),
+                       (12, 5, 0.7, 8)),
+                      (NAMED, (12, 22, 0.3, 64))):      # the same loop, by the default strategy
+        paper = job("--device", device, "--prompt", "x", *how)
+        s = paper.settings
+        assert (s.K, s.M, s.exit_threshold, s.interval) == want
+        assert (paper.ran, paper.probe, type(clasp_mini.policy_of(paper))) == ("paper", 1, Paper)
+    assert ("computing in bfloat16 on cuda" in capsys.readouterr().err) == (device == "cuda")
 
 
 def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, capsys):
     """Rejects --chat ignored, a system turn that is dropped or comes last, chat format without
     --chat, a missing begin token; and a note on a model that <|eot_id|> does stop."""
-    tok, q = Tokenizer(DEMO), dict(role="user", content=" Why? ")
+    q = dict(role="user", content=" Why? ")
     system = dict(role="system", content="Be brief.")
-    for how, want in (([], [tok.bos, *tok.encode(" Why? ")]), (["--chat"], tok.chat([q])),
-                      (["--chat", "--system", "Be brief."], tok.chat([system, q])),
-                      (["--chat", "--system", ""], tok.chat([q]))):
-        assert job("--prompt", " Why? ", *how).prompt() == want
+    this = ("--model", copy_of_the_demo(tmp_path / "silent", CHATS), "--prompt", " Why? ")
+    for how, want in (([], [TOK.bos, *TOK.encode(" Why? ")]), (["--chat"], TOK.chat([q])),
+                      (["--chat", "--system", "Be brief."], TOK.chat([system, q])),
+                      (["--chat", "--system", ""], TOK.chat([q]))):
+        assert job(*this, *how).prompt() == want
         err = capsys.readouterr().err
         assert ("note: <|eot_id|>" in err, err.count("\n")) == (bool(how),) * 2
-    copy_of_the_demo(tmp_path, generation_config=dict(eos_token_id=[3841, tok.special[EOT]]))
-    job("--model", tmp_path, "--chat", "--prompt", "x")
+    stops = {"generation_config.json": dict(eos_token_id=[3841, TOK.special[EOT]])}
+    job("--model", copy_of_the_demo(tmp_path / "stops", stops), "--chat", "--prompt", "x")
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, monkeypatch):
     """Rejects a text without its beginning, a begin-of-text in it, a prompt glued to a text that a
-    pipe receives, an account glued to a text, colours with NO_COLOR, progress of --compare that is
-    not shown."""
+    pipe receives, an account glued to a text, colours with NO_COLOR, waiting that is not shown."""
     prompt = ("--prompt", "def f(x):", *SHORT)
     text = result(*prompt)["text"]
-    assert terminal(*prompt).startswith(
-        f"\033[2mdef f(x):\033[0m{text}\n\033[2mpaper: 24 tokens in ")
-    assert terminal(*prompt, streams=["stdout"]) == text + "\n"
-    assert terminal(*prompt, "--json").startswith("{")
-    assert "def" not in terminal(*prompt, streams=["stderr"])
-    compared = terminal(*prompt, "--compare", "--repeats", 1)
-    assert "pair 1 of 1\r" in compared and re.search("^texts +equal$", compared, re.M)
+    stays, passes = terminal(*prompt)
+    assert stays.startswith(f"\033[2mdef f(x):\033[0m{text}\n\033[2mpaper: 24 tokens in ")
+    assert [words.rstrip() for words in passes] == ["", "reading 5 tokens", ""]
+    with monkeypatch.context() as patch:
+        patch.setattr("command.job.MUCH", 0)
+        assert terminal(*prompt)[1][0].startswith("loading: 0.0 of 0.0 GB")
+    assert terminal(*prompt, streams=["stdout"]) == (text + "\n", [])
+    assert terminal(*prompt, "--json")[0].startswith("{")
+    assert "def" not in terminal(*prompt, streams=["stderr"])[0]
+    stays, passes = terminal(*prompt, "--compare", "--repeats", 1)
+    assert re.search("^texts +equal$", stays, re.M)
+    assert [words.rstrip() for words in passes[-3:]] == ["pair 0 of 1", "pair 1 of 1", ""]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert terminal(*prompt).startswith(f"def f(x):{text}\npaper: 24 tokens in ")
+    assert terminal(*prompt)[0].startswith(f"def f(x):{text}\npaper: 24 tokens in ")
 
 
 def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(terminal, run, result):
@@ -294,7 +295,7 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     n = r["stats"]["verifies"] + 1
     status, out, err = run(*prompt, "--verbose")
     assert status == 0 and out == r["text"]
-    for shown in (err, re.sub(r"\033\[[\d;]*m", "", terminal(*prompt, "--verbose"))):
+    for shown in (err, re.sub(r"\033\[[\d;]*m", "", terminal(*prompt, "--verbose")[0])):
         legend, first, *lines, head, rate = shown.splitlines()
         assert re.match(r"kept .*rejected.* .*the model's own.* chosen anew$", legend)
         assert first == "import os" and head.startswith("paper: 24 tokens in ")
@@ -310,57 +311,65 @@ def test_what_a_model_holds_for_itself_is_the_default(result, terminal, tmp_path
     clasp.json holds, these for another prompt, one of its numbers that beats a flag of 0; a hint at
     what to do next for those who know it already or read no screen."""
     costs = dict(draft=[1.0] + [0.5] * 32, verify=[1.0] * 14)
-    own = dict(device="cpu", prompt="class A:", temperature=0.75, seed=3, draft_length=5,
-               skip_layers=7, draft_exit_threshold=0.5, probe=2, costs=costs)
-    this = ("--model", copy_of_the_demo(tmp_path, clasp=own), "--max-new-tokens", 2)
-    tok, r = Tokenizer(DEMO), result(*this)
-    assert r["prompt_ids"] == [tok.bos, *tok.encode("class A:")]
-    assert r["settings"].items() >= dict(
-        temperature=0.75, seed=3, K=5, M=7, exit_threshold=0.5, interval=None, r=2, costs=costs,
-        device="cpu").items()
+    own = dict(device="cpu", prompt="class A:", temperature=0.75, seed=3, costs=costs)
+    this = ("--model", copy_of_the_demo(tmp_path, {"clasp.json": own}), "--max-new-tokens", 2)
+    r = result(*this)
+    assert r["prompt_ids"] == [TOK.bos, *TOK.encode("class A:")]
+    assert r["settings"].items() >= dict(temperature=0.75, seed=3, costs=costs, r=1,
+                                         device="cpu").items()
     for how, want in ((("--prompt", "class A:"), (0, 0)), (("--prompt-ids", 1), (0, 0)),
                       (("--seed", 0), (0.75, 0)), (("--temperature", 0), (0, 3))):
         s = job(*this, *how)
         assert (s.settings.temperature, s.a.seed) == want
-    zero = ("--draft-length", 0, "--skip-layers", 0, "--draft-exit-threshold", 0, "--interval", 1)
-    s = job(*this, *zero, "--probe", 1)
-    assert [*s.named.values(), s.probe] == [0, 0, 0, 1, 1]
     path = tmp_path / "kept.json"
     path.write_text(json.dumps(dict(settings=dict(costs=dict(costs, optimise=2.0)))))
     assert job(*this, "--costs", path).costs == dict(costs, optimise=2.0)
     hint = "Next: --verbose to watch the rounds"
-    assert terminal(*this).count(hint) == 1
-    assert hint not in terminal(*this, "--prompt", "x")
-    assert hint not in terminal(*this, streams=["stdout"])
+    assert terminal(*this)[0].count(hint) == 1
+    assert hint not in terminal(*this, "--prompt", "x")[0]
+    assert hint not in terminal(*this, streams=["stdout"])[0]
 
 
-def test_a_large_model_is_bfloat16_where_that_is_fast_and_says_so(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("much, said", [(0.3, []), (0.0, ["loading 0.0 GB", "timing passes"])])
+def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys, much, said):
+    """Rejects a log that is silent while weights are read or passes timed, and one that a small
+    model fills."""
+    monkeypatch.setattr("command.job.MUCH", much)
+    this = job("--model", tiny, "--device", "cpu", "--prompt-ids", 1)
+    this.load().measure(this.model, this.model.cache(20), [1])
+    assert re.findall("note: (loading 0.0 GB|timing passes)", capsys.readouterr().err) == said
+
+
+def of_size(folder, width, **config):
+    """A folder with a config.json alone, of 16 layers."""
+    (folder / "config.json").write_text(json.dumps(BASE | dict(
+        num_hidden_layers=16, hidden_size=width, intermediate_size=4 * width) | config))
+    return "--model", folder, "--device", "cpu", "--prompt-ids", 1
+
+
+@pytest.mark.parametrize("width, fast, how, dtype, threads, said", [
+    (128, True, [], torch.float32, 1, False), (512, True, [], torch.bfloat16, 2, True),
+    (128, True, ["--threads", 2], torch.float32, 2, False),
+    (512, False, [], torch.float32, 2, False),
+    (512, True, ["--dtype", "float32"], torch.float32, 2, False),
+    (512, False, ["--dtype", "bfloat16"], torch.bfloat16, 2, False)])
+def test_a_large_model_is_bfloat16_where_that_is_fast_and_says_so(
+        tmp_path, monkeypatch, capsys, width, fast, how, dtype, threads, said):
     """Rejects rounding that is not announced, that --dtype does not prevent, or that is slow; a
     small model on many threads and a large one on one."""
-    for name, size in (("large", 512), ("small", 128)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(dict(
-            BASE, num_hidden_layers=16, hidden_size=size, intermediate_size=4 * size)))
-    for name, fast, how, dtype, threads in (
-            ("small", True, [], torch.float32, 1),
-            ("large", True, ["--threads", 2], torch.bfloat16, 2),
-            ("large", True, [], torch.bfloat16, 2), ("large", False, [], torch.float32, 2),
-            ("large", True, ["--dtype", "float32"], torch.float32, 2),
-            ("large", False, ["--dtype", "bfloat16"], torch.bfloat16, 2),
-            ("small", True, ["--threads", 2], torch.float32, 2),
-            ("small", True, [], torch.float32, 1)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-        this = job("--model", tmp_path / name, "--device", "cpu", "--prompt-ids", 1, *how)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    torch.set_num_threads(2)
+    try:
+        this = job(*of_size(tmp_path, width), *how)
         assert (this.dtype, torch.get_num_threads()) == (dtype, threads)
-        assert ("note: computing in bfloat16 on cpu" in capsys.readouterr().err) == (
-            dtype == torch.bfloat16 and "--dtype" not in how)
+        assert ("note: computing in bfloat16 on cpu" in capsys.readouterr().err) == said
+    finally:
+        torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("how", [(), ("--strategy", "paper")], ids=["clasp", "paper"])
-def test_the_trace_flag_leaves_the_text_alone(run, tmp_path, how):
-    """Rejects a trace of another run than the one that is printed, an unfinished one, and none
-    where the policy decides."""
-    prompt = ("--prompt", "x = ", "--max-new-tokens", 24, "--temperature", 1, *how)
+def test_the_trace_flag_leaves_the_text_alone(run, tmp_path):
+    """Rejects a trace of another run than the one that is printed, and an unfinished one."""
+    prompt = ("--prompt", "x = ", "--max-new-tokens", 24, "--temperature", 1)
     path = tmp_path / "t"
     assert run(*prompt, "--trace", path)[:2] == run(*prompt)[:2]
     assert json.loads(path.read_text().splitlines()[-1])["event"] == "end"
@@ -397,7 +406,7 @@ def test_ctrl_c_ends_with_the_account_so_far():
     p.stdout.read(1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and b"Traceback" not in err and err.startswith(b"ar: ")
+    assert p.returncode == 130 and b"Traceback" not in err and err.lstrip().startswith(b"ar: ")
     assert len(out) < 4000                             # no buffer had to fill before any was seen
 
 
@@ -411,15 +420,23 @@ def test_ctrl_c_before_there_is_a_text_just_ends_it():
     assert p.returncode == -signal.SIGINT and out == b"" and b"Traceback" not in err
 
 
-def test_where_ctrl_c_is_ignored_it_stays_ignored():
+def test_without_its_packages_it_says_how_to_install_them():
+    """Rejects a traceback."""
+    p = process(python=["-S"])                         # which looks for no packages
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out) == (1, b"")
+    assert re.fullmatch(rb"clasp_mini.py: not installed for .*: torch, safetensors, tiktoken. In "
+                        rb"this folder:\n.* -m venv .* -r requirements.txt\n.*clasp_mini.py\n", err)
+
+
+@pytest.mark.parametrize("was, will", [(signal.SIG_IGN, signal.SIG_IGN),
+                                       (signal.SIG_DFL, signal.default_int_handler)])
+def test_where_ctrl_c_is_ignored_it_stays_ignored(tiny, was, will):
     """Rejects a run under nohup that a Ctrl-C meant for another program ends."""
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, was)
     try:
-        for was, will in ((signal.SIG_IGN, signal.SIG_IGN),
-                          (signal.SIG_DFL, signal.default_int_handler)):
-            signal.signal(signal.SIGINT, was)
-            interruptible()
-            assert signal.getsignal(signal.SIGINT) is will
+        job("--model", tiny, "--prompt-ids", 1).load()
+        assert signal.getsignal(signal.SIGINT) is will
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -448,8 +465,7 @@ def test_streams_may_be_missing_full_or_a_notebooks(run, monkeypatch, name, stre
 def test_a_file_gets_utf_8_and_a_terminal_what_it_can_show(run, monkeypatch):
     """Rejects a UnicodeEncodeError in the middle of a text, and characters that are lost in a file,
     or on a terminal without a word."""
-    ids = Tokenizer(DEMO).encode("a日b")
-    one = speculative.Round(1, (False,), [], [], 0, ids, None, (0, 1, 0))
+    one = speculative.Round(1, (False,), [], [], 0, TOK.encode("a日b"), None, (0, 1, 0))
     monkeypatch.setattr(clasp_mini, "run", lambda *_: iter([one]))
     for tty, seen, lost in ((False, "a日b".encode(), False), (True, b"a?b\n", True)):
         out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -487,11 +503,9 @@ def test_what_cannot_fit_into_memory_is_said_with_its_sizes_beforehand(monkeypat
                                                                        weights, room):
     """Rejects a limit for the weights or the cache alone, a tied head counted twice, other sizes:
     of the 8B with its whole context, whose cache is 2 * 32 * 8 * 128 * 8192 numbers of 2 bytes."""
-    (tmp_path / "config.json").write_text(json.dumps(dict(
-        BASE, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-        intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=8192,
-        tie_word_embeddings=tied)))
-    of_it = job("--model", tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--prompt-ids", 1,
+    sizes = dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+                 intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=8192)
+    of_it = job(*of_size(tmp_path, 4096, **sizes, tie_word_embeddings=tied), "--dtype", "bfloat16",
                 "--max-new-tokens", 8191)
     of_it.prompt()
     monkeypatch.setattr(of_it, "Model", SimpleNamespace(load=lambda *_, part: None))
@@ -506,10 +520,10 @@ def test_what_cannot_fit_into_memory_is_said_with_its_sizes_beforehand(monkeypat
 # ============================================================================== what is wrong
 
 LIMITS = {              # flag: what it takes, at the ends; what it does not take
-    "--prompt-ids": (["0", "4095", "1 2,3"], ["", ",", "1,x", "-1", "1.5", "1;2"]),
+    "--prompt-ids": (["0", str(V - 1), "1 2,3"], ["", ",", "1,x", "-1", "1.5", "1;2"]),
     "--device": (["cpu"], ["abacus", "cuda:", "cuda:x", "CPU", ""]),
     "--dtype": (["float32", "float64", "bfloat16"], ["int3", "float16", ""]),
-    "--threads": (["1"], ["0", "-1", "x", "1.5", "1e12", "1000000000000"]),
+    "--threads": (["1"], ["0", "1025", "x", "1.5", "1e12"]),
     "--repeats": (["1"], ["0", "x"]),
     "--max-new-tokens": (["1"], ["0", "-1", "x", "1.5", "", "nan"]),
     "--temperature": (["0", "1e-300", "5"], ["-1", "nan", "inf", "hot", ""]),
@@ -525,9 +539,9 @@ LIMITS = {              # flag: what it takes, at the ends; what it does not tak
 FREE = {"--prompt", "--system", "--model", "--trace", "--costs"}
 
 
-def test_every_flag_takes_what_it_can_and_nothing_else(complaint):
+def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
     """Rejects a limit that is off by one, a traceback, a value that is guessed, and a complaint
-    that does not name the flag and the value."""
+    that does not name the flag and the value; of a small context, one token less than it leaves."""
     with_value = set(re.findall(r"(--[a-z-]+) [A-Z1]", parser().format_help()))
     assert with_value == {*LIMITS, *FREE}, "a new flag needs its limits here"
     for flag, (right, wrong) in LIMITS.items():
@@ -537,21 +551,29 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint):
         for value in wrong:
             status, said = complaint(*prompt, f"{flag}={value}")
             assert status == 2 and said.startswith(flag) and value in said, said
+    for how in (("--max-new-tokens", 5), ()):          # 128 do not fit
+        this = job("--model", tiny, "--prompt-ids", "49 " * 15, *how)
+        assert this.prompt() and this.settings.N == this.plain.N == 5
 
 
 TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
 WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", ""], 2, "--prompt is missing or empty"),
     (["--prompt"], 2, "--prompt: expected one argument"),
-    (["--promt", "x"], 2, "--promt"), (["hello"], 2, "hello"), (["--max", "3"], 2, "--max"),
+    (["--promt", "x"], 2, "--promt x; did you mean --prompt?"),
+    (["--max=3"], 2, "--max=3; did you mean --max-new-tokens?"),
+    (["--max-tokens", "3"], 2, "--max-tokens 3; did you mean --max-new-tokens?"),
+    (["--zzz"], 2, "unrecognized arguments: --zzz (--help"),
+    (["hello"], 2, "hello; a prompt stands behind --prompt, in quotes"),
     (["--chat=yes"], 2, "--chat"), (["--prompt", "\udc80"], 2, "not valid UTF-8"),
-    (["--prompt-ids", "4096"], 2, "token 4096 is not in the model's vocabulary of 4096"),
+    (["--prompt-ids", V], 2, f"token {V} is not in the model's vocabulary of {V}"),
     (["--prompt-ids", "3,9" + "9" * 30], 2, "vocabulary"),
     (["--prompt-ids", "1", "--prompt", "x"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt-ids", "1", "--chat"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt", "x", "--system", "y"], 2, "--system goes with --chat"),
     (["--model", "/nowhere", "--prompt", "x"], 1, "/nowhere: no such folder"),
-    (["--model", DEMO / "config.json"], 1, "config.json: a file; give the folder it is in"),
+    (["--model", "meta-llama/Llama-3.2-1B"], 1, "of a model on the hub, `hf download NAME`"),
+    (["--model", DEMO / "config.json"], 1, f"a file; give its folder, {DEMO}"),
     (["--model", DEMO.parent / "text"], 1, "config.json: cannot be read"),
     (["--model", "a\nb"], 1, "a b: no such folder"),
     (["--prompt", "x" * 200_000], 2, "200000 bytes cannot fit the model's context of 1024 tokens"),
@@ -572,28 +594,35 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
 @pytest.mark.parametrize("arguments, status, words", WRONG_INPUTS)
 def test_wrong_input_gets_one_clear_line(complaint, tiny, arguments, status, words):
     """Rejects a traceback, a guess, an error that does not name what is wrong or does not end with
-    the advice that helps, and limits that are one too low."""
+    the advice that helps."""
     got, said = complaint(*(tiny if x == "TINY" else x for x in arguments))
     assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
-    of_tiny = ("--model", tiny, "--prompt-ids", "49 " * 15)
-    assert job(*of_tiny, "--max-new-tokens", 5).prompt()
-    what_is_left = job(*of_tiny)                       # where nothing is named, and 128 do not fit
-    assert what_is_left.prompt() and what_is_left.settings.N == what_is_left.plain.N == 5
 
 
-@pytest.mark.parametrize("content, words", [
-    ([1], "cannot be read as a JSON object"), (dict(draft_lenght=3), "draft_lenght is not one of"),
-    (dict(top_k=1), "top_k is not one of"), (dict(interval=0), "'0' is not 1 or more"),
-    (dict(skip_layers="many"), "--skip-layers: 'many' is not"), (dict(device="gpu"), "'gpu' is"),
-    (dict(skip_layers=True), "'True' is not 0 or more"), (dict(draft_length=None), "'None' is"),
-    (dict(draft_exit_threshold=30), "'30' is not 0 to 1"), (dict(seed=-1), "'-1' is not 0 to"),
-    (dict(costs=dict(draft=[1] * 33, verify=[1, 1], risk=[0.1])), "33 chances")], ids=str)
-def test_wrong_settings_in_a_models_folder_are_named_with_the_file(complaint, tmp_path, content,
-                                                                   words):
-    """Rejects a traceback, a misspelled name that is passed over, a value that no flag takes."""
-    folder = copy_of_the_demo(tmp_path, clasp=content)
-    status, said = complaint("--model", folder, "--prompt", "x")
-    assert status == 1 and "clasp.json: " in said and words in said
+WRONG_FOLDERS = [       # what differs from the demo's, what is said
+    ({"clasp.json": [1]}, "clasp.json: cannot be read as a JSON object"),
+    ({"clasp.json": dict(temprature=3)}, "clasp.json: temprature is not one of"),
+    ({"clasp.json": dict(skip_layers=3)}, "clasp.json: skip_layers is not one of"),
+    ({"clasp.json": dict(device="gpu")}, "clasp.json: --device: 'gpu' is"),
+    ({"clasp.json": dict(seed=True)}, "clasp.json: --seed: 'True' is not"),
+    ({"clasp.json": dict(seed=None)}, "clasp.json: --seed: 'None' is not"),
+    ({"clasp.json": dict(seed=-1)}, "clasp.json: --seed: '-1' is not 0 to"),
+    ({"clasp.json": dict(temperature="hot")}, "clasp.json: --temperature: 'hot' is not"),
+    ({"clasp.json": dict(costs=dict(draft=[1] * 33, verify=[1, 1], risk=[0.1]))}, "33 chances"),
+    ({"config.json": None, "snapshots/0a1b/config.json": 0},
+     "snapshots/0a1b/config.json, of a hub cache"),
+    ({"config.json": None, "consolidated.00.pth": 0, "params.json": 0},
+     "of Meta's own files: take Hugging Face's"),
+    ({"config.json": None, "m.gguf": 0}, "there is m.gguf, which is not read"),
+    ({"config.json": None}, "config.json: cannot be read")]
+
+
+@pytest.mark.parametrize("files, words", WRONG_FOLDERS)
+def test_what_is_wrong_in_a_models_folder_is_named_with_the_file(complaint, tmp_path, files, words):
+    """Rejects a traceback, a misspelled name that is passed over, a value that no flag takes; "no
+    such file" for a folder that holds a model, only in another form."""
+    status, said = complaint("--model", copy_of_the_demo(tmp_path, files), "--prompt", "x")
+    assert status == 1 and words in said
 
 
 def test_a_pipe_that_is_not_text_is_said_to_be_none(complaint, monkeypatch):
@@ -606,50 +635,47 @@ def test_a_pipe_that_is_not_text_is_said_to_be_none(complaint, monkeypatch):
         sends(sent)
         status, said = complaint("--prompt", "-")
         assert status == 2 and words in said
+    for ids in (job("--prompt", "é").prompt(), job("--prompt", "\udcc3\udca9").prompt()):
+        assert ids == [TOK.bos, *TOK.encode("é")]      # "é" as a locale without it hands it on
     sends(b"\xef\xbb\xbfx\r\n")
     assert job("--prompt", "-").prompt() == job("--prompt", "x\r\n").prompt()
 
 
-@pytest.mark.parametrize("files, words", [
-    (["snapshots/0a1b/config.json"], "snapshots/0a1b/config.json, of a hub cache"),
-    (["consolidated.00.pth", "params.json"], "of Meta's own files: take Hugging Face's"),
-    (["m.gguf"], "there is m.gguf, which is not read"), ([], "config.json: cannot be read")])
-def test_another_kind_of_folder_is_named(complaint, tmp_path, files, words):
-    """Rejects "no such file" for a folder that holds a model, only in another form."""
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    status, said = complaint("--model", tmp_path, "--prompt", "x")
-    assert status == 1 and words in said
-
-
 TURN = ("'<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + content | trim + '<|eot_id|>'"
         " + '<|start_header_id|>assistant<|end_header_id|>'")
-OTHER = dict(tokenizer_config=dict(chat_template="{{ 'Cutting Knowledge Date' + " + TURN + " }}"))
+IM_START = "{% if m %}<|im_start|>{{ m['role'] }}{% endif %}"
+DATES = "{{ 'Cutting Knowledge Date' + " + TURN + " }}"
+NOT_FOLLOWED = "the folder's chat template is not followed"
+
+
+def template(text):
+    return {"tokenizer_config.json": dict(chat_template=text)}
+
+
+def ends(ids):
+    return {"generation_config.json": dict(eos_token_id=ids)}
 
 
 @pytest.mark.parametrize("files, how, words", [
     ({}, ["--prompt", "a <|eot_id|>"], "<|eot_id|> in the prompt is text"),
-    (dict(generation_config=dict(eos_token_id=[3841, 97])), [],
-     "ends the text, as the model's files say: 97, 'a'"),
-    (OTHER, ["--chat"], "the folder's chat template is not followed"), (OTHER, [], None),
-    (dict(tokenizer_config=dict(chat_template="{% if m %}<|im_start|>{{ m['role'] }}{% endif %}")),
-     ["--chat"], "the folder's chat template is not followed"),
-    (dict(tokenizer_config=dict(chat_template="{{" + TURN + "}}")), ["--chat"], None)])
+    (ends([3841, 97]), [], "ends the text, as the model's files say: 97, 'a'"),
+    (ends([]), [], "the model's files name no token that ends a text"),
+    ({}, ["--strategy", "ar", "--draft-length", 8], "--strategy ar drafts nothing"),
+    (template(DATES), ["--chat"], NOT_FOLLOWED), (template(IM_START), ["--chat"], NOT_FOLLOWED),
+    (template(DATES), [], None), (template("{{" + TURN + "}}"), ["--chat"], None)])
 def test_what_departs_from_what_was_asked_is_said_once(tmp_path, capsys, files, how, words):
     """Rejects silence, and a note for the template that is followed."""
-    files = dict(generation_config=dict(eos_token_id=[3841, 3849])) | files
-    job("--model", copy_of_the_demo(tmp_path, **files), "--prompt", "x", *how).prompt()
+    folder = copy_of_the_demo(tmp_path, CHATS | ends([3841, 3849]) | files)
+    job("--model", folder, "--prompt", "x", *how).prompt()
     err = capsys.readouterr().err
     assert err == "" if words is None else err.count("note: ") == 1 and words in err
 
 
+@pytest.mark.parametrize("how, said", [((), True), (("--device", "cpu"), False)])
 def test_a_gpu_that_cannot_be_used_is_named_where_the_device_was_left_open(tmp_path, monkeypatch,
-                                                                          capsys):
-    """Rejects an 8B that runs on the CPU without a word, and the word where the CPU was asked for."""
+                                                                          capsys, how, said):
+    """Rejects an 8B that runs on the CPU without a word, and one where that was asked for."""
     monkeypatch.setattr("gpu.driver.unusable", lambda: "there seems to be a GPU")
-    folder = copy_of_the_demo(tmp_path, clasp=dict(prompt="x"))
-    for how, said in (((), True), (("--device", "cpu"), False)):
-        job("--model", folder, *how)
-        assert ("note: there seems to be a GPU; computing on the CPU" in
-                capsys.readouterr().err) == said
+    job("--model", copy_of_the_demo(tmp_path, {"clasp.json": dict(prompt="x")}), *how)
+    assert ("note: there seems to be a GPU; computing on the CPU" in
+            capsys.readouterr().err) == said

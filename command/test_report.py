@@ -1,6 +1,5 @@
 """What is said of a run, held against rounds whose counts and times are known."""
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,8 @@ from command.cli import UsageError
 from command.compare import compare, compared, comparison
 from command.flags import DEMO
 from command.report import figures, ideal_speedup, summary
-from command.screen import Terminal
+from command.screen import Terminal, Text
 from speculative import Round
-from text.stream import Text
 from text.tokenizer import Tokenizer
 
 TOK = Tokenizer(DEMO)
@@ -49,7 +47,6 @@ def test_figures_count_each_thing_once():
                 decode_seconds=2.0, tokens_per_second=2.5, draft_step_seconds=0.1,
                 verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
     assert {k: f[k] for k in want} == pytest.approx(want) and f["skip_set"] == [0]
-    assert f["shares"] == pytest.approx(dict(draft=0.25, verify=0.25, optimise=0.5))
     assert ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(5 / (5 / 2 + 2))
 
 
@@ -75,12 +72,34 @@ def test_a_comparison_is_of_clasp_with_plain_decoding():
     pairs[1] = plain_run(IDS, 5.0), clasp_run([0, 1, 2, 30, 4, 5, 6], 2.0, 6.0)
     c = comparison(pairs, greedy=True)
     assert c["equal"] is False
-    assert "DIFFERENT from token 3 on: a tie within the rounding of float32?" in compared(
+    assert "DIFFERENT from token 3 on: a tie, by the rounding of float32?" in compared(
         c, pairs, "float32")
     c = comparison([(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)), (CUT[:1], CUT)], greedy=False)
     assert c["equal"] is None and "two samples" in compared(c, pairs, "float32")
     assert c["tokens_per_verify"] == pytest.approx((6 + 5) / (2 + 2))
     assert c["acceptance"] == pytest.approx((4 + 4) / (6 + 5))
+
+
+def test_a_comparison_broken_off_is_of_the_pairs_that_were_finished(capsys):
+    """Rejects minutes of work that are lost, an exit status of success, a pair that is half done,
+    and a table of no pair; lines of more than 79 columns."""
+    def pair(seed):
+        seeds.append(seed)
+        if len(seeds) == last:
+            raise KeyboardInterrupt
+        return plain_run(IDS, 0.01), clasp_run(IDS[:-1] + [9], 0.002, 0.012)
+    job = a_job()
+    job.load_seconds = job.measure_seconds = 123.4
+    for temperature, words in ((0, "DIFFERENT from token 6"), (1, "two samples")):
+        job.settings.temperature = temperature
+        seeds, last = [], 4
+        assert compare(job, pair, [1]) == 130
+        out = capsys.readouterr().out
+        assert "median of 2 runs" in out and words in out
+        assert max(map(len, out.splitlines())) < 80
+    seeds, last = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        compare(job, pair, [1])
 
 
 def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_warm_up(capsys):
@@ -160,8 +179,8 @@ def test_a_round_is_a_line_of_its_layers_its_sums_and_its_tokens(monkeypatch):
         "   3 " + "█" * 31 + "░ 60/79 " + "abc" * 11 + "ab",
         "     " + "█" * 32 + "       c" + "abc" * 8 + "~" + "日" * 4,
         "     " + "█" * 15 + "░" + " " * 23 + "日" * 15 + "~[d]"]
-    for columns, width in ((200, 200), (40, 79)):
-        monkeypatch.setattr("os.get_terminal_size", lambda _: SimpleNamespace(columns=columns))
+    for columns, width in ("200", 200), ("40", 79):
+        monkeypatch.setenv("COLUMNS", columns)
         assert Terminal(stream(tty=True)).width == width
 
 
@@ -176,20 +195,19 @@ def test_a_character_split_over_tokens_is_shown_when_it_is_whole():
     assert "\ufffd" not in stream.add(ids[:-1]) and stream.add([], final=True) == "\ufffd"
 
 
-def test_without_a_tokenizer_the_text_is_ids_with_commas_between():
-    """Rejects a comma lost or doubled between rounds, at a stop token, or at the end."""
+def test_without_a_tokenizer_the_text_is_ids_with_blanks_between():
+    """Rejects ids that run together, and a stop token that is shown."""
     stream = Text(None, (5,))
     parts = [stream.add(ids) for ids in ([], [1, 2], [], [5], [3])] + [stream.add([], final=True)]
-    assert "".join(parts) == "1,2,3"
+    assert "".join(parts) == "1 2 3 "
 
 
 def a_job(**flags):
     """What `write` and `compare` ask of a Job."""
     a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, seed=7, repeats=3) | flags)
     return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp", load_seconds=0.0,
-                           measure_seconds=0.0,
-                           settings=SimpleNamespace(temperature=0),
-                           report=lambda: dict(dtype="float32"))
+                           measure_seconds=0.0, settings=SimpleNamespace(temperature=0),
+                           own_prompt=False, report=lambda: dict(dtype="float32"))
 
 
 @pytest.fixture
@@ -217,19 +235,9 @@ def test_what_was_written_before_ctrl_c_is_kept_and_summed_up(written):
     assert json.loads(written(rounds(), json=True)[1])["text"] == out
 
 
-def test_the_account_begins_a_line_where_it_follows_the_text(written, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text, between", [("x", "\n"), ("x\n", "")])
+def test_the_account_begins_a_line_where_it_follows_the_text(written, text, between):
     """Rejects an account glued to a text in a log or a notebook that gets both, an empty line
     behind a text that has ended its own, a newline in a file that gets the text alone."""
-    for text, between in (("x", "\n"), ("x\n", "")):
-        rounds = plain_run(TOK.encode(text), 1.0)
-        status, out, err = written(rounds)             # streams that are no files, as a notebook's
-        assert out == text and err.startswith(f"{between}clasp: ")
-        with open(tmp_path / "log", "w") as log, open(tmp_path / "text", "w") as alone:
-            with monkeypatch.context() as patch:
-                patch.setattr(sys, "stderr", log)
-                for stream in (log, alone):
-                    patch.setattr(sys, "stdout", stream)
-                    written(rounds)
-        assert (tmp_path / "text").read_text() == text
-        log = (tmp_path / "log").read_text()
-        assert log.startswith(f"{text}{between}clasp: ") and "\n\n" not in log
+    status, out, err = written(plain_run(TOK.encode(text), 1.0))
+    assert out == text and err.startswith(f"{between}clasp: ")

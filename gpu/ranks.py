@@ -81,8 +81,8 @@ class Ranked:
                   "part of a CUDA graph", file=sys.stderr)
         super().load()
         # All must decide by the same numbers.
-        known = self.same(json.dumps([self.costs, self.guessed]).encode())
-        self.costs, self.guessed = json.loads(known)
+        known = self.same(json.dumps([self.costs, self.costs_guessed]).encode())
+        self.costs, self.costs_guessed = json.loads(known)
         # To the rest of the command the model is the whole one, with the sizes of the whole.
         names = ("device", "dtype", "cache", "forward", "layer", "head")
         own = {name: getattr(self.model, name) for name in names}
@@ -95,7 +95,7 @@ class Ranked:
         self.costs["verify"] = json.loads(self.same(json.dumps(own).encode()))
         return self.costs["verify"]
 
-    def agreed(self, rounds: Iterator[Round]) -> Iterator[Round]:
+    def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:
         return agreed(rounds, self.device)
 
 

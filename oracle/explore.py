@@ -29,7 +29,7 @@ from oracle.check_trace import Check, Departure, Incomplete, prepare  # noqa: E4
 from oracle.trace import Invalid, Lines, record  # noqa: E402
 from policy.adaptive import overlap  # noqa: E402
 from speculative import probabilities, residual  # noqa: E402
-from text.stream import Text  # noqa: E402
+from command.screen import Text  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 TEMPLATE = Path(__file__).resolve().with_name("explore.html")

@@ -69,7 +69,7 @@ class Witness:
 
 def record(job: Any, ids: Sequence[int], seed: int, policy: Any) -> Iterator[Round]:
     """The rounds of a job of the command, each written to its --trace before it is yielded."""
-    said = job.named | dict(r=job.probe, seed=seed)
+    said = job.numbers | dict(r=job.probe, seed=seed)
     with open(job.a.trace, "w", encoding="utf-8") as out:
         yield from write_trace(out, job.model, ids, job.settings, Recording(Chance(seed).uniform),
                                job.choose, policy, about(job.folder), said, job.costs)

@@ -9,24 +9,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from text.tokenizer import NAMED, SPLIT, _ranks_of_meta  # noqa: E402
+from text.tokenizer import BOS, NAMED, SPLIT, _ranks_of_meta  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-RANKS, _ = _ranks_of_meta(HERE.parent / "demo" / "tokenizer.model")
+RANKS = _ranks_of_meta(HERE.parent / "demo" / "tokenizer.model")[0]
 V = len(RANKS)
-TEXTS = ["", " ", "   \n\n \n\t", "def f(x):\n\treturn  x ** 2  # why?\n\n\n", "\r\n\r\n x\r",
-         "I'LL don't we've ſ's", "1234567 3.14 1e-5", "naïve Führer ½ ² 日本語 العربية नमस्ते",
-         "🦙👩‍👩‍👧 ꙊéÉ e\u0301", "\0\x7f\u2028\u00a0\ufeff", "        self.assertEqual(None, ...)",
-         "<|begin_of_text|>x<|eot_id|>", "a" * 500, "=" * 70 + "\n",
-         "hi Bác <think> </think>", "a <think>\n b", "thinking <think>ing", "return returned",
-         "a <think>more</think> <|eot_id|> eot", "Bác. xBác Bácx  Bác", "<｜begin▁of▁sentence｜>x"]
+RECORDED = json.loads((HERE / "recorded.json").read_text(encoding="utf-8"))
+TEXTS = list(RECORDED["plain"]["ids"])                 # a new one is written there by hand
+
+same = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+others = [b for b in range(256) if b not in same]
+SPELLED = {b: chr(b) for b in same} | {b: chr(256 + n) for n, b in enumerate(others)}    # by GPT-2
 
 
-def printable() -> dict[int, str]:
-    """How GPT-2 spells bytes."""
-    same = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
-    others = (b for b in range(256) if b not in same)
-    return {b: chr(b) for b in same} | {b: chr(256 + n) for n, b in enumerate(others)}
+def spelled(token: bytes) -> str:
+    return "".join(map(SPELLED.get, token))
 
 
 def token(name: str, i: int, special: bool = False, **options: bool) -> dict:
@@ -39,101 +36,78 @@ def specials(names: dict[int, str] = NAMED) -> list[dict]:
     return [token(names.get(i) or next(spare), V + i, True) for i in range(256)]
 
 
+def words(*names: str, **options: bool) -> list[dict]:
+    """The special tokens, and behind them words that stay text."""
+    return [*specials(), *(token(name, V + 256 + n, **options) for n, name in enumerate(names))]
+
+
 def tokenizer_json(ranks: dict[bytes, int], added: list[dict], vocab: dict[str, int] = {},
-                   merges: list = [], **changes: object) -> dict:
-    """tokenizer.json as Hugging Face writes it."""
-    spell = printable()
+                   unmade: bytes = b"", ignore_merges: bool = True, **changes: object) -> dict:
+    """tokenizer.json as Hugging Face writes it, with every split of each token in two as a merge,
+    but of `unmade`."""
+    merges = [[spelled(t[:n]), spelled(t[n:])] for t in ranks for n in range(1, len(t))
+              if t[:n] in ranks and t[n:] in ranks and t != unmade]
     split = dict(type="Split", pattern=dict(Regex=SPLIT), behavior="Isolated", invert=False)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    return dict(
-        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]),
-        post_processor=None, decoder=level,
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                   end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
-                   vocab={"".join(map(spell.get, t)): i for t, i in ranks.items()} | vocab,
-                   merges=merges)) | changes
+    model = dict(type="BPE", dropout=None, ignore_merges=ignore_merges, merges=merges,
+                 vocab={spelled(t): i for t, i in ranks.items()} | vocab)
+    steps = dict(type="Sequence", pretokenizers=[split, level])
+    return dict(version="1.0", added_tokens=added, normalizer=None, pre_tokenizer=steps,
+                post_processor=None, decoder=level, model=model) | changes
 
 
-RENAMED = NAMED | {0: "<｜begin▁of▁sentence｜>", 1: "<｜end▁of▁sentence｜>", 6: "<｜User｜>", 7: "<｜A｜>"}
-BEGIN = dict(tokenizer_config=dict(bos_token="<|begin_of_text|>"))
-FOLDERS = {                     # added tokens, and what else lies in the folder
-    "plain": dict(added=specials(), config=dict(bos_token_id=V, eos_token_id=V + 1), **BEGIN),
-    "words": dict(added=[*specials(), token("Bác", V + 256), token("<think>", V + 257),
-                         token("</think>", V + 258)], **BEGIN),
-    "overlapping words": dict(added=[*specials(), token("<think>", V + 256), token("eot", V + 257),
-                                     token("<think>more", V + 258)], **BEGIN),
-    "words that are normalized come last": dict(added=[
-        *specials(), token("<think>more", V + 256), token("think", V + 257, normalized=False)],
-        **BEGIN),
-    "a word alone": dict(added=[*specials(), token("Bác", V + 256, single_word=True),
-                                token("think", V + 257, single_word=True)], **BEGIN),
-    "a word and the blanks before it": dict(
-        added=[*specials(), token("<think>", V + 256, lstrip=True)], **BEGIN),
-    "a word and the blanks behind it": dict(
-        added=[*specials(), token("<think>", V + 256, rstrip=True)], **BEGIN),
-    "a word that is a token already": dict(
-        added=[*specials(), token("return", RANKS[b"return"])], **BEGIN),
-    "special tokens in the vocabulary": dict(
-        added=specials(), vocab={a["content"]: a["id"] for a in specials()}, **BEGIN),
+# With b"et" the first of all merges none makes b"return" any more; nor, unlisted, b"def".
+order = list(RANKS)
+at = order.index(b"et")
+order[256], order[at] = order[at], order[256]
+UNREACHED = dict(ranks={t: i for i, t in enumerate(order)}, unmade=b"def")
+
+RENAMED = NAMED | {0: "<｜begin▁of▁sentence｜>", 6: "<｜User｜>", 7: "<｜Assistant｜>"}
+FOLDERS = {                     # what `write` is told
+    "plain": dict(config=dict(bos_token_id=V)),
+    "merges alone": dict(UNREACHED, ignore_merges=False),
+    "merges ignored": dict(UNREACHED),
+    "words": dict(added=words("Bác", "<think>", "</think>")),
+    "overlapping words": dict(added=words("<think>", "eot", "<think>more")),
+    "words that are normalized come last": dict(
+        added=[*words("<think>more"), token("think", V + 257, normalized=False)]),
+    "a word alone": dict(added=words("Bác", "think", single_word=True)),
+    "a word and the blanks before it": dict(added=words("<think>", lstrip=True)),
+    "a word and the blanks behind it": dict(added=words("<think>", rstrip=True)),
+    "a word that is a token already": dict(added=[*words(), token("return", RANKS[b"return"])]),
+    "special tokens in the vocabulary": dict(vocab={a["content"]: a["id"] for a in specials()}),
     "renamed": dict(added=specials(RENAMED), tokenizer_config=dict(
         bos_token=dict(content=RENAMED[0], __type="AddedToken"))),
     "moved": dict(added=specials({i + 100: name for i, name in NAMED.items()}),
-                  config=dict(bos_token_id=V, eos_token_id=V + 101), **BEGIN),
-    "ids of no one": dict(added=specials(), config=dict(bos_token_id=1, eos_token_id=2), **BEGIN),
-    "ids that disagree": dict(added=specials(), config=dict(bos_token_id=V + 7, eos_token_id=V + 1),
-                              generation_config=dict(eos_token_id=[V + 1, V + 9]), **BEGIN)}
+                  config=dict(bos_token_id=V)),
+    "ids of no one": dict(config=dict(bos_token_id=1)),
+    "ids that disagree": dict(config=dict(bos_token_id=V + 7))}
 
 
-def write(folder: Path, added: list[dict], vocab: dict[str, int] = {}, merges: list = [],
-          **files: dict) -> None:
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(RANKS, added, vocab, merges)))
-    for name, content in files.items():
+def write(folder: Path, added: list[dict] = specials(), ranks: dict[bytes, int] = RANKS,
+          tokenizer_config: dict = dict(bos_token=BOS), config: dict = {},
+          **of_merges: object) -> None:
+    """The files of a folder that say something of its tokens."""
+    for name, content in (("tokenizer", tokenizer_json(ranks, added, **of_merges)),
+                          ("tokenizer_config", tokenizer_config), ("config", config)):
         (folder / f"{name}.json").write_text(json.dumps(content))
-
-
-def merged() -> list[list[str]]:
-    """The pairs that the ranks stand for, in their order."""
-    spell = printable()
-    pairs = []
-    for whole, rank in sorted(RANKS.items(), key=lambda item: item[1]):
-        parts = [bytes([b]) for b in whole]
-        while len(parts) > 2:
-            near = [RANKS.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            k = near.index(min(near))
-            if near[k] == rank:
-                break                                  # joined by nobody: a piece of its own
-            parts[k:k + 2] = [parts[k] + parts[k + 1]]
-        if len(parts) == 2:
-            pairs.append(["".join(map(spell.get, part)) for part in parts])
-    return pairs
 
 
 def main() -> None:
     import tokenizers
     import transformers
     out = {}
-    for name, files in FOLDERS.items():
+    for name, how in FOLDERS.items():
         with tempfile.TemporaryDirectory() as t:
-            folder = Path(t)
-            write(folder, merges=merged(), **files)
-            theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            write(Path(t), **how)
+            theirs = tokenizers.Tokenizer.from_file(f"{t}/tokenizer.json")
             theirs.encode_special_tokens = True        # a user's text closes no turn
             ids = [theirs.encode(text, add_special_tokens=False).ids for text in TEXTS]
-            config = dict(files.get("config", {}), model_type="llama")
-            (folder / "config.json").write_text(json.dumps(config))
-            whole = transformers.AutoTokenizer.from_pretrained(folder)
-            stop = None
-            if "eos_token_id" in config | files.get("generation_config", {}):
-                model = transformers.AutoConfig.from_pretrained(folder)
-                how = transformers.GenerationConfig
-                how = (how.from_pretrained(folder) if "generation_config" in files else
-                       how.from_model_config(model))
-                stop = how.eos_token_id
-        out[name] = dict(bos=whole.bos_token_id, stop=stop,
-                         ids=ids if name == "plain" else {
-                             text: now for text, now, was in zip(TEXTS, ids, out["plain"]["ids"])
-                             if now != was})
+            write(Path(t), **how | dict(config=dict(how.get("config", {}), model_type="llama")))
+            bos = transformers.AutoTokenizer.from_pretrained(t).bos_token_id
+        ids = dict(zip(TEXTS, ids))
+        plain = out["plain"]["ids"] if out else {}
+        out[name] = dict(bos=bos, ids={x: ids[x] for x in TEXTS if ids[x] != plain.get(x)})
     (HERE / "recorded.json").write_text(json.dumps(out, ensure_ascii=False))
 
 

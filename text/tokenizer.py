@@ -27,14 +27,19 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
     return _token_ids(folder, "eos_token_id")
 
 
+def _said(path: Path) -> dict:
+    """What a file says that need not be there."""
+    return read_json(path) if path.exists() else {}
+
+
 def _token_ids(folder: str | Path, key: str) -> tuple[int, ...]:
     """What the first of the two files that has `key` says, an int or a list there."""
-    for path in (Path(folder) / name for name in ("generation_config.json", "config.json")):
-        ids = read_json(path).get(key) if path.exists() else None
+    for name in ("generation_config.json", "config.json"):
+        ids = _said(Path(folder) / name).get(key)
         if ids is not None:                            # 0 is a token, and [] an answer
             ids = ids if isinstance(ids, list) else [ids]
             if not all(isinstance(i, int) for i in ids):
-                raise ModelError(f"{path}: {key} {str(ids)[:40]} holds no token ids")
+                raise ModelError(f"{folder}/{name}: {key} {str(ids)[:40]} holds no token ids")
             return tuple(ids)
     return ()
 
@@ -42,13 +47,10 @@ def _token_ids(folder: str | Path, key: str) -> tuple[int, ...]:
 def has_other_template(folder: Path) -> bool:
     """Does the folder's chat template write what `Tokenizer.chat` does not, as from LLaMA-3.1 on
     the dates that begin every system turn? Judged by the texts that it holds."""
-    template = ""
-    settings = folder / "tokenizer_config.json"
+    template = str(_said(folder / "tokenizer_config.json").get("chat_template") or "")
     alone = folder / "chat_template.jinja"
     if alone.exists():
         template = alone.read_text(encoding="utf-8", errors="replace")
-    elif settings.exists():
-        template = str(read_json(settings).get("chat_template") or "")
     texts = [a + b for a, b in re.findall(r"""'([^']*)'|"([^"]*)\"""", template)]
     texts.append(re.sub(r"\{.*?\}+", "", template, flags=re.S))     # outside of {{ }}, {% %}
     ours = "|".join(map(re.escape, (HEADER, END_HEADER, EOT, BOS)))
@@ -59,10 +61,6 @@ def has_other_template(folder: Path) -> bool:
 class Tokenizer:
     """Byte-pair encoding with LLaMA-3's ranks, from Hugging Face's tokenizer.json or Meta's
     tokenizer.model.
-
-    >>> tok = Tokenizer("demo")
-    >>> tok.decode(tok.encode("def f(x):"))
-    'def f(x):'
 
     special   name -> id of the tokens that no text can spell
     bos       the one that begins a text
@@ -77,7 +75,7 @@ class Tokenizer:
         if not path:
             raise ModelError(f"{folder}: no tokenizer.json and no tokenizer.model, here or in "
                              "original/; --prompt-ids works without one")
-        ranks, added = readers[path](path)
+        ranks, added, made = readers[path](path)
         if ({*ranks.values()} != {*range(len(ranks))}
                 or not all(bytes([b]) in ranks for b in range(256))):
             raise ModelError(f"{path}: not LLaMA-3's tokenizer: ranks are not 0, 1, 2, ..., or a "
@@ -94,12 +92,9 @@ class Tokenizer:
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
         self._added = added
-        self._spelled = []
-        if len(self.special) < len(added):             # what is not normalized is looked for first
-            self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
-                             for kind in (False, True)]
-        self._bpe = tiktoken.Encoding("llama-3", pat_str=SPLIT, mergeable_ranks=ranks,
-                                      special_tokens={})
+        self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
+                         for kind in (False, True)]    # what is not normalized is looked for first
+        self._bpe = _bpe(ranks if made is None else _reached(ranks, made))
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text -> ids, and words that were added to the vocabulary. No special token is
@@ -165,8 +160,7 @@ class Tokenizer:
 def _begin_of_text(folder: Path, path: Path, special: dict[str, int]) -> int:
     """The token that begins a text, which some models renamed: as tokenizer_config.json names it,
     else LLaMA-3's, else by its number in a config."""
-    settings = folder / "tokenizer_config.json"
-    name = read_json(settings).get("bos_token") if settings.exists() else None
+    name = _said(folder / "tokenizer_config.json").get("bos_token")
     name = name.get("content") if isinstance(name, dict) else name
     for name in (name, BOS):
         if isinstance(name, str) and name in special:
@@ -184,7 +178,22 @@ def _any_of(names: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-Ranks = tuple[dict[bytes, int], dict[str, dict]]       # token -> rank; name -> what was added
+def _bpe(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding("llama-3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+
+
+def _reached(ranks: dict[bytes, int], made: set[bytes]) -> dict[bytes, int]:
+    """The tokens that merges reach, of which `made` are listed; tiktoken uses any token that is a
+    whole piece of the text. No token holds the byte 255, so a piece that ends with it is none."""
+    listed = {token: i for token, i in ranks.items() if token in made or len(token) == 1}
+    merge = _bpe(listed)._encode_single_piece
+    end = b"\xff"
+    return {token: i for token, i in listed.items()
+            if token == end or merge(token + end) == [i, ranks[end]]}
+
+
+# token -> rank; name -> what was added; tokens that merges make, if these alone count
+Ranks = tuple[dict[bytes, int], dict[str, dict], set[bytes] | None]
 
 
 def _ranks_of_meta(path: Path) -> Ranks:
@@ -197,16 +206,18 @@ def _ranks_of_meta(path: Path) -> Ranks:
         ranks = {base64.b64decode(t, validate=True): int(r) for t, r in rows}
     except ValueError as e:
         raise ModelError(f"{path}: not a tokenizer.model of LLaMA-3, base64 and rank per line: "
-                         f"{e}", path) from None
+                         f"{e}") from None
     spare = (f"<|reserved_special_token_{n}|>" for n in range(256))
     plain = dict.fromkeys(OPTIONS, False)
     return ranks, {NAMED.get(i) or next(spare): plain | dict(special=True, id=len(ranks) + i)
-                   for i in range(256)}
+                   for i in range(256)}, None
 
 
 def _ranks_of_hugging_face(path: Path) -> Ranks:
     """The vocabulary of tokenizer.json, whose strings spell bytes in GPT-2's way: a printable
-    Latin-1 character is itself, the 68 others are the characters from U+0100 on. Ids are ranks."""
+    Latin-1 character is itself, the 68 others are the characters from U+0100 on. Ids are ranks: the
+    order of merges. subtle: LLaMA-3 has 588 tokens that no merges reach. They are used where they
+    are a whole piece of the text; but only if the file says `ignore_merges`."""
     t = read_json(path)
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
     byte = {chr(b): b for b in printable}
@@ -221,12 +232,17 @@ def _ranks_of_hugging_face(path: Path) -> Ranks:
                  if s not in added or not added[s]["special"] and i < ordinary}
         steps = [{k: v for k, v in step.items() if k != "trim_offsets"}         # not about ids
                  for step in pre.get("pretokenizers", [pre])]
-        altered = t.get("normalizer") or t["model"].get("dropout")
+        merges = ["".join(pair).replace(" ", "") for pair in t["model"].get("merges", [])]
+        order = [vocab[token] for token in merges]
+        altered = t.get("normalizer") or t["model"].get("dropout") or order != sorted(order)
+        made = None
+        if not t["model"].get("ignore_merges"):
+            made = {bytes(map(byte.get, token)) for token in merges}
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ModelError(f"{path}: not a byte-level tokenizer: {type(e).__name__} {e}") from None
     if kind != "BPE" or altered or steps != [
             dict(type="Split", pattern=dict(Regex=SPLIT), behavior="Isolated", invert=False),
             dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]:
-        raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind}, normalizer, dropout or "
-                         "split pattern)")
-    return ranks, added
+        raise ModelError(f"{path}: not LLaMA-3's tokenizer (model {kind}, normalizer, dropout, "
+                         "order of merges or split pattern)")
+    return ranks, added, made
