@@ -1,6 +1,5 @@
 """LLaMA by another route, slow and plain: no cache, no mask, a row and a head at a time, in
-float64. What the fast one is held against; random checkpoints to hold it there; and how far
-apart they are.
+float64. What the fast one is held against, with random checkpoints, and how far apart they are.
 """
 import json
 import math
@@ -47,8 +46,7 @@ def weight_shapes(c):
 
 
 def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shards=1):
-    """Write a Hugging Face folder with random weights; -> (config, name -> weight in
-    float64)."""
+    """Write a Hugging Face folder with random weights; -> config, name -> weight in float64."""
     c = {**BASE, **(overrides or {})}
     gen = torch.Generator().manual_seed(seed)
     w = {}
@@ -65,8 +63,7 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
     (folder / "config.json").write_text(json.dumps(c))
     place = dict.fromkeys(w, "model.safetensors")
     if shards > 1:           # dealt out like cards, so that every layer lies in several shards
-        place = {name: f"model-{k % shards + 1}-of-{shards}.safetensors"
-                 for k, name in enumerate(w)}
+        place = {x: f"model-{n % shards + 1}-of-{shards}.safetensors" for n, x in enumerate(w)}
         (folder / INDEX).write_text(json.dumps(dict(metadata={}, weight_map=place)))
     for file in set(place.values()):
         part = {name: x for name, x in w.items() if place[name] == file}
@@ -102,8 +99,7 @@ def reference_norm(x, weight, eps):
 
 
 def reference_layer(c, w, i, x):
-    """Layer i on a whole sequence x (T, D) from position 0 on: no cache, no mask, row by
-    row."""
+    """Layer i on a whole sequence x (T, D) from position 0 on: no cache, no mask, row by row."""
     H, G, hd = sizes(c)
     T = len(x)
     f = torch.tensor(reference_frequencies(c), dtype=torch.float64)
@@ -140,8 +136,7 @@ def reference_layer(c, w, i, x):
 
 
 def reference(c, w, ids, skip=(), first=0):
-    """-> logits (T, V), h[0..L] (L+1, T, D). Rows from `first` on leave out what is in
-    `skip`."""
+    """-> logits (T, V), h[0..L] (L+1, T, D). Rows from `first` on leave out what is in `skip`."""
     h = [w["model.embed_tokens.weight"][ids]]
     for i in range(c["num_hidden_layers"]):
         ran = reference_layer(c, w, i, h[-1])
@@ -169,8 +164,7 @@ def loaded(folder, overrides=None, stored=torch.float32, dtype=torch.float64):
 
 
 def passes(model, cache, ids, lengths, t=0, skip=()):
-    """Logits (T, V) and states (L+1, T, D) of `ids`, from position t on, by passes so
-    long."""
+    """Logits (T, V) and states (L+1, T, D) of `ids`, from position t on, by passes so long."""
     states = []
     for part in ids.split(lengths):
         h = model.forward(part, cache.sequence(t, len(part)), cache, skip)
@@ -181,9 +175,8 @@ def passes(model, cache, ids, lengths, t=0, skip=()):
 
 
 def worst_error(folder, lengths=(5, 3, 1, 1, 2), **how):
-    """The largest relative error of a program: logits and states of prefill, chunk and
-    decode; candidates for one token in each layer; the cache entries that those must leave
-    alone."""
+    """The largest relative error of a program: logits and states of prefill, chunk and decode;
+    candidates for one token in each layer; the cache entries that those must leave alone."""
     c, w, model, cache = loaded(folder, **how)
     logits, states = passes(model, cache, IDS, lengths)
     want, h = reference(c, w, IDS)
