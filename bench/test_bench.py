@@ -144,11 +144,13 @@ def test_a_terminal_shows_how_far_the_work_is(monkeypatch, capsys):
     """Rejects a count that stays on the line, or in what a program reads; items that are lost."""
     assert [*questions.told("ab", "prompt")] == ["a", "b"] and capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    clear = "\r" + " " * 60 + "\r"
+    assert [*questions.told("ab", "prompt")] == ["a", "b"]
+    assert capsys.readouterr() == ("", "\rprompt 1 of 2\rprompt 2 of 2" + clear)
     with pytest.raises(KeyboardInterrupt):
         for _ in questions.told("ab", "prompt"):
             raise KeyboardInterrupt
-    out, err = capsys.readouterr()
-    assert err.startswith("\rprompt 1 of 2\r  ") and err.endswith("  \r") and out == ""
+    assert capsys.readouterr() == ("", "\rprompt 1 of 2" + clear)
 
 
 def test_the_tools_run_on_the_demo_with_the_flags_of_the_command(run, tmp_path, monkeypatch):
@@ -183,11 +185,14 @@ def test_a_question_may_be_token_ids_which_need_no_tokenizer(run, small, line, m
 
 
 def test_a_file_of_questions_is_json_by_lines(tmp_path):
-    """Rejects lines cut at U+2028, a byte order mark taken for text, and turns taken apart."""
+    """Rejects lines cut at U+2028, a byte order mark taken for text, turns taken apart, and texts
+    where there are also ids."""
     path = tmp_path / "odd.jsonl"
     path.write_text('\ufeff{"category": "a", "turns": ["x\u2028y", "z"]}\r\n\n'
                     '{"category": 1, "turns": []}', encoding="utf-8")
     assert questions.read_questions(path) == [("a", ["x\u2028y", "z"]), ("1", [])]
+    ours = questions.read_questions(ROOT / "bench" / "smollm2.jsonl")
+    assert [questions.is_ids(ids) for _, (ids,) in ours] == [True] * 18
     for wrong in ('{"category": "a", "turns": "xy"}', '{"category": "a", "turns": [1]}', "{}", "[]",
                   '{"category": "a"}', "\x00", "12", '{"category": "a", "ids": []}',
                   '{"category": "a", "ids": [-1]}', '{"category": "a", "ids": [true]}'):
