@@ -29,7 +29,7 @@ from dp_layer_skip import choose_skip, torch  # noqa: E402
 from llama import Cache, Llama  # noqa: E402
 from policy.adaptive import overlap  # noqa: E402
 from policy.probe import candidates, choose_by  # noqa: E402
-from speculative import Chance, Settings, generate, probabilities  # noqa: E402
+from speculative import Chance, Settings, generate, probabilities, read  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 PROBES = (1, 4, 16, 64)                                # tokens that choose
@@ -65,7 +65,7 @@ def spacious(model: Llama, n: int, M: int) -> Cache:
 
 
 def piece_of(model: Llama, tokens: list[int], at: int, cache: Cache, s: Settings) -> Piece:
-    """The full model reads on."""
+    """The full model reads these tokens behind what the cache holds."""
     ids = torch.tensor(tokens, device=model.device)
     h = torch.stack(model.forward(ids, cache.sequence(at, len(ids)), cache))    # (L+1, n, D)
     return Piece(ids, at, probabilities(model.head(h[-1]), s), h[:, -1], cache)
@@ -87,7 +87,7 @@ def one_set(job: Job, texts: Sequence[tuple[list[int], int]], s: Settings) -> li
     pieces = []
     for ids, start in texts:
         cache = spacious(model, len(ids), job.M)
-        piece_of(model, ids[:start], 0, cache, s)
+        read(model, ids[:start], 0, cache)
         pieces.append(piece_of(model, ids[start:], start, cache, s))
     out = []
     for _ in told(range(job.M), "one set for all texts: layer"):
@@ -104,13 +104,14 @@ def walk(model: Llama, ids: list[int], start: int, M: int, s: Settings, sets: Se
          ) -> Iterator[tuple[str, float]]:
     """(who, one value) for every token from `start` on and every set."""
     cache = spacious(model, len(ids), M)
-    piece = piece_of(model, ids[:start], 0, cache, s)
+    last = torch.stack([x[-1] for x in read(model, ids[:start], 0, cache)])         # (L+1, D)
     for at in range(start, len(ids), EVERY):
         programs = {}
         for r in PROBES:
-            choice, _ = choose_by(r, choose_skip, model, cache, ids[:at], piece.last, M)
+            choice, _ = choose_by(r, choose_skip, model, cache, ids[:at], last, M)
             programs[f"the dynamic program, by {r}"] = [choice.skip()]
         piece = piece_of(model, ids[at:at + EVERY], at, cache, s)
+        last = piece.last
         for who, of in (programs | sets).items():
             for skip in of:
                 for value in kept(model, piece, skip, s):
