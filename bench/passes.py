@@ -1,11 +1,12 @@
-"""What passes cost on this machine, in plain steps, beside what the policy guesses before it has
-measured. (On a GPU, and against its bandwidth: gpu/check.py.)
+"""What passes cost on this machine, in plain steps. (On a GPU, and against its bandwidth:
+gpu/check.py.)
 
     python bench/passes.py
-    python bench/passes.py --json > costs.json                    # as tables, for --costs
-    python bench/passes.py --questions demo/prompts.jsonl --json  # with the risks of the budgets
+    python bench/passes.py --json > costs.json              # as tables, for --costs
+    python bench/passes.py demo/prompts.jsonl --json        # with the risks of the budgets
 
-The passes take turns, so that a machine that slows down does so for all; medians of --repeats.
+The passes take turns, so that a machine that slows down does so for all; medians of --repeats, or
+of those that were finished before Ctrl-C.
 """
 import json
 import statistics
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.questions import first_turns, job_for, parser, read_questions  # noqa: E402
-from command.cli import UsageError, answer  # noqa: E402
+from bench.questions import first_turns, opened, parser, told  # noqa: E402
+from command.cli import answer  # noqa: E402
 from command.job import Job  # noqa: E402
 from dp_layer_skip import torch  # noqa: E402
 from policy import costs  # noqa: E402
@@ -60,16 +61,25 @@ def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
 
 
 @torch.inference_mode()
-def measured(job: Job) -> dict[Key, float]:
-    """The seconds of every pass."""
+def measured(job: Job) -> tuple[dict[Key, float], int]:
+    """The seconds of every pass, and the exit status."""
     timed = passes(job)
-    times = {key: [] for key in timed}
-    for _ in range(1 + job.a.repeats):                 # the first is a warm-up
-        for key, call in timed.items():
-            began = time.perf_counter()
-            call()[0, 0].item()                        # waits for a GPU
-            times[key].append(time.perf_counter() - began)
-    return {key: statistics.median(every[1:]) for key, every in times.items()}
+    turns = []
+    status = 0
+    try:
+        for _ in told(range(1 + job.a.repeats), "turn"):
+            turn = {}
+            for key, call in timed.items():
+                began = time.perf_counter()
+                call()[0, 0].item()                    # waits for a GPU
+                turn[key] = time.perf_counter() - began
+            turns.append(turn)
+    except KeyboardInterrupt:
+        if len(turns) < 2:
+            raise
+        status = 130
+    warm = turns[1:]
+    return {key: statistics.median(turn[key] for turn in warm) for key in timed}, status
 
 
 def tables(took: dict[Key, float], L: int, K: int) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def risks(job: Job, prompts: Sequence[list[int]]) -> list[float]:
     layers left out; between the policy's budgets linear."""
     L = job.cfg.L
     found = {0: 0.005}
-    for M in budgets(L):
+    for M in told(budgets(L), "risks: budget"):
         s = replace(job.plain, temperature=1.0, K=6, M=M, exit_threshold=0.3, interval=32)
         kept = 0
         rejected = 0
@@ -102,40 +112,28 @@ def risks(job: Job, prompts: Sequence[list[int]]) -> list[float]:
 
 
 def table(took: dict[Key, float], job: Job) -> str:
-    guess = costs.guess(job.cfg, job.K)
-    lines = [f"{f'after {CONTEXT} tokens':<32}        ms  plain steps  guessed"]
+    names = dict(draft=f"draft step, {{}} of {job.cfg.L} left out", verify="verify, {} rows",
+                 choice=f"choice of up to {job.M} layers by {{}}")
+    lines = [f"{f'after {CONTEXT} tokens':<32}        ms  plain steps"]
     for (kind, x), seconds in took.items():
-        name = f"choice of up to {job.M} layers by {x}"
-        guessed = guess["optimise"]
-        if kind == "draft":
-            name = f"draft step, {x} of {job.cfg.L} left out"
-            guessed = guess["draft"][x]
-        if kind == "verify":
-            name = f"verify, {x} rows" if x > 1 else "plain step"
-            guessed = 1.0
-        lines.append(f"{name:<32} {1e3 * seconds:9.3f} {seconds / took['verify', 1]:12.2f} "
-                     f"{guessed:8.2f}")
+        name = "plain step" if (kind, x) == ("verify", 1) else names[kind].format(x)
+        lines.append(f"{name:<32} {1e3 * seconds:9.3f} {seconds / took['verify', 1]:12.2f}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser("[flags]", "What passes cost on this machine, in plain steps.")
-        p.set_defaults(repeats=20)
-        p.add_argument("--questions", metavar="FILE", help="measure the risks by these, too")
-        a = p.parse_args(argv)
-        if a.prompt is not None or a.prompt_ids or a.compare or a.verbose or a.trace:
-            raise UsageError("no text is written: without --prompt, --prompt-ids, --compare, "
-                             "--verbose, --trace")
-        questions = read_questions(a.questions) if a.questions else []
-        job = job_for(a, questions)
-        prompts = [ids for _, ids in first_turns(job, questions)]
-        took = measured(job.load())
+        p = parser("What passes cost on this machine, in plain steps; behind questions also how "
+                   "risky each budget of layers is.")
+        p.set_defaults(file=None, repeats=20)
+        job, questions = opened(p, argv)
+        prompts = first_turns(job, questions)
+        took, status = measured(job.load())
         job.costs = tables(took, job.cfg.L, job.K)
-        if prompts:
+        if prompts and status == 0:
             job.costs["risk"] = risks(job, prompts)
-        print(json.dumps(dict(settings=job.report())) if a.json else table(took, job))
-        return 0
+        print(json.dumps(dict(settings=job.report())) if job.a.json else table(took, job))
+        return status
     return answer(work)
 
 

@@ -1,25 +1,40 @@
-"""The prompts of a measurement: a file in Spec-Bench's format, or of token ids, as every tool here
-reads it."""
-import argparse
+"""What the tools here have in common: a file of prompts, the model that answers them, and how far
+the work is."""
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from command.cli import Parser, UsageError
-from command.flags import DEMO
+from command.flags import DEMO, parsed
 from command.flags import parser as main_parser
 from command.job import Job
 
 Questions = list[tuple[str, list[str] | list[list[int]]]]   # the category and the turns of each
 
 
-def parser(usage: str, description: str) -> Parser:
+def parser(description: str) -> Parser:
     """The flags of the main command, for prompts that are not the model's own."""
     p = main_parser()
-    p.usage = f"python bench/%(prog)s {usage}"
+    p.usage = "python bench/%(prog)s [FILE] [flags]"
     p.description = description
+    p.add_argument("file", nargs="?", default=DEMO / "prompts.jsonl", metavar="FILE",
+                   help="questions in Spec-Bench's format, or token ids")
     p.set_defaults(temperature=0.0, seed=0)
     return p
+
+
+def opened(p: Parser, argv: Sequence[str] | None) -> tuple[Job, Questions]:
+    """A model whose weights are not yet read, and the questions for it. Where all are token ids it
+    needs no tokenizer."""
+    a = parsed(argv, p)
+    if a.prompt is not None or a.prompt_ids or a.compare or a.verbose or a.trace:
+        raise UsageError("a file holds the prompts, and no text is shown: without --prompt, "
+                         "--prompt-ids, --compare, --verbose, --trace")
+    questions = read_questions(a.file) if a.file else []
+    if not a.chat and all(is_ids(turn) for _, turns in questions for turn in turns):
+        a.prompt_ids = [0]
+    return Job(a), questions
 
 
 def read_questions(path: str | Path) -> Questions:
@@ -47,13 +62,6 @@ def is_ids(turn: object) -> bool:
     return isinstance(turn, list) and turn and all(type(i) is int and i >= 0 for i in turn)
 
 
-def job_for(a: argparse.Namespace, questions: Questions) -> Job:
-    """The model, which needs a tokenizer if some question is a text."""
-    if not a.chat and all(is_ids(turn) for _, turns in questions for turn in turns):
-        a.prompt_ids = [0]
-    return Job(a)
-
-
 def encoded(job: Job, messages: list[dict]) -> list[int]:
     """A conversation up to the last turn, checked; where that is ids, these."""
     last = messages[-1]["content"]
@@ -66,13 +74,14 @@ def first_turns(job: Job, questions: Questions) -> list[tuple[str, list[int]]]:
             for category, turns in questions if turns]
 
 
-def opened(p: Parser, argv: Sequence[str] | None) -> tuple[Job, list[tuple[str, list[int]]]]:
-    """A model whose weights are not yet read, and the first turns: for tools that have no use for
-    recorded passes, which are of one setting alone."""
-    p.add_argument("--questions", default=DEMO / "prompts.jsonl", metavar="FILE",
-                   help="in Spec-Bench's format, or token ids (the demo's)")
-    a = p.parse_args(argv)
-    a.eager = True
-    questions = read_questions(a.questions)
-    job = job_for(a, questions)
-    return job, first_turns(job, questions)
+def told(items: Sequence, what: str) -> Iterator:
+    """The items; a terminal shows which of how many is at work."""
+    tty = sys.stderr.isatty()
+    try:
+        for n, item in enumerate(items, 1):
+            if tty:
+                print(f"\r{what} {n} of {len(items)}", end="", file=sys.stderr, flush=True)
+            yield item
+    finally:                                           # also if Ctrl-C ends it
+        if tty:
+            print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Plain decoding and CLaSp on every question of a file in Spec-Bench's format: a line per category,
 as in the paper's Table 1. Takes every flag of the main command that says how to decode.
 
-    python bench/spec_bench.py demo/prompts.jsonl
+    python bench/spec_bench.py                                      # the demo and its prompts
     python bench/spec_bench.py question.jsonl --model Meta-Llama-3-8B-Instruct --chat
 
 Later turns of a question see the earlier ones and plain decoding's answers to them. What does not
@@ -11,20 +11,25 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.questions import Questions, encoded, job_for, parser, read_questions  # noqa: E402
+from bench.questions import Questions, encoded, opened, parser, told  # noqa: E402
 from clasp_mini import pair  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
+from policy import costs  # noqa: E402
 from speculative import Round  # noqa: E402
+
+COLUMNS = dict(tokens_per_verify="tokens/verify", acceptance="acceptance", speedup="speed-up",
+               ideal_speedup=" ideal", counted="counted")               # what a line says
 
 
 def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], list[Round]]]:
     """The category, the plain run and CLaSp's of every turn that fits."""
     warm = False
-    for n, (category, turns) in enumerate(questions, 1):
+    for n, (category, turns) in enumerate(told(questions, "question"), 1):
         messages: list[dict] = []
         for turn in turns:
             messages.append(dict(role="user", content=turn))
@@ -43,6 +48,19 @@ def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], 
                 messages.append(dict(role="assistant", content=said))
 
 
+def plain_steps(rounds: Sequence[Round], table: dict[str, Any]) -> float:
+    """What a run's passes come to by a table of costs. The prefill's pass does not count, its
+    choice of layers does."""
+    steps = 0.0
+    for n, r in enumerate(rounds):
+        if n > 0:
+            k = len(r.drafted)
+            steps += k * table["draft"][sum(r.skip)] + table["verify"][k + 1]
+        if r.choice:
+            steps += table["optimise"]
+    return steps
+
+
 def line(pairs: Sequence[tuple[dict, dict]]) -> dict:
     """What (plain, CLaSp) figures of some answers come to: counts over all their tokens, the
     speed-up and its ideal as ratios of the rates over all of them. The token of the prefill, one
@@ -57,7 +75,8 @@ def line(pairs: Sequence[tuple[dict, dict]]) -> dict:
     steps = sum(n / x for n, x in ideal if x)          # plain steps that the ideal runs take
     return dict(answers=len(pairs), tokens_per_verify=over(decoded[1], total(1, "verifies")),
                 acceptance=over(total(1, "accepted"), total(1, "drafted")),
-                speedup=over(rate[1], rate[0]), ideal_speedup=over(tokens, steps))
+                speedup=over(rate[1], rate[0]), ideal_speedup=over(tokens, steps),
+                counted=over(decoded[1], total(1, "plain_steps")))
 
 
 def over(x: float | None, y: float | None) -> float | None:
@@ -65,23 +84,26 @@ def over(x: float | None, y: float | None) -> float | None:
 
 
 def table(lines: dict[str, dict]) -> str:
-    """The lines in columns; - where nothing was decoded or drafted."""
-    widths = dict(tokens_per_verify=13, acceptance=10, speedup=8, ideal_speedup=6)
-    out = [f"{'category':<16} answers tokens/verify acceptance speed-up  ideal"]
+    """The lines in columns; - where nothing was decoded or drafted, or no costs are known."""
+    out = [f"{'category':<18} answers {' '.join(COLUMNS.values())}"]
     for name, of in lines.items():
-        values = {key: "-" if of[key] is None else f"{of[key]:.2f}" for key in widths}
-        cells = "".join(f" {values[key]:>{width}}" for key, width in widths.items())
-        out.append(f"{name:<16} {of['answers']:7}{cells}")
+        values = {key: "-" if of[key] is None else f"{of[key]:.2f}" for key in COLUMNS}
+        cells = " ".join(f"{values[key]:>{len(title)}}" for key, title in COLUMNS.items())
+        out.append(f"{name:<18} {of['answers']:7} {cells}")
     return "\n".join(out)
 
 
 def bench(job: Job, questions: Questions) -> int:
     """Ask, and print the table; the exit status."""
+    known = job.costs or job.known_costs()
+    weights = None if job.costs_guessed else costs.load(known, job.cfg.L, job.K)
     pairs: dict[str, list[tuple[dict, dict]]] = {}
     status = 0
     try:
         for category, plain, clasp in answers(job, questions):
-            pairs.setdefault(category, []).append((figures(plain), figures(clasp)))
+            steps = plain_steps(clasp, weights) if weights else 0.0
+            pairs.setdefault(category, []).append(
+                (figures(plain), figures(clasp) | dict(plain_steps=steps)))
     except KeyboardInterrupt:                          # what has been measured so far is kept
         if not pairs:
             raise
@@ -96,16 +118,10 @@ def bench(job: Job, questions: Questions) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser("FILE [flags]", __doc__.partition(":")[0])
-        p.add_argument("file", metavar="FILE", help="questions in Spec-Bench's format")
-        a = p.parse_args(argv)
-        if a.system is not None and not a.chat:
-            raise UsageError("--system goes with --chat")
-        if a.prompt is not None or a.prompt_ids or a.strategy == "ar" or a.verbose or a.trace:
-            raise UsageError("the file holds the prompts, and both kinds of decoding are run: "
-                             "without --prompt, --prompt-ids, --strategy ar, --verbose, --trace")
-        questions = read_questions(a.file)
-        return bench(job_for(a, questions).load(), questions)
+        job, questions = opened(parser(__doc__.partition(":")[0]), argv)
+        if job.a.strategy == "ar":
+            raise UsageError("both kinds of decoding are run: without --strategy ar")
+        return bench(job.load(), questions)
     return answer(work)
 
 

@@ -1,10 +1,9 @@
 """How the demo model was made: a deep LLaMA-3 that needs other layers for code than for prose.
-Needs only the packages of this repository, the documentation of Python in reStructuredText and the
-former demo model, from which the weights start; `demo/README.md` is the model card.
+Needs only the packages of this repository, the documentation of Python in reStructuredText and a
+model to begin from, with its tokenizer; `demo/README.md` is the model card.
 
-    python demo/train.py tokenizer        # tokenizer.model, from both kinds of text
-    python demo/train.py samples --folder FOLDER               # what the model writes itself
-    python demo/train.py distil --former FOLDER --compile
+    python demo/train.py samples          # samples.json, what the model to begin from writes itself
+    python demo/train.py distil --compile
     python demo/train.py export           # model.safetensors and the two config files
     python demo/train.py measure          # the held-out loss of what is shipped
 
@@ -16,10 +15,7 @@ prose, of which each has layers of its own that it never misses. Large models ha
 of themselves; in this one it is trained in, and strong, so that it can be seen.
 """
 import argparse
-import base64
-import collections
 import hashlib
-import heapq
 import io
 import json
 import math
@@ -31,7 +27,6 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-import regex                       # comes with tiktoken, which splits text with it
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -39,9 +34,11 @@ from torch import Tensor, nn
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
+from dp_layer_skip import choose_skip  # noqa: E402
 from llama import Llama  # noqa: E402
+from speculative import Chance, Settings, generate  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
-from text.tokenizer import SPLIT, Tokenizer  # noqa: E402
+from text.tokenizer import Tokenizer  # noqa: E402
 
 RANKS, SPECIALS = 3840, 256        # V = 4096
 L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
@@ -54,9 +51,7 @@ LONG_FROM = 0.86                   # from here on rows span the whole context
 MIXED, SAMPLED = 0.15, 0.4         # shares of rows: of two kinds, written by the model itself
 STATE = DEMO / "distil_state.pt"   # the weights in training, never shipped
 
-# The layers that may go: on both kinds, on code only, on prose only; the other four never. A first
-# training had 12, 8 and 8 of them: those on prose only were the ones that a still older model, of
-# code alone, could not do without. Then 5, 8, 10 and 16, which cost least, went to both.
+# The layers that may go: on both kinds, on code only, on prose only; the other four never.
 BOTH = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 17, 19, 22, 25, 27, 29)
 CODE_ONLY = (13, 15, 18, 21, 23, 26)
 PROSE_ONLY = (7, 9, 11, 20, 24, 28)
@@ -137,60 +132,6 @@ def code_in_prose(text: str) -> list[tuple[int, int]]:
     return out
 
 
-def train_ranks(texts: list[str], size: int) -> list[bytes]:
-    """Byte-pair encoding (Sennrich et al. 2016): while fewer than `size` tokens, the most frequent
-    adjacent pair becomes one. Counts are kept per distinct piece and mended only where a merge
-    happened; ties go to the smaller pair."""
-    pieces = collections.Counter(p for t in texts for p in regex.findall(SPLIT, t))
-    words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
-    freq = list(pieces.values())
-    count, where = collections.Counter(), collections.defaultdict(set)
-    for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            count[pair] += freq[w]
-            where[pair].add(w)
-    heap = [(-n, pair) for pair, n in count.items()]
-    heapq.heapify(heap)
-    ranks = [bytes([b]) for b in range(256)]
-    known = set(ranks)
-    while len(ranks) < size:
-        n, pair = heapq.heappop(heap)
-        # subtle: an outdated entry; the present one is also in the heap
-        if -n != count[pair] or n == 0:
-            continue
-        token, touched = pair[0] + pair[1], set()
-        for w in where.pop(pair):
-            word, new, i = words[w], [], 0
-            for old in zip(word, word[1:]):
-                count[old] -= freq[w]
-                touched.add(old)
-            while i < len(word):
-                if tuple(word[i:i + 2]) == pair:
-                    new.append(token)
-                    i += 2
-                else:
-                    new.append(word[i])
-                    i += 1
-            for now in zip(new, new[1:]):
-                count[now] += freq[w]
-                where[now].add(w)
-                touched.add(now)
-            words[w] = new
-        for pair in touched:
-            heapq.heappush(heap, (-count[pair], pair))
-        if token not in known:                      # two ways to build the same bytes are one token
-            known.add(token)
-            ranks.append(token)
-    return ranks
-
-
-def make_tokenizer() -> None:
-    train = corpus()[0]                        # both kinds have about as many bytes
-    lines = (base64.b64encode(t) + b" %d\n" % i
-             for i, t in enumerate(train_ranks(train["code"] + train["prose"], RANKS)))
-    (DEMO / "tokenizer.model").write_bytes(b"".join(lines))
-
-
 class Text:
     """Files of one kind in a row, each between begin and end of text.
 
@@ -257,17 +198,17 @@ class Rows:
 # --------------------------------------------------------------- model (batched, for training only)
 
 class Block(nn.Module):
-    """One decoder layer; the parameter names are Hugging Face's, so that exporting is a matter of
-    prefixes."""
+    """One decoder layer; the parameters have Hugging Face's names."""
 
     def __init__(self) -> None:
         super().__init__()
         def lin(i: int, o: int) -> nn.Linear:
             return nn.Linear(i, o, bias=False)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
-        self.q_proj, self.k_proj, self.v_proj = lin(D, H * HD), lin(D, G * HD), lin(D, G * HD)
-        self.o_proj = lin(H * HD, D)
-        self.gate_proj, self.up_proj, self.down_proj = lin(D, FFN), lin(D, FFN), lin(FFN, D)
+        self.self_attn = nn.ModuleDict(dict(q_proj=lin(D, H * HD), k_proj=lin(D, G * HD),
+                                            v_proj=lin(D, G * HD), o_proj=lin(H * HD, D)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=lin(D, FFN), up_proj=lin(D, FFN),
+                                      down_proj=lin(FFN, D)))
 
     # (B, T, D) -> (B, T, D), keys and values (B * G, T, HD)
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, k_whole: Tensor | None,
@@ -278,9 +219,10 @@ class Block(nn.Module):
         B, T, _ = x.shape
         R = H // G                          # query heads that share a kv head; folded into the rows
         a = self.input_layernorm(x)
-        q = rotate(self.q_proj(a).view(B, T, H, HD), cos, sin)
-        k = rotate(self.k_proj(a).view(B, T, G, HD), cos, sin).transpose(1, 2).reshape(B * G, T, HD)
-        v = self.v_proj(a).view(B, T, G, HD).transpose(1, 2).reshape(B * G, T, HD)
+        w = self.self_attn
+        q = rotate(w.q_proj(a).view(B, T, H, HD), cos, sin)
+        k = rotate(w.k_proj(a).view(B, T, G, HD), cos, sin).transpose(1, 2).reshape(B * G, T, HD)
+        v = w.v_proj(a).view(B, T, G, HD).transpose(1, 2).reshape(B * G, T, HD)
         q = q.view(B, T, G, R, HD).transpose(1, 2).reshape(B * G, T * R, HD) * HD ** -0.5
         if k_whole is None:
             score = torch.bmm(q, k.transpose(1, 2)).view(B * G, T, R, T) + bias
@@ -296,9 +238,10 @@ class Block(nn.Module):
             own = p[..., -n:].reshape(N, n * R, n)
             a = a + torch.bmm(own, v.view(N, n, HD)).view(B * G, T * R, HD)
         a = a.view(B, G, T, R, HD).transpose(1, 2).reshape(B, T, H * HD)
-        x = x + self.o_proj(a)
+        x = x + w.o_proj(a)
         a = self.post_attention_layernorm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(a)) * self.up_proj(a)), k, v
+        w = self.mlp
+        return x + w.down_proj(F.silu(w.gate_proj(a)) * w.up_proj(a)), k, v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -392,56 +335,33 @@ class Model(nn.Module):
         return loss
 
     def begin_from(self, folder: Path) -> None:
-        """The weights of the former model. Its vocabulary was another: a token that it had keeps
-        its row, one that is new gets the mean row of the pieces that it was before."""
-        tok, old = Tokenizer(DEMO), Tokenizer(folder)
-        weights = {re.sub(r"^model\.|self_attn\.|mlp\.", "", name): t.float()
-                   for name, t in load_file(folder / "model.safetensors").items()}
-        rows = weights["embed_tokens.weight"]
-        new, place = rows.clone(), {old.decode_bytes([i]): i for i in range(RANKS)}
-        for i in range(RANKS):
-            piece = tok.decode_bytes([i])
-            text = piece.decode("utf-8", errors="ignore")
-            before = [place[piece]] if piece in place else (
-                old.encode(text) if text.encode() == piece else [place[bytes([b])] for b in piece])
-            new[i] = rows[before].mean(0)
-        weights["embed_tokens.weight"] = new
-        self.load_state_dict(weights)
+        """The weights of a model of this shape and this tokenizer."""
+        weights = load_file(folder / "model.safetensors")
+        self.load_state_dict({name.removeprefix("model."): t for name, t in weights.items()})
 
 
 # ---------------------------------------------------------------------------- its own text
 
-@torch.no_grad()
-def write_samples(folder: Path, per_kind: int, seed: int, B: int = 64, P: int = 32,
-                  N: int = 416) -> None:
+@torch.inference_mode()
+def write_samples(folder: Path, per_kind: int) -> None:
     """Text by the model of `folder` itself, since that is what it drafts: beginnings of training
-    text, continued at temperature 1, every fourth batch at 0.5."""
-    torch.manual_seed(seed)
-    train, rng, model, tok = corpus()[0], random.Random(seed), Model(), Tokenizer(DEMO)
-    model.begin_from(folder)
-    rows, out = Rows({k: Text(train[k], k) for k in KINDS}, P, True), {}
-    near = torch.zeros(1, 1, 1)
+    text, continued by up to 416 tokens at temperature 1, every fourth at 0.5."""
+    train = corpus()[0]
+    model = Llama.load(folder)
+    tok = Tokenizer(DEMO)
+    rows = Rows({k: Text(train[k], k) for k in KINDS}, 32, True)
+    rng = random.Random(1)
+    out = {kind: [] for kind in KINDS}
     for kind in KINDS:
-        out[kind] = []
-        for batch in range(max(1, per_kind // B)):
-            ids = torch.stack([rows.draw(kind, rng, 0.0)[0] for _ in range(B)])
-            keys, values = torch.zeros(2, L, B, P + 1 + N, HD)
-            xs, kv = model.states(ids)
-            for i, (k, v) in enumerate(kv):
-                keys[i, :, :P + 1], values[i, :, :P + 1] = k, v
-            x = xs[-1][:, -1:]
-            for t in range(P + 1, P + 1 + N):          # a draft of one token, with every layer
-                p = (model.logits(x) / (0.5 if batch % 4 == 3 else 1.0)).softmax(-1)
-                new = torch.multinomial(p, 1)
-                ids, x = torch.cat((ids, new), 1), model.embed_tokens(new)
-                cos, sin, bias = model.cos[t:t + 1], model.sin[t:t + 1], torch.zeros(1, 1, t)
-                for i, layer in enumerate(model.layers):
-                    x, k, v = layer(x, cos, sin, bias, keys[i, :, :t], values[i, :, :t], near)
-                    keys[i, :, t:t + 1], values[i, :, t:t + 1] = k, v
-            for row in ids.tolist():
-                row = row[1:row.index(EOS)] if EOS in row else row[1:]
-                out[kind].append(tok.decode([i for i in row if i < RANKS]))
-            print(kind, batch, ascii(out[kind][-1][-200:]), flush=True)
+        for n in range(per_kind):
+            s = Settings(temperature=0.5 if n % 4 == 3 else 1.0, N=416, stop_ids=(EOS,))
+            ids = rows.draw(kind, rng, 0.0)[0].tolist()
+            for r in generate(model, ids, s, Chance(n), choose_skip):
+                ids = ids + r.emitted
+            if EOS in ids:
+                ids = ids[:ids.index(EOS)]
+            out[kind].append(tok.decode([i for i in ids if i < RANKS]))
+            print(kind, n, ascii(out[kind][-1][-60:]), flush=True)
     (DEMO / "samples.json").write_text(json.dumps(out))
 
 
@@ -468,23 +388,21 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
 
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
-    torch.set_num_threads(1)
     device = torch.device(a.device)
-    train_text, held_text = corpus()
+    train_text = corpus()[0]
     data = {k: Text(train_text[k], k) for k in KINDS}
-    held = {k: Text(held_text[k], k) for k in KINDS}
     written = json.loads((DEMO / "samples.json").read_text())
     sampled = {k: Text(written[k], k) for k in KINDS}
     for k in KINDS:
-        print(f"{k}: train {len(data[k].ids):,} tokens, of which {data[k].prose.sum():,} amid "
-              f"prose; held out {len(held[k].ids):,}", flush=True)
+        print(f"{k}: {len(data[k].ids):,} tokens, of which {data[k].prose.sum():,} amid prose",
+              flush=True)
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     opts = [torch.optim.Muon(matrices, lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
-    model.begin_from(a.former)
+    model.begin_from(a.folder)
     if a.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -519,45 +437,15 @@ def train(a: argparse.Namespace) -> None:
             o.zero_grad(set_to_none=True)
         window.append(total)
         if (step + 1) % 150 == 0 or step + 1 == a.steps:
-            print(f"step {step + 1} train {sum(window) / len(window):.3f}", end=" ")
-            for kind in KINDS:
-                full, own, other = evaluate(model, held[kind].ids, kind, device)
-                print(f"| {kind}: held-out {full:.3f}, kept with its own set {own:.3f}, with the "
-                      f"other's {other:.3f}", end=" ")
-            print(flush=True)
+            print(f"step {step + 1} of {a.steps}: loss {sum(window) / len(window):.3f}", flush=True)
             window = []
             torch.save(model.state_dict(), STATE)
 
 
-@torch.no_grad()
-def evaluate(model: Model, held: Tensor, kind: str, device: torch.device, rows: int = 12,
-             T: int = 512) -> tuple[float, float, float]:
-    """On evenly spaced held-out windows: nats per token of the whole network, and how many drafted
-    tokens it would keep at temperature 1 (the mean of sum min(p, q)) if the draft left out the
-    planted set of this kind, and that of the other."""
-    at, out = torch.linspace(0, len(held) - T - 1, rows).long().tolist(), [0.0] * 3
-    sets = sorted((planted(k) for k in KINDS), key=lambda s: s != planted(kind))
-    with torch.autocast(device.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
-        for i in at:
-            ids = torch.cat((torch.tensor([BOS]), held[i:i + T])).to(device)[None]
-            xs, kv = model.states(ids[:, :-1])
-            logits = model.logits(xs[-1])
-            p = logits.softmax(-1)
-            out[0] += F.cross_entropy(logits, ids[0, 1:]).item() / rows
-            for n, skip in enumerate(sets):
-                q = model.logits(model.states(ids[:, :-1], skip, kv)[0][-1]).softmax(-1)
-                out[1 + n] += torch.minimum(p, q).sum(-1).mean().item() / rows
-    return tuple(out)
-
-
 def export(folder: Path) -> None:
     """The trained weights -> the standard Hugging Face folder: in bf16, with the configs."""
-    out = {}
-    for name, t in torch.load(STATE, weights_only=True).items():
-        for part, home in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-            for p in home:
-                name = name.replace(f".{p}_proj", f".{part}.{p}_proj")
-        out["model." + name] = t.to(torch.bfloat16).contiguous()
+    out = {f"model.{name}": t.to("cpu", torch.bfloat16).contiguous()
+           for name, t in torch.load(STATE, weights_only=True).items()}
     save(out, folder / "model.safetensors", {"format": "pt"})
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama",
                   vocab_size=RANKS + SPECIALS, hidden_size=D, intermediate_size=FFN,
@@ -596,24 +484,21 @@ def measure(folder: Path) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description="Make the demo model.")
     sub = p.add_subparsers(dest="what", required=True)
-    sub.add_parser("tokenizer")
-    w = sub.add_parser("samples")
-    w.add_argument("--folder", type=Path, default=DEMO)
-    w.add_argument("--number", type=int, default=640, help="of texts of each kind")
-    w.add_argument("--seed", type=int, default=1)
-    for what in ("export", "measure"):
-        sub.add_parser(what).add_argument("--folder", type=Path, default=DEMO)
-    m = sub.add_parser("distil")
-    m.add_argument("--former", type=Path, required=True,
-                   help="folder of the model to begin from: model.safetensors, tokenizer.model")
-    m.add_argument("--steps", type=int, default=STEPS)
-    m.add_argument("--seed", type=int, default=5)
-    m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    m.add_argument("--compile", action="store_true")
+    parsers = {}
+    for what, begins in (("samples", True), ("distil", True), ("export", False), ("measure", False)):
+        parsers[what] = sub.add_parser(what)
+        parsers[what].add_argument("--folder", type=Path, default=DEMO, help="the model to begin "
+                                   "from" if begins else "the model that was made")
+    parsers["samples"].add_argument("--number", type=int, default=640, help="of each kind")
+    add = parsers["distil"].add_argument
+    add("--steps", type=int, default=STEPS)
+    add("--seed", type=int, default=5)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true")
     a = p.parse_args()
-    dict(tokenizer=make_tokenizer, samples=lambda: write_samples(a.folder, a.number, a.seed),
-         distil=lambda: train(a), export=lambda: export(a.folder),
-         measure=lambda: measure(a.folder))[a.what]()
+    torch.set_num_threads(1)                           # for small matrices more cost time
+    dict(samples=lambda: write_samples(a.folder, a.number), distil=lambda: train(a),
+         export=lambda: export(a.folder), measure=lambda: measure(a.folder))[a.what]()
 
 
 if __name__ == "__main__":
