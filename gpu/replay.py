@@ -1,22 +1,22 @@
 """The same model on a GPU, its passes replayed from CUDA graphs: one graph *per layer*.
 
-A CUDA graph is a recorded run of kernels, at fixed addresses, that one launch repeats; launched one
-by one, they keep the host busy for longer than the GPU. A graph of a whole pass would fix which
-layers run. So each layer is recorded alone, updating the buffer x in place; a draft step replays
-those it keeps, and a new skip set records nothing anew:
+A CUDA graph is a recorded run of kernels, which one launch repeats at the same addresses. Launched
+one by one, a layer's small kernels keep the host busy for longer than the GPU. A graph of a whole
+pass would fix which layers run. So each layer is recorded alone, as an update in place of one
+buffer x, and a draft step replays the layers that it keeps: a new skip set records nothing anew.
 
     draft       t, id  -> begin | 0 | 1 |   | 3 |   |   | 6 | ... | L-1 -> h
     verify      t, ids -> [ all layers, P = K + 1 rows ] -> h
     head        h[L]   -> [ the head, 1 row or P ] -> logits
     optimise    t, h   -> [ dp_layer_skip.table, (M + 1) * r rows per layer ] -> D, skipped, g
 
-A pass of one row is a draft step that leaves out nothing, so a round without drafts costs one plain
-step. What differs between steps (t, ids, h) is put into small buffers first. What was not recorded
-runs as it does without graphs: a prompt's long passes, a probe of fewer than r tokens. `recorded`
-is all that the command calls; the tests hold every pass against the plain model's.
+A plain step is a draft step that leaves out nothing. What differs between steps (t, ids, h) is put
+into small buffers first. What was not recorded runs as it does without graphs: the long passes of a
+prompt, a probe of fewer than r tokens. The tests hold every pass against the plain model's.
 """
 import copy
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,16 +124,18 @@ class Replay:
     def cache(self, S: int) -> Slots:
         """Graphs belong to the memory they were recorded on, so all runs get the same cache: what
         an earlier one left there is overwritten like a rejected draft. It grows, never shrinks."""
-        # Behind the last slot asked for: padding. And the dynamic program's, to be recorded.
-        S = max(S + self.P, (self.M + 2) * self.r)
-        if self.slots is None or S > self.slots.S:
+        need = S + self.P                              # a verify always writes P rows
+        if self.slots is None or need > self.slots.S:
             self.slots = None                          # frees what there was
-            slots = Slots(self.model, -(-S // 512) * 512, self.P)
+            # Room for the program's candidates, so that drafts may follow on a plain run.
+            most = need + (self.M + 2) * self.r
+            slots = Slots(self.model, -(-most // 512) * 512, self.P)
             self.record_passes(slots)
             self.slots = slots                         # now that all went well
         return self.slots
 
     def record_passes(self, slots: Slots) -> None:
+        wake(self.device)
         m = self.fused
 
         def begin() -> Rows:
@@ -230,6 +232,18 @@ def recorded(model: Llama, K: int, M: int, r: int, compile: bool = True) -> tupl
         torch.cuda.set_device(model.device)            # some of PyTorch's calls name none
     replay = Replay(model, K, M, r, fused if compile else lambda f: f)
     return replay, replay.choose
+
+
+def wake(device: torch.device) -> None:
+    """Keep a GPU busy for 0.3 s. An idle one runs at a fifth of its clock, and takes 0.1 s of work
+    to leave it: till then what is timed, by us or by the compiler as it tunes, says nothing."""
+    if device.type != "cuda":
+        return
+    x = torch.ones(4096, 4096, device=device)
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        x @ x
+        torch.cuda.synchronize(device)
 
 
 def fused(f: Callable) -> Callable:

@@ -24,7 +24,7 @@ import llama
 import speculative
 from dp_layer_skip import choose_skip, torch
 from gpu import parallel, ranks
-from gpu.test_gpu import replaying
+from gpu.stand_in import replaying
 from policy import costs
 from policy.probe import choose_by
 from speculative import Settings
