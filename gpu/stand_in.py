@@ -1,7 +1,8 @@
-"""What takes the place of a CUDA graph where there is no GPU: for tests, and for check.py's dry run.
+"""What takes the place of a CUDA graph where there is no GPU: for tests, and a dry run of check.py.
 
-It repeats calls where a graph repeats kernels. Recording runs nothing, so at first nonsense lies in
-the results; and as all recordings share memory, a replay leaves nonsense in those of later ones.
+It repeats calls where a graph repeats kernels. Recording runs nothing, so nonsense lies in the
+results at first; and all recordings share memory, so a replay leaves nonsense in those of later
+ones.
 """
 import math
 import types
