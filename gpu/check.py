@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
-from dp_layer_skip import Choice, choose_skip  # noqa: E402
+from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.driver import unusable  # noqa: E402
 from gpu.replay import Replay, first_line, fused, wake  # noqa: E402
 from gpu.stand_in import replayed, replaying  # noqa: E402
@@ -70,6 +70,7 @@ class Check:
         self.least = 0.01 if tiny else 0.3             # seconds for which a pass is repeated
         self.S = 0 if tiny else 1400                   # slots that all recordings have at least
         self.fuse = as_it_is if tiny else fused
+        self.wait = (lambda: None) if tiny else torch.cuda.synchronize
         self.fast: Any = None                          # the last recording
         self.report: dict[str, dict] = {}
 
@@ -90,10 +91,6 @@ class Check:
         print(f"{name}: {json.dumps(got)[:200]}", flush=True)
         self.path.with_suffix(".json").write_text(json.dumps(self.report, indent=1))
         self.path.with_suffix(".md").write_text(markdown(self.report))
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def timed(self, call: Callable[[], Any]) -> float:
         """Seconds of a call in a queue of four: a median."""
@@ -132,30 +129,25 @@ class Check:
         """Recorded passes against eager ones at several positions: a verify and a draft step (the
         largest difference of logits), a choice of layers (of the last cosines)."""
         out = {}
+        skip = spread(self.model.cfg.L, fast.M)
         for t in (20, self.t // 2, self.t):
-            a, a_step, choice = self.three_passes(t, self.model, choose_skip, fast)
-            skip = choice.skip()
-            b, b_step, again = self.three_passes(t, fast, fast.choose, fast, skip)
-            cosines = torch.tensor(choice.D[-1]) - torch.tensor(again.D[-1])
-            out[f"after {t}"] = dict(
-                verify=relative(a, b), draft=relative(a_step, b_step),
-                cosines=cosines.abs().max().item(), same_set=again.skip() == skip)
+            ids = self.ids(t + K + 1)
+            got = []
+            for model, choose in ((self.model, choose_skip), (fast, fast.choose)):
+                cache = model.cache(self.t + (fast.M + 2) * fast.r + K + 2)
+                read(model, ids[:t], 0, cache)
+                h = read(model, ids[t:], t, cache)
+                verify = model.head(h[-1]).clone()
+                probe = torch.stack([x[-1] for x in h])
+                choice, _ = choose_by(fast.r, choose, model, cache, ids, probe, fast.M)
+                one = torch.tensor(ids[:1], device=self.device)
+                h = model.forward(one, cache.sequence(t + K + 1, 1), cache, skip)
+                cosines = torch.tensor(choice.D[-1])
+                got.append((verify, model.head(h[-1]).clone(), cosines, choice.skip()))
+            verify, draft, cosines, same = zip(*got)
+            out[f"after {t}"] = dict(verify=relative(*verify), draft=relative(*draft),
+                                     cosines=relative(*cosines), same_set=same[0] == same[1])
         return out
-
-    def three_passes(self, t: int, model: Any, choose: Callable, fast: Replay,
-                     skip: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, Choice]:
-        """Logits of a verify behind t tokens and of a draft step behind that, by `skip` or the
-        layers chosen there; the choice."""
-        ids = self.ids(t + K + 1)
-        cache = model.cache(self.t + (fast.M + 2) * fast.r + K + 2)
-        read(model, ids[:t], 0, cache)
-        h = read(model, ids[t:], t, cache)
-        verify = model.head(h[-1]).clone()
-        probe = torch.stack([x[-1] for x in h])
-        choice, _ = choose_by(fast.r, choose, model, cache, ids, probe, fast.M)
-        one = torch.tensor(ids[:1], device=self.device)
-        h = model.forward(one, cache.sequence(t + K + 1, 1), cache, skip or choice.skip())
-        return verify, model.head(h[-1]).clone(), choice
 
     def lossless(self) -> dict:
         """Every branch of chance of a small model by graphs, against the full model's products."""

@@ -79,6 +79,7 @@ class Replay:
         self.device = model.device
         self.dtype = model.dtype
         self.model = model
+        self.layer = model.layer
         self.P = K + 1
         self.M = M
         self.r = r
@@ -143,7 +144,8 @@ class Replay:
             return slots.text_rows(1)
 
         def layer(i: int) -> None:
-            self.update(m.layers[i], self.x, self.before[i], rows, *slots.layers[i], m.cfg, m.eps)
+            keys, values = slots.layers[i]
+            self.update(m.layers[i], self.x, self.before[i], rows, keys, values, m.cfg, m.eps)
 
         def verify() -> list[Tensor]:
             return m.forward(self.ids, slots.text_rows(self.P), slots)
@@ -156,13 +158,13 @@ class Replay:
 
             def run_layer(i: int, g: Tensor) -> Tensor:                     # (J, r*D)
                 x = g.view(-1, self.cfg.D)                                  # -> (J*r, D)
-                missing = len(rows.slots) - len(x)                          # so compiled once
+                missing = len(rows.slots) - len(x)     # always as many rows: compiled once
                 y = m.layer(i, F.pad(x, (0, 0, 0, missing)), rows, slots)
                 return y[:len(x)].view(g.shape)
             return table(self.h, run_layer, self.M, near)
 
         slots.t.fill_(self.r - 1)                      # no token of a probe lies before position 0
-        # subtle: replays come in another order than the recordings, and share one memory: what a
+        # subtle: replays come in another order than the recordings, and share one memory. What a
         # recording returns may lie where an earlier one works, but not where a later one does, as
         # long as it is kept. So the head, which is replayed before a verify's states are read, is
         # recorded behind it. x, before, last, h, t and ids lie outside; rows is kept to the end.
@@ -178,7 +180,7 @@ class Replay:
                 ) -> list[Tensor]:
         """As Llama.forward, at the position that `cache.sequence` was last asked for."""
         assert cache is self.slots, "the recordings are of another cache"
-        if rows is not None:
+        if rows is not None:                           # more than are recorded
             return self.model.forward(ids, rows, cache, skip)
         T = len(ids)
         self.ids[:T].copy_(ids)
@@ -196,10 +198,6 @@ class Replay:
         for i in reversed(range(self.cfg.L)):          # what a skipped layer was given is its end
             h.insert(0, self.before[i] if runs[i] else h[0])
         return h
-
-    def layer(self, i: int, x: Tensor, rows: Rows, cache: Slots) -> Tensor:       # (T, D) -> (T, D)
-        """As Llama.layer."""
-        return self.model.layer(i, x, rows, cache)
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
         """As Llama.head."""

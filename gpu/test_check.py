@@ -1,15 +1,13 @@
 """gpu/check.py by a dry run: all its steps with a small model on a CPU."""
 import json
-import re
 
 import pytest
 
-import clasp_mini
 from dp_layer_skip import torch
 from gpu import check, synthetic
 from policy.costs import layer_weights
 from speculative import Settings
-from tests.helpers import ROOT, decode
+from tests.helpers import decode
 from tests.wrong_programs import running
 
 
@@ -95,16 +93,3 @@ def test_the_random_8b_has_an_8bs_numbers_of_weights_and_quiet_layers():
     assert c.L * layer_weights(c) + 2 * c.V * c.D + norms == 8_030_261_248
     quiet = synthetic.quiet_layers(c.L)
     assert len(quiet) == 18 and not quiet & {0, 31}
-
-
-def test_the_commands_of_the_readme_exist():
-    """Rejects a script that has moved and a flag that is gone."""
-    text = (ROOT / "gpu" / "README.md").read_text(encoding="utf-8")
-    commands = [line.partition("#")[0] for block in re.findall(r"```sh\n(.*?)```", text, re.S)
-                for line in block.splitlines()]
-    assert len(commands) > 3
-    for script in re.findall(r"[\w/]+\.py", " ".join(commands)):
-        assert (ROOT / script).exists(), script
-    known = clasp_mini.parser().format_help() + (check.__doc__ or "")
-    flags = set(re.findall(r"(?<!torchrun )--[a-z][a-z-]*", text))
-    assert flags and flags <= set(re.findall(r"--[a-z-]+", known))
