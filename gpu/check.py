@@ -23,7 +23,7 @@ from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.driver import unusable  # noqa: E402
-from gpu.replay import Replay, first_line, fused, wake  # noqa: E402
+from gpu.replay import Replay, first_line, fused, unfused, wake  # noqa: E402
 from gpu.stand_in import replayed, replaying  # noqa: E402
 from gpu.synthetic import EIGHT_B, SMALL, TINY, random_llama  # noqa: E402
 from gpu.twin import twin  # noqa: E402
@@ -35,11 +35,6 @@ from speculative import Chance, Settings, generate, read  # noqa: E402
 from tests.every_outcome import distance  # noqa: E402
 
 K = 12                       # tokens drafted at most, as the command has it
-
-
-def as_it_is(f: Callable) -> Callable:
-    """In the place of the compiler."""
-    return f
 
 
 def spread(L: int, j: int) -> list[bool]:
@@ -69,7 +64,7 @@ class Check:
         self.N = 9 if tiny else 192                    # tokens of a text
         self.least = 0.01 if tiny else 0.3             # seconds for which a pass is repeated
         self.S = 0 if tiny else 1400                   # slots that all recordings have at least
-        self.fuse = as_it_is if tiny else fused
+        self.fuse = unfused if tiny else fused
         self.wait = (lambda: None) if tiny else torch.cuda.synchronize
         self.fast: Any = None                          # the last recording
         self.report: dict[str, dict] = {}
@@ -272,7 +267,7 @@ class Check:
         M = budgets(L)[-1]
         self.step("machine", 0, self.machine)
         self.step("bandwidth", 5, self.bandwidth)
-        self.step("passes, plain kernels", 20, self.passes, K, M, 1, as_it_is)
+        self.step("passes, plain kernels", 20, self.passes, K, M, 1, unfused)
         self.step("plain kernels against eager", 10, self.agreement, self.fast)
         self.step("lossless by enumeration", 20, self.lossless)
         self.step("passes", 60, self.passes, K, M, 1, self.fuse)

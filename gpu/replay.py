@@ -28,7 +28,7 @@ from dp_layer_skip import Choice, Near, RunLayer, choose_skip, cosine, table
 from llama import Cache, Layer, Llama, ModelError, Rows
 from policy.probe import nearness
 
-Fuse = Callable[[Callable], Callable]                  # torch.compile or nothing
+Fuse = Callable[[Callable], Callable]                  # fused or unfused
 
 
 class Slots(Cache):
@@ -83,9 +83,9 @@ class Replay:
         self.P = K + 1
         self.M = M
         self.r = r
-        self.slots = None
-        self.side = None
-        self.pool = None
+        self.slots = None                              # the cache of the recordings,
+        self.side = None                               # the stream that they are made on,
+        self.pool = None                               # and their memory
         block = model.block
 
         def update(w: Layer, x: Tensor, before: Tensor, *rest: Any) -> None:
@@ -228,7 +228,7 @@ def recorded(model: Llama, K: int, M: int, r: int, compile: bool = True) -> tupl
               "(--no-compile, --eager)", file=sys.stderr)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)            # some of PyTorch's calls name none
-    replay = Replay(model, K, M, r, fused if compile else lambda f: f)
+    replay = Replay(model, K, M, r, fused if compile else unfused)
     return replay, replay.choose
 
 
@@ -267,6 +267,11 @@ def fused(f: Callable) -> Callable:
                 run = f
         return f(*args)
     return call
+
+
+def unfused(f: Callable) -> Callable:
+    """In the place of `fused`: plain kernels."""
+    return f
 
 
 def first_line(e: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gpu.replay import Replay
+from gpu.replay import Replay, unfused
 from llama import Layer, Llama
 from speculative import generate
 
@@ -55,7 +55,7 @@ def moved(model: Llama, device: str) -> Llama:
     return Llama(model.cfg, embed, layers, norm, head)
 
 
-def replayed(model: Llama, K: int, M: int, r: int = 1, fuse: Callable = lambda f: f) -> Any:
+def replayed(model: Llama, K: int, M: int, r: int = 1, fuse: Callable = unfused) -> Any:
     """A Replay: by graphs if the model is on a GPU, else by what stands in for them."""
     fast = Replay(model, K, M, r, fuse)
     if model.device.type != "cuda":

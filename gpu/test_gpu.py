@@ -18,18 +18,15 @@ from policy.probe import choose_by
 from speculative import Settings
 from tests.helpers import assert_same_choice, decode, tiny_llama, tokens
 
-def plain_kernels(f):
-    return f
-
-
 A_GPU = [pytest.param("cuda", fuse, marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU")) for fuse in (plain_kernels, replay.fused)]
+    not torch.cuda.is_available(), reason="needs a GPU"))
+    for fuse in (replay.unfused, replay.fused)]
 
 
 # ------------------------------------------------------------------------------ passes
 
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("device, fuse", [("cpu", plain_kernels), *A_GPU])
+@pytest.mark.parametrize("device, fuse", [("cpu", replay.unfused), *A_GPU])
 def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_program(
         r, device, fuse):
     """Every kind of pass at several positions, against the plain model with an ordinary cache;
