@@ -89,11 +89,6 @@ def connected(check):
     return work
 
 
-def a_job(check):
-    """A rank's work: `check`, given the kind of job to make, as the command would."""
-    return lambda rank: sys.modules["gpu.ranks"].together(check, clasp_mini.Job)
-
-
 def the_command(*flags, before=lambda rank: None):
     """A rank's work: the main command."""
     def work(rank):
@@ -124,13 +119,20 @@ def decided(rounds):
     return [(r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped) for r in rounds]
 
 
-def every_pass_is_that_of_the_whole(folder):
-    """A rank's check: logits, states and cache of prefill, chunk, draft and verify; the table; the
-    rounds of a run, by recorded passes."""
+@pytest.mark.parametrize("n, tied, old_pytorch", [(2, False, True), (4, True, False)])
+def test_logits_states_cache_tables_and_runs_are_those_of_one_process(
+        tmp_path, monkeypatch, n, tied, old_pytorch):
+    """Of prefill, chunk, draft, verify and choice. Rejects a share of the wrong heads, rows or
+    columns, a part that is not added or added twice, logits in another order, different bits on two
+    ranks, in float64 and bfloat16; the name of one PyTorch alone for what puts logits side by side;
+    recordings that leave out what the ranks exchange."""
+    if old_pytorch:
+        monkeypatch.delattr(dist, "all_gather_single", raising=False)
+    random_checkpoint(tmp_path, dict(FOUR, tie_word_embeddings=tied), shards=2)
+
     def check(rank):
-        whole = llama.Llama.load(folder, dtype=torch.float64)
-        mine = parallel.Parallel.load(folder, "cpu", torch.float64)
-        n = dist.get_world_size()
+        whole = llama.Llama.load(tmp_path, dtype=torch.float64)
+        mine = parallel.Parallel.load(tmp_path, "cpu", torch.float64)
         both = ((whole, whole.cache(30)), (mine, mine.cache(30)))
         t = 0
         for T, skip in ((5, ()), (4, ()), (1, (True, False, True, False)), (2, ())):
@@ -150,24 +152,11 @@ def every_pass_is_that_of_the_whole(folder):
         s = Settings(temperature=0.9, N=15, K=3, M=2, interval=2)
         got = decode(None, (3, 1), s, loop=replaying(mine, s.K, s.M))
         assert decided(got) == decided(decode(whole, (3, 1), s))
-        half = parallel.Parallel.load(folder, "cpu", torch.bfloat16)
+        half = parallel.Parallel.load(tmp_path, "cpu", torch.bfloat16)
         cache = half.cache(12)
         h = half.forward(IDS, cache.sequence(0, 12), cache)
         same_everywhere(*(x.float() for x in h), half.head(h[-1]))
-    return connected(check)
-
-
-@pytest.mark.parametrize("n, tied, old_pytorch", [(2, False, True), (4, True, False)])
-def test_logits_states_cache_and_tables_are_those_of_one_process(
-        tmp_path, monkeypatch, n, tied, old_pytorch):
-    """Rejects a share of the wrong heads, rows or columns, a part that is not added or added
-    twice, logits in another order, and different bits on two ranks, in float64 and bfloat16; and
-    the name of one PyTorch alone for what puts logits side by side; recordings that leave out what
-    the ranks exchange."""
-    if old_pytorch:
-        monkeypatch.delattr(dist, "all_gather_single", raising=False)
-    random_checkpoint(tmp_path, dict(FOUR, tie_word_embeddings=tied), shards=2)
-    assert_all_well(start(n, every_pass_is_that_of_the_whole(tmp_path), tmp_path))
+    assert_all_well(start(n, connected(check), tmp_path))
 
 
 def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
@@ -228,7 +217,7 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
 
     for flags in (("--seed", 5, "--max-new-tokens", 100), (*FIXED, "--top-p", 0.9, "--probe", 2)):
         flags = (*flags, "--temperature", 1)
-        assert_all_well(start(2, a_job(check), tmp_path))
+        assert_all_well(start(2, lambda _: ranks.together(check, clasp_mini.Job), tmp_path))
 
 
 def test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model(tmp_path):
@@ -328,7 +317,7 @@ def out_of_memory(token, p):
 
 def hangs(rank):
     at_round(9, lambda token, p: time.sleep(9))(rank)
-    sys.modules["gpu.ranks"].TIMEOUT = 2
+    ranks.TIMEOUT = 2
 
 
 def chooses_otherwise(rank):
@@ -344,7 +333,7 @@ def cannot_load(rank):
 
 
 def never_comes(rank):
-    sys.modules["gpu.ranks"].TIMEOUT = 1
+    ranks.TIMEOUT = 1
     if rank == 1:
         sys.exit(0)
 
