@@ -101,9 +101,9 @@ def test_a_cache_is_kept_while_it_is_large_enough_and_never_with_half_its_record
     """Rejects a recording per run, one more where drafts follow on a plain run, of a program whose
     candidates need more than there is, one broken off, for want of memory, taken for whole; and a
     cache whose recordings are gone."""
-    model = tiny_llama()
+    model = tiny_llama(L=1)
     for S in range(450, 520):                          # (M + 1) * r slots behind a text
-        fast = replayed(tiny_llama(L=1), 2, 1, 8)
+        fast = replayed(model, 2, 1, 8)
         small = fast.cache(S + 1)
         assert fast.cache(S + 2 * 8) is small
     replayed(model, 0, 1, 300).cache(1)
@@ -117,8 +117,8 @@ def test_a_cache_is_kept_while_it_is_large_enough_and_never_with_half_its_record
     fast.record = out_of_memory
     with pytest.raises(torch.OutOfMemoryError):
         fast.cache(2000)
-    fast.record = record
-    assert fast.cache(20) is not small
+    fast.record = MagicMock(side_effect=record)
+    assert fast.cache(20) is not small and fast.record.called
     fast.forward(torch.tensor([0]), fast.slots.sequence(0, 1), fast.slots)
     with pytest.raises(AssertionError):
         fast.forward(torch.tensor([0]), small.sequence(0, 1), small)
