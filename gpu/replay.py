@@ -233,8 +233,8 @@ def recorded(model: Llama, K: int, M: int, r: int, compile: bool = True) -> tupl
 
 
 def wake(device: torch.device) -> None:
-    """Keep a GPU busy for 0.3 s. An idle one may run at a fifth of its clock, and takes 0.1 s of work
-    to leave it: till then what is timed, by us or by the compiler as it tunes, says nothing."""
+    """Keep a GPU busy for 0.3 s. An idle one may run at a fifth of its clock, and leaves it after
+    0.1 s of work: till then what is timed, by us or by the compiler as it tunes, says nothing."""
     if device.type != "cuda":
         return
     x = torch.ones(4096, 4096, device=device)
