@@ -13,25 +13,26 @@ import statistics
 import subprocess
 import sys
 import time
-import types
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.driver import unusable  # noqa: E402
-from gpu.replay import Replay, first_line, fused  # noqa: E402
+from gpu.replay import Replay, first_line, fused, unfused, wake  # noqa: E402
+from gpu.stand_in import replayed, replaying  # noqa: E402
 from gpu.synthetic import EIGHT_B, SMALL, TINY, random_llama  # noqa: E402
+from gpu.twin import twin  # noqa: E402
 from llama import Llama, Tensor, torch  # noqa: E402
 from policy import costs  # noqa: E402
 from policy.adaptive import Adaptive, budgets  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
-from speculative import Chance, Settings, generate, probabilities, read  # noqa: E402
-from tests.every_outcome import every_outcome  # noqa: E402
+from speculative import Chance, Settings, generate, read  # noqa: E402
+from tests.every_outcome import distance  # noqa: E402
 
 K = 12                       # tokens drafted at most, as the command has it
 
@@ -63,18 +64,22 @@ class Check:
         self.N = 9 if tiny else 192                    # tokens of a text
         self.least = 0.01 if tiny else 0.3             # seconds for which a pass is repeated
         self.S = 0 if tiny else 1400                   # slots that all recordings have at least
-        self.fuse = (lambda f: f) if tiny else fused
+        self.fuse = unfused if tiny else fused
+        self.wait = (lambda: None) if tiny else torch.cuda.synchronize
         self.fast: Any = None                          # the last recording
         self.report: dict[str, dict] = {}
 
     def step(self, name: str, need: float, f: Callable[..., dict], *args: Any) -> None:
-        """Run f, if `need` seconds are left; what it returns is part of the report."""
+        """Run f on a GPU that is awake, if `need` seconds are left; what it returns is part of the
+        report."""
         began = time.perf_counter()
         if self.end - began < need:
             got = dict(skipped=f"{self.end - began:.0f} s left, about {need} wanted")
         else:
             try:
-                got = f(*args)
+                wake(self.device)
+                with torch.inference_mode():
+                    got = f(*args)
             except Exception as e:                     # of whatever kind: the next may go well
                 got = dict(failed=first_line(e))
         self.report[name] = got
@@ -83,19 +88,8 @@ class Check:
         self.path.with_suffix(".json").write_text(json.dumps(self.report, indent=1))
         self.path.with_suffix(".md").write_text(markdown(self.report))
 
-    def recording(self, model: Llama, K: int, M: int, r: int, fuse: Callable) -> Replay:
-        fast = Replay(model, K, M, r, fuse)
-        if self.device.type == "cpu":
-            from gpu.test_gpu import rerun             # what takes the place of a graph
-            fast.record = types.MethodType(rerun, fast)
-        return fast
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def timed(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call in a queue of four: a median, over a time in which a GPU wakes up."""
+        """Seconds of a call in a queue of four: a median."""
         took: list[float] = []
         end = time.perf_counter() + self.least
         while time.perf_counter() < end or len(took) < 3:
@@ -127,11 +121,11 @@ class Check:
         reads = a.nbytes / self.timed(lambda: a.amax())
         return dict(copy_GB_per_s=self.rate / 1e9, read_GB_per_s=reads / 1e9)
 
-    @torch.inference_mode()
     def agreement(self, fast: Replay) -> dict:
         """Recorded passes against eager ones at several positions: a verify and a draft step (the
         largest difference of logits), a choice of layers (of the last cosines)."""
         out = {}
+        skip = spread(self.model.cfg.L, fast.M)
         for t in (20, self.t // 2, self.t):
             ids = self.ids(t + K + 1)
             got = []
@@ -139,73 +133,54 @@ class Check:
                 cache = model.cache(self.t + (fast.M + 2) * fast.r + K + 2)
                 read(model, ids[:t], 0, cache)
                 h = read(model, ids[t:], t, cache)
-                rows = model.head(h[-1]).clone()
+                verify = model.head(h[-1]).clone()
                 probe = torch.stack([x[-1] for x in h])
                 choice, _ = choose_by(fast.r, choose, model, cache, ids, probe, fast.M)
-                skip = got[0][2].skip() if got else choice.skip()
                 one = torch.tensor(ids[:1], device=self.device)
                 h = model.forward(one, cache.sequence(t + K + 1, 1), cache, skip)
-                got.append((rows, model.head(h[-1]).clone(), choice))
-            (rows, row, choice), (rows_2, row_2, choice_2) = got
-            cosines = torch.tensor(choice.D[-1]) - torch.tensor(choice_2.D[-1])
-            out[f"after {t}"] = dict(
-                verify=relative(rows, rows_2), draft=relative(row, row_2),
-                cosines=cosines.abs().max().item(), same_set=choice.skip() == choice_2.skip())
+                cosines = torch.tensor(choice.D[-1])
+                got.append((verify, model.head(h[-1]).clone(), cosines, choice.skip()))
+            verify, draft, cosines, same = zip(*got)
+            out[f"after {t}"] = dict(verify=relative(*verify), draft=relative(*draft),
+                                     cosines=relative(*cosines), same_set=same[0] == same[1])
         return out
 
-    @torch.inference_mode()
     def lossless(self) -> dict:
         """Every branch of chance of a small model by graphs, against the full model's products."""
         model = random_llama(SMALL, self.device, torch.float64)
-        fast = self.recording(model, 2, 1, 1, lambda f: f)
         s = Settings(temperature=4.0, top_p=0.9, N=4, K=2, M=1, interval=1)
+        return dict(largest_error=distance(model, s, replaying(model, s.K, s.M)))
 
-        got: dict[tuple, float] = defaultdict(float)
-        rejections = 0
-        for rounds, weight in every_outcome(
-                lambda chance: list(generate(fast, [0, 1], s, chance, fast.choose))):
-            got[tuple(ids_of(rounds))] += weight
-            rejections += any(r.accepted < len(r.drafted) for r in rounds)
-        error = 0.0
-        for text, weight in got.items():
-            h = read(model, [0, 1, *text[:-1]], 0, model.cache(8))
-            p = probabilities(model.head(h[-1][1:]), s)[list(range(len(text))), list(text)]
-            error = max(error, abs(p.prod().item() - weight))
-        return dict(texts=len(got), runs_with_rejections=rejections, largest_error=error)
-
-    @torch.inference_mode()
     def passes(self, K: int, M: int, r: int, fuse: Callable) -> dict:
         """What each kind of pass takes at position t, and the part of a copy's bandwidth that it
         reaches, by the weights and slots that it must read."""
         c = self.model.cfg
-        self.fast = fast = self.recording(self.model, K, M, r, fuse)
+        self.fast = fast = replayed(self.model, K, M, r, fuse)
         cache = fast.cache(max(self.S, self.t + (M + 2) * r + K + 2))
         text = self.ids(self.t)
         h = torch.stack([x[-1] for x in read(fast, text, 0, cache)])
-        layer = 2 * (c.H + c.G) * c.hd * c.D + 3 * c.D * c.ffn + 2 * cache.S * c.G * c.hd
+        layer = costs.layer_weights(c) + 2 * cache.S * c.G * c.hd
         ids = torch.tensor(self.ids(K + 1), device=self.device)
 
         def forward(T: int, skip: Sequence[bool] = ()) -> Tensor:
             return fast.head(fast.forward(ids[:T], cache.sequence(self.t, T), cache, skip)[-1])
 
         kinds = {"plain step": (c.L, lambda: forward(1))}
-        for j in sorted({c.L // 3, c.L // 2, M} - {0} if M > 0 else ()):
+        for j in sorted({c.L // 3, c.L // 2, M} if M > 0 else ()):
             kinds[f"draft, {j} left out"] = (c.L - j, lambda j=j: forward(1, spread(c.L, j)))
         kinds[f"verify, {K + 1} rows"] = (c.L, lambda: forward(K + 1))
-        if M > 0:                                      # of several tokens: read once more
+        if M > 0:                                      # by several tokens: they are read once more
             kinds[f"choice, M = {M}, r = {r}"] = (c.L * (1 + (r > 1)), lambda: choose_by(
                 r, fast.choose, fast, cache, text, h, M))
         out = {}
-        plain = 0.0
         for name, (layers, call) in kinds.items():
             seconds = self.timed(call)
-            plain = plain or seconds
             rate = (layers * layer + c.V * c.D) * self.model.embed.element_size() / seconds
-            out[name] = dict(ms=1e3 * seconds, plain_steps=seconds / plain, GB_per_s=rate / 1e9,
-                             of_copy=rate / self.rate)
+            out[name] = dict(ms=1e3 * seconds, GB_per_s=rate / 1e9, of_copy=rate / self.rate)
+        for row in out.values():
+            row["plain_steps"] = row["ms"] / out["plain step"]["ms"]
         return out
 
-    @torch.inference_mode()
     def kernels(self, fast: Replay) -> dict:
         """What a plain step and a verify launch, the longest first."""
         from torch.profiler import ProfilerActivity, profile
@@ -242,9 +217,7 @@ class Check:
                                      ("paper", paper, fixed), ("clasp", fast, s)):
                 runs = []
                 for _ in range(3):
-                    policy = None
-                    if name == "clasp":
-                        policy = Adaptive(s, **self.table, probe=fast.r)
+                    policy = Adaptive(s, **self.table) if name == "clasp" else None
                     choose = choose_skip if model is self.model else model.choose
                     runs.append(list(generate(model, self.ids(64), how, Chance(0), choose, policy)))
                 best[name] = min(runs, key=lambda rounds: figures(rounds)["decode_seconds"])
@@ -261,27 +234,58 @@ class Check:
                 out[f"{name}, T = {temperature:g}"] = row
         return out
 
+    def transformers(self) -> dict:
+        """The library's model on the same memory: its logits, and how fast it decodes."""
+        try:
+            other = twin(self.model)
+        except ImportError as e:
+            return dict(skipped=str(e))
+        ids = torch.tensor(self.ids(48), device=self.device)
+        cache = self.model.cache(len(ids))
+        ours = self.model.head(read(self.model, ids.tolist(), 0, cache)[-1])
+        theirs = other(ids[None]).logits[0].type(ours.dtype)
+
+        def decode() -> None:
+            other.generate(ids[None], max_new_tokens=self.N, do_sample=False)
+            self.wait()
+        decode()
+        began = time.perf_counter()
+        decode()
+        same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+        return dict(logits=relative(theirs, ours), same_argmax=same,
+                    tokens_per_second=self.N / (time.perf_counter() - began))
+
+    def tests(self) -> dict:
+        """Those that need a GPU: a process of their own, which may end as it likes."""
+        command = [sys.executable, "-m", "pytest", "-q", "gpu/test_gpu.py", "-k", "cuda"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                             timeout=max(5, self.end - time.perf_counter()))
+        return dict(status=run.returncode, said=(run.stdout + run.stderr)[-500:])
+
     def run(self) -> None:
         """All steps; what they need is an estimate for an H100."""
         L = self.model.cfg.L
         M = budgets(L)[-1]
         self.step("machine", 0, self.machine)
         self.step("bandwidth", 5, self.bandwidth)
-        self.step("passes, plain kernels", 20, self.passes, K, M, 4, lambda f: f)
+        self.step("passes, plain kernels", 20, self.passes, K, M, 1, unfused)
         self.step("plain kernels against eager", 10, self.agreement, self.fast)
         self.step("lossless by enumeration", 20, self.lossless)
-        self.step("passes", 60, self.passes, K, M, 4, self.fuse)
+        self.step("passes", 60, self.passes, K, M, 1, self.fuse)
         clasp = self.fast
         self.step("kernels against eager", 10, self.agreement, clasp)
         self.step("kernels", 10, self.kernels, clasp)
         self.step("costs", 10, self.tables, clasp)
         self.step("passes of --strategy paper", 30, self.passes, K, round(0.55 * L), 1, self.fuse)
         self.step("texts", 40, self.texts, clasp, self.fast)
+        self.step("transformers", 20, self.transformers)
+        self.step("tests", 40, self.tests)
+        for r in (4, 16):
+            self.step(f"passes, {r} tokens choose", 45, self.passes, 15, M, r, self.fuse)
         for n in (2, 5, 9):
             self.step(f"passes, verify of {n}", 30, self.passes, n - 1, 0, 1, self.fuse)
-        self.step("passes, 16 tokens choose", 45, self.passes, 15, M, 16, self.fuse)
         self.S = 6 * self.S                            # 8704 slots
-        self.step("passes, long cache", 90, self.passes, K, M, 4, self.fuse)
+        self.step("passes, long cache", 90, self.passes, K, M, 1, self.fuse)
 
 
 def markdown(report: dict[str, dict]) -> str:

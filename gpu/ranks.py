@@ -75,10 +75,6 @@ class Ranked:
         return super().prompt()
 
     def load(self) -> "Ranked":
-        if self.device.type == "cuda" and not self.a.eager and not recordable(self.device):
-            self.a.eager = True
-            print("clasp_mini.py: note: passes run eagerly, for what these GPUs exchange cannot be "
-                  "part of a CUDA graph", file=sys.stderr)
         super().load()
         # All must decide by the same numbers.
         known = self.same(json.dumps([self.costs, self.costs_guessed]).encode())
@@ -96,44 +92,24 @@ class Ranked:
         return self.costs["verify"]
 
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        return agreed(rounds, self.device)
-
-
-def recordable(device: torch.device) -> bool:
-    """Can a CUDA graph hold an exchange? Not with every NCCL and every link, so each rank tries;
-    True if all could: one that runs eagerly while another replays would be a difference."""
-    x = torch.ones(1, device=device)
-    dist.all_reduce(x)                                 # connects, which no graph can hold
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            dist.all_reduce(x)
-    except RuntimeError:
-        x.fill_(0)
-    else:
-        x.fill_(1)
-    dist.all_reduce(x, dist.ReduceOp.MIN)
-    return x.item() == 1
-
-
-def agreed(rounds: Iterator[Round], device: torch.device) -> Iterator[Round]:
-    """The rounds of a run, each compared across ranks before it is yielded, and the end too."""
-    while True:
-        alarm = threading.Timer(TIMEOUT, lost, [
-            f"no round ended within {TIMEOUT} seconds (on GPUs --eager may help)"])
-        alarm.daemon = True
-        alarm.start()
-        try:
-            r = next(rounds, None)
-            told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped)
-            both = torch.tensor([1, -1], device=device) * zlib.crc32(repr(told).encode())
-            dist.all_reduce(both, dist.ReduceOp.MAX)   # the largest of all and minus the smallest
-            if both.sum() != 0:
-                lost("the ranks decided differently in this round, so none can be trusted")
-        finally:
-            alarm.cancel()
-        if r is None:
-            return
-        yield r
+        """The rounds of a run, each compared across ranks before it is yielded, and the end too."""
+        while True:
+            alarm = threading.Timer(TIMEOUT, lost, [
+                f"no round ended within {TIMEOUT} seconds (on GPUs --eager may help)"])
+            alarm.daemon = True
+            alarm.start()
+            try:
+                r = next(rounds, None)
+                told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped)
+                both = torch.tensor([1, -1], device=self.device) * zlib.crc32(repr(told).encode())
+                dist.all_reduce(both, dist.ReduceOp.MAX)    # the largest and minus the smallest
+                if both.sum() != 0:
+                    lost("the ranks decided differently in this round, so none can be trusted")
+            finally:
+                alarm.cancel()
+            if r is None:
+                return
+            yield r
 
 
 def lost(why: str, status: int = 1) -> None:

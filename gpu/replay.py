@@ -1,22 +1,22 @@
 """The same model on a GPU, its passes replayed from CUDA graphs: one graph *per layer*.
 
-A CUDA graph is a recorded run of kernels, at fixed addresses, that one launch repeats; launched one
-by one, they keep the host busy for longer than the GPU. A graph of a whole pass would fix which
-layers run. So each layer is recorded alone, updating the buffer x in place; a draft step replays
-those it keeps, and a new skip set records nothing anew:
+A CUDA graph is a recorded run of kernels, which one launch repeats at the same addresses. Launched
+one by one, a layer's small kernels keep the host busy for longer than the GPU. A graph of a whole
+pass would fix which layers run. So each layer is recorded alone, as an update in place of one
+buffer x, and a draft step replays the layers that it keeps: a new skip set records nothing anew.
 
     draft       t, id  -> begin | 0 | 1 |   | 3 |   |   | 6 | ... | L-1 -> h
     verify      t, ids -> [ all layers, P = K + 1 rows ] -> h
     head        h[L]   -> [ the head, 1 row or P ] -> logits
     optimise    t, h   -> [ dp_layer_skip.table, (M + 1) * r rows per layer ] -> D, skipped, g
 
-A pass of one row is a draft step that leaves out nothing, so a round without drafts costs one plain
-step. What differs between steps (t, ids, h) is put into small buffers first. What was not recorded
-runs as it does without graphs: a prompt's long passes, a probe of fewer than r tokens. `recorded`
-is all that the command calls; the tests hold every pass against the plain model's.
+A plain step is a draft step that leaves out nothing. What differs between steps (t, ids, h) is put
+into small buffers first. What was not recorded runs as it does without graphs: the long passes of a
+prompt, a probe of fewer than r tokens. The tests hold every pass against the plain model's.
 """
 import copy
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +28,7 @@ from dp_layer_skip import Choice, Near, RunLayer, choose_skip, cosine, table
 from llama import Cache, Layer, Llama, ModelError, Rows
 from policy.probe import nearness
 
-Fuse = Callable[[Callable], Callable]                  # torch.compile or nothing
+Fuse = Callable[[Callable], Callable]                  # fused or unfused
 
 
 class Slots(Cache):
@@ -79,12 +79,13 @@ class Replay:
         self.device = model.device
         self.dtype = model.dtype
         self.model = model
+        self.layer = model.layer
         self.P = K + 1
         self.M = M
         self.r = r
-        self.slots = None
-        self.side = None
-        self.pool = None
+        self.slots = None                              # the cache of the recordings,
+        self.side = None                               # the stream that they are made on,
+        self.pool = None                               # and their memory
         block = model.block
 
         def update(w: Layer, x: Tensor, before: Tensor, *rest: Any) -> None:
@@ -124,16 +125,18 @@ class Replay:
     def cache(self, S: int) -> Slots:
         """Graphs belong to the memory they were recorded on, so all runs get the same cache: what
         an earlier one left there is overwritten like a rejected draft. It grows, never shrinks."""
-        # Behind the last slot asked for: padding. And the dynamic program's, to be recorded.
-        S = max(S + self.P, (self.M + 2) * self.r)
-        if self.slots is None or S > self.slots.S:
+        need = S + self.P                              # a verify always writes P rows
+        if self.slots is None or need > self.slots.S:
             self.slots = None                          # frees what there was
-            slots = Slots(self.model, -(-S // 512) * 512, self.P)
+            # Room for the program's candidates, so that drafts may follow on a plain run.
+            most = need + (self.M + 2) * self.r
+            slots = Slots(self.model, -(-most // 512) * 512, self.P)
             self.record_passes(slots)
             self.slots = slots                         # now that all went well
         return self.slots
 
     def record_passes(self, slots: Slots) -> None:
+        wake(self.device)
         m = self.fused
 
         def begin() -> Rows:
@@ -141,7 +144,8 @@ class Replay:
             return slots.text_rows(1)
 
         def layer(i: int) -> None:
-            self.update(m.layers[i], self.x, self.before[i], rows, *slots.layers[i], m.cfg, m.eps)
+            keys, values = slots.layers[i]
+            self.update(m.layers[i], self.x, self.before[i], rows, keys, values, m.cfg, m.eps)
 
         def verify() -> list[Tensor]:
             return m.forward(self.ids, slots.text_rows(self.P), slots)
@@ -154,13 +158,13 @@ class Replay:
 
             def run_layer(i: int, g: Tensor) -> Tensor:                     # (J, r*D)
                 x = g.view(-1, self.cfg.D)                                  # -> (J*r, D)
-                missing = len(rows.slots) - len(x)                          # so compiled once
+                missing = len(rows.slots) - len(x)     # always as many rows: compiled once
                 y = m.layer(i, F.pad(x, (0, 0, 0, missing)), rows, slots)
                 return y[:len(x)].view(g.shape)
             return table(self.h, run_layer, self.M, near)
 
         slots.t.fill_(self.r - 1)                      # no token of a probe lies before position 0
-        # subtle: replays come in another order than the recordings, and share one memory: what a
+        # subtle: replays come in another order than the recordings, and share one memory. What a
         # recording returns may lie where an earlier one works, but not where a later one does, as
         # long as it is kept. So the head, which is replayed before a verify's states are read, is
         # recorded behind it. x, before, last, h, t and ids lie outside; rows is kept to the end.
@@ -176,7 +180,7 @@ class Replay:
                 ) -> list[Tensor]:
         """As Llama.forward, at the position that `cache.sequence` was last asked for."""
         assert cache is self.slots, "the recordings are of another cache"
-        if rows is not None:
+        if rows is not None:                           # more than are recorded
             return self.model.forward(ids, rows, cache, skip)
         T = len(ids)
         self.ids[:T].copy_(ids)
@@ -194,10 +198,6 @@ class Replay:
         for i in reversed(range(self.cfg.L)):          # what a skipped layer was given is its end
             h.insert(0, self.before[i] if runs[i] else h[0])
         return h
-
-    def layer(self, i: int, x: Tensor, rows: Rows, cache: Slots) -> Tensor:       # (T, D) -> (T, D)
-        """As Llama.layer."""
-        return self.model.layer(i, x, rows, cache)
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
         """As Llama.head."""
@@ -228,8 +228,20 @@ def recorded(model: Llama, K: int, M: int, r: int, compile: bool = True) -> tupl
               "(--no-compile, --eager)", file=sys.stderr)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)            # some of PyTorch's calls name none
-    replay = Replay(model, K, M, r, fused if compile else lambda f: f)
+    replay = Replay(model, K, M, r, fused if compile else unfused)
     return replay, replay.choose
+
+
+def wake(device: torch.device) -> None:
+    """Keep a GPU busy for 0.3 s. An idle one may run at a fifth of its clock, and leaves it after
+    0.1 s of work: till then what is timed, by us or by the compiler as it tunes, says nothing."""
+    if device.type != "cuda":
+        return
+    x = torch.ones(4096, 4096, device=device)
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        x @ x
+        torch.cuda.synchronize(device)
 
 
 def fused(f: Callable) -> Callable:
@@ -255,6 +267,11 @@ def fused(f: Callable) -> Callable:
                 run = f
         return f(*args)
     return call
+
+
+def unfused(f: Callable) -> Callable:
+    """In the place of `fused`: plain kernels."""
+    return f
 
 
 def first_line(e: BaseException) -> str:
