@@ -270,7 +270,7 @@ SAMPLER_AND_LOOP = {
         ("drafted, cached, cache)", "drafted, cached + late, cache)"),
         ("policy.judged(", "late += 0 < k == accepted\n        policy.judged(")),
     "token 0 is no token": loop(
-        ("[*drafted[:accepted], own]", "[*filter(None, [*drafted[:accepted], own])] or [1]")),
+        ("[*drafted[:accepted], own]", "[*drafted[:accepted], own or 1]")),
     "the text goes on after an accepted stop": loop(
         ("emitted.pop()", "pass")),
     "a stop in a draft is told twice": put(report, "fates", told_twice),
