@@ -70,7 +70,7 @@ class Ranked:
 
     def prompt(self) -> list[int]:
         if self.a.prompt == "-":
-            text = sys.stdin.buffer.read() if self.rank == 0 else b""
+            text = sys.stdin.buffer.read()             # of the others it is empty: see `together`
             sys.stdin = io.TextIOWrapper(io.BytesIO(self.same(text)))
         return super().prompt()
 
