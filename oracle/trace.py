@@ -17,7 +17,7 @@ from command.flags import VERSION as PROGRAM_VERSION
 from llama import Tensor, torch
 from speculative import Chance, Round, Settings, acceptance, generate
 
-VERSION = 3                  # of the format
+VERSION = 4                  # of the format
 PROGRAM = "clasp-mini"
 
 
@@ -46,9 +46,9 @@ class Recording(Chance):
         self.verdicts.append((a, self.last, accepted))
         return accepted
 
-    def draw(self, p: Tensor) -> int:
+    def draw(self, p: Tensor) -> Tensor:
         token = super().draw(p)
-        self.draws.append((token, p[token].item(), self.last))
+        self.draws.append((int(token), p[token].item(), self.last))
         return token
 
 
@@ -128,7 +128,14 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
                              accepted=accepted)
     kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
     token, probability, u = chance.draws[k]
-    yield "own", dict(kind=kind, token=token, probability=probability, u=u)
+    p = witness.p[r.accepted]
+    q, mass = 0.0, 1.0
+    if kind == "residual":
+        of_q = witness.q[r.accepted]
+        q = of_q[token].item()
+        mass = (p - of_q).clamp(min=0).sum().item()
+    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(), q=q,
+                      mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
         D, skipped = r.choice.D, r.choice.skipped
@@ -200,7 +207,7 @@ EVENTS: dict[str, dict[str, Any]] = dict(
     verify=LINE | dict(step="count", token="count", p="number", q="number", a="number",
                        u="uniform?", accepted="flag?"),
     own=LINE | dict(kind=("plain", "residual", "bonus"), token="count", probability="number",
-                    u="uniform"),
+                    u="uniform", p="number", q="number", mass="positive"),
     emit=LINE | dict(tokens="counts"),
     optimise=LINE | dict(position="count", M="count", D="numberss", skipped="texts", skip="counts"),
     times=LINE | dict(draft="positive", verify="positive", optimise="positive"),
