@@ -8,7 +8,7 @@ The replay is *teacher-forced*: every pass reads the tokens that the trace names
 that it names and hands on the states that its table names. So one step at a time is compared, and
 the first departure reported is the first error, not what an earlier rounding made of the rest. It
 goes on behind departures in numbers, since their pattern tells where to look. TRACE.md says what
-each line must hold; `RULES` names what is checked here, and each method of `Check` checks one kind
+each line must hold; `RULES` names what is checked, and each method of `Check` checks one kind
 of line, in the order in which they come.
 
 --rounds checks a part; the text before it is read in one pass. --dump-at writes what the replay has
@@ -28,7 +28,6 @@ import argparse  # noqa: E402
 import functools  # noqa: E402
 import itertools  # noqa: E402
 import math  # noqa: E402
-from collections import defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from typing import Any  # noqa: E402
@@ -39,7 +38,7 @@ from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
 from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, distribution, drawn_by, owed  # noqa: E402
 from oracle.compare_dumps import save_dump  # noqa: E402
-from oracle.diagnosis import Departure, Tally  # noqa: E402
+from oracle.diagnosis import RULES, Departure, Tally  # noqa: E402
 from oracle.trace import Invalid, Lines, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Settings, read  # noqa: E402
@@ -51,33 +50,6 @@ TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.1}
 EXACT = 1e-9                 # for arithmetic on numbers that stand in the trace themselves
 ROUNDED = 1e-6               # ... in float32, of the size of the result
 SIGMAS = 4.0                 # of a sum over a trace: one right trace in some thousands exceeds it
-RULES = dict(
-    header="the sizes are those of config.json",
-    order="lines come in their order, all drafts of a round before its verifies; steps from 0",
-    start="start is the number of tokens of text before the round",
-    skip="the set of the last table for M layers, or for as many as a policy takes; at first none",
-    exit="a draft ends at K, N, a stop token, a confidence below the threshold, or by a policy",
-    confidence="confidence is the draft's highest probability at temperature 1, unfiltered",
-    q="q is the draft's probability of the token: top-k, temperature, then top-p",
-    p="p is the full model's probability of the token, by the same function as q",
-    draw="the token is the first whose running sum of probability, by id, exceeds u times the sum",
-    ratio="a = min(1, p / q) of the p and q beside it, and q is the one of the draft line",
-    verdict="a token is accepted if u < a, strictly; after a rejection nothing is judged",
-    kind="the own token is plain if nothing was drafted, bonus if all was accepted, else residual",
-    own="p and q are those of the own token, mass is the sum of max(0, p - q); else q is 0, mass 1",
-    residual="probability is (p - q) / mass of the same line, above 0; p where the mass is 0",
-    emit="emitted are the accepted tokens and the own one, cut after the first stop token",
-    interval="a table after round 0 and every interval rounds, if K, M > 0 and the text goes on",
-    probe="the probe is the last position read whose prediction was emitted",
-    column="D[i][0] is about 1; else this candidate's position, mask or slot is not the verify's",
-    table="D[i][j] is how near h[i] the state of the cell is",
-    choice="a cell has the nearer of its two states; on a tie the layer is skipped",
-    path="skip is read back from D[L][M]",
-    end="the text ends after a stop token or N tokens, its line says which, and nothing follows",
-    repeats="no uniform number is used again (beyond what chance does)",
-    independent="uniform numbers do not follow from one another: a draw's and its verdict's, a "
-                "rejection's and its correction's, neighbours",
-    kept="drafted tokens are as surprising as their q says: none was drawn and thrown away")
 # After a departure from one of these the trace itself says how it goes on.
 NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "residual", "column", "table", "choice",
            "repeats", "independent", "kept"}
@@ -156,7 +128,6 @@ class Check:
         self.pairs: list[tuple[float, float]] = []     # a draw's number, its verdict's
         self.corrections: list[tuple[float, float]] = []           # a rejection's, its correction's
         self.surprises: list[tuple[float, float]] = []
-        self.taken: dict[str, list[dict]] = defaultdict(list)      # this round's lines, by event
 
     def depart(self, rule: str, field: str, theirs: Any, ours: Any, slack: float = 0.0,
                note: str = "", final: bool = False, hint: str = "") -> None:
@@ -207,7 +178,6 @@ class Check:
             raise Incomplete
         for name, ours in dict(event=event, **want).items():
             self.equal("order", name, self.lines.now.get(name), ours)
-        self.taken[event].append(self.lines.now)
         return self.lines.now
 
     def run(self) -> None:
@@ -266,7 +236,6 @@ class Check:
 
     def check_begin(self) -> None:
         self.step = None
-        self.taken.clear()
         self.begin = self.take("round", round=self.round)
         self.equal("start", "start", self.begin["start"], len(self.text))
         skip = self.begin["skip"]
@@ -552,22 +521,22 @@ class Check:
 
     def report(self, status: int) -> list[str]:
         """What is said of a trace: its first departure, which others there are, where to look."""
-        rounds = (f"rounds {self.a.rounds[0]} to {self.round}" if self.a.rounds else
-                  f"{self.round + 1} rounds")
+        rounds = f"{self.round + 1} rounds, {self.emitted} tokens"
+        if self.a.rounds:
+            rounds = f"rounds {self.a.rounds[0]} to {self.round}"
         if self.first is None:
             if status == 3:
                 return [f"incomplete: no departure in {self.lines.number - 1} lines, and they "
                         f"break off in round {self.round}"]
             seen = [f"{rule} {self.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
-            return [f"no departure in {rounds}, {self.emitted} tokens; largest difference in "
-                    + ", ".join(seen)]
+            return [f"no departure in {rounds}; largest difference in {', '.join(seen)}"]
         first = self.first
         before = self.outcomes.get(first.round - 1)
         tally = {rule: t for rule, t in self.tally.items() if rule in NUMERIC and t.checked}
         counts = [f"{rule} {len(t.departed)} of {t.checked}" for rule, t in tally.items()
                   if t.departed]
         right = [rule for rule, t in tally.items() if not t.departed]
-        said = [first.said, f"rule {first.rule}: {RULES[first.rule]}",
+        said = [first.said, f"rule {first.rule}: {RULES[first.rule][1]}",
                 "look at: " + diagnosis.look_at(first, self.tally, before, self.s.temperature > 0)]
         if counts:
             said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
@@ -577,17 +546,8 @@ class Check:
         return said
 
 
-@functools.lru_cache(1)
-def loaded(folder: str, device: str, dtype: str) -> Llama:
-    return Llama.load(folder, device, DTYPES[dtype])
-
-
-@functools.lru_cache(1)
-def fingerprint(folder: str) -> dict[str, str]:
-    return trace.fingerprint(folder)
-
-
-def prepare(lines: Lines, a: argparse.Namespace) -> Check:
+def prepare(lines: Lines, a: argparse.Namespace, fingerprint: Callable[[], dict],
+            load: Callable[[torch.dtype], Llama]) -> Check:
     """The header: is this a trace of the model at hand, of a size it can have?"""
     h = lines.header()
     cfg = Config.load(a.model)
@@ -604,14 +564,14 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Check:
              "which checks nothing; trace at 0, or in float64")):
         if wrong:
             raise Invalid(f"line 1: {what}")
-    ours = fingerprint(a.model)
+    ours = fingerprint()
     if h["model"] != ours:
         differ = [name for name in ours if h["model"].get(name) != ours[name]]
         raise Invalid(f"line 1: a trace of another model than {a.model}, which --model names: "
                       f"SHA-256 of {', '.join(differ)}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
-    return Check(lines, loaded(a.model, a.device, dtype), h, X, a)
+    return Check(lines, load(DTYPES[dtype]), h, X, a)
 
 
 def alike(ours: Any, theirs: Any) -> bool:
@@ -622,10 +582,10 @@ def alike(ours: Any, theirs: Any) -> bool:
 
 
 @torch.inference_mode()
-def check_file(path: str, a: argparse.Namespace) -> tuple[int, str]:
-    """-> exit status and report."""
+def check_file(path: str, a: argparse.Namespace, *model: Callable) -> tuple[int, str]:
+    """-> exit status and report. The model is read once for all files."""
     with open(path, "rb") as file:
-        check = prepare(Lines(file), a)
+        check = prepare(Lines(file), a, *model)
         status = 0
         try:
             check.run()
@@ -676,10 +636,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         a = p.parse_args(argv)
         if (a.dump_at is None) != (a.out is None) or a.dump_at and len(a.dump_at) > 2:
             raise UsageError("--dump-at ROUND,STEP (or ROUND) goes with --out FILE")
+        fingerprint = functools.cache(functools.partial(trace.fingerprint, a.model))
+        load = functools.lru_cache(1)(functools.partial(Llama.load, a.model, a.device))
         found = []
         for path in a.files:
             try:
-                status, said = check_file(path, a)
+                status, said = check_file(path, a, fingerprint, load)
             except (Invalid, ModelError) as e:
                 raise UsageError(f"{path}: {e}") from None
             except OSError as e:                       # 1 is a departure, and this is none

@@ -1,5 +1,5 @@
-"""Where to look: what the departures of a trace mean together, and what its uniform numbers and
-drafted tokens tell of the generator and the policy. Read by check_trace.py.
+"""Where to look: what is demanded of a trace, what departures from it mean together, and what its
+uniform numbers and drafted tokens tell of generator and policy. Read by check_trace.py.
 """
 import math
 from collections import Counter
@@ -8,18 +8,34 @@ from dataclasses import dataclass, field
 
 from llama import Tensor, torch
 
-# The part of a program in which an error is that breaks this rule; of others `look_at` decides.
-PART = dict(
-    header="the header", order="the loop: the lines of a round, one for each token",
-    start="the loop: what has been emitted", skip="the loop: a set holds from the next round on",
-    exit="the draft's end", ratio="the verdict: a = min(1, p / q)", verdict="the verdict: u < a",
-    kind="the loop: what the own token is", emit="the loop: what is emitted",
-    interval="the loop: when a table is due", probe="the loop: which token is the probe",
-    path="the table: the way back from (L, M)", table="the table: its shape",
-    choice="the table: what skipped[i][j] stands for", end="the loop: the text's end",
-    repeats="the generator: seeded once, and each number used once",
-    independent="the generator: a number of its own for each draw and each verdict",
-    kept="the draft: a token that was drawn is judged, never thrown away")
+# rule: the part of a program in which an error is that breaks it ("": the pattern tells), its words
+RULES = dict(
+    header=("the header", "the sizes are those of config.json"),
+    order=("the loop", "lines come in their order, all drafts of a round before its verifies"),
+    start=("the loop", "start is the number of tokens of text before the round"),
+    skip=("the loop", "the last table's set for M, or as many as a policy takes; at first none"),
+    exit=("the draft's end", "K, N, a stop token, a confidence below the threshold, or a policy"),
+    confidence=("", "the draft's highest probability at temperature 1, unfiltered"),
+    q=("", "the draft's probability of the token: top-k, temperature, then top-p"),
+    p=("", "the full model's probability of the token, by the same function as q"),
+    draw=("", "the token is the first whose running sum, by id, exceeds u times the sum"),
+    ratio=("the verdict", "a = min(1, p / q) of the p and q beside it; q is the draft line's"),
+    verdict=("the verdict", "accepted if u < a, strictly; after a rejection nothing is judged"),
+    kind=("the loop", "plain if nothing was drafted, bonus if all was accepted, else residual"),
+    own=("", "p and q are the own token's, mass the sum of max(0, p - q); else q is 0, mass 1"),
+    residual=("", "probability is (p - q) / mass of the same line, above 0; p if the mass is 0"),
+    emit=("the loop", "the accepted tokens and the own one, cut after the first stop token"),
+    interval=("the loop", "a table after round 0 and every interval rounds, if K, M > 0 and the "
+              "text goes on"),
+    probe=("the loop", "the probe is the last position read whose prediction was emitted"),
+    column=("the candidates", "D[i][0] is about 1: this candidate sees what the verify saw"),
+    table=("the table", "D[i][j] is how near h[i] the state of the cell is"),
+    choice=("the table", "a cell has the nearer of its two states; on a tie the layer is skipped"),
+    path=("the table", "skip is read back from (L, M)"),
+    end=("the loop", "after a stop token or N tokens; its line says which, and nothing follows"),
+    repeats=("the generator", "no uniform number is used again, but as often as by chance"),
+    independent=("the generator", "a number of its own for each draw and each verdict"),
+    kept=("the draft", "drafted tokens surprise as much as q says: none was drawn and thrown away"))
 FILTERS = "the filters: top-k, temperature, softmax, top-p, renormalised"
 
 
@@ -50,8 +66,9 @@ def look_at(first: Departure, tally: dict[str, Tally], before: tuple[int, int] |
     """The part of a program where the error is. `first` departed first; `before`: tokens drafted
     and accepted in the round before it."""
     rule = first.rule
-    if first.hint or rule in PART:
-        return first.hint or PART[rule]
+    part, _ = RULES[rule]
+    if first.hint or part:
+        return first.hint or part
     wrong = {d.field for t in tally.values() for d in t.departed}  # p may be an own token's
     kind = first.kind
     if rule == "draw" and tally["draw"].largest < 1e-5:

@@ -61,11 +61,11 @@ VECTORS: dict[str, tuple[Settings, dict[str, int]]] = {
         rejected=3, bonus=1, K=1, N=1, table_after_rejection=2, sets=2, uncertain=0)),
     "tiny-temperature": (TINY, dict(
         rejected=3, bonus=1, K=1, doubted=1, table_after_rejection=2, sets=2)),
-    "tiny-probe": (replace(TINY, N=20), dict(rejected=3, table_after_rejection=2)),
+    "tiny-probe": (replace(TINY, N=20), dict(rejected=3, table_after_rejection=2, sets=2)),
     "tiny-stops": (replace(TINY, N=60), dict(
         rejected_stop=1, own_stop=1, emitted=26, bonus=1, table_after_rejection=2)),
     "tiny-top-p": (replace(TINY, top_k=20, top_p=0.9), dict(
-        rejected=3, bonus=1, excluded=1, table_after_rejection=2)),
+        rejected=3, bonus=1, excluded=1, table_after_rejection=2, sets=2)),
 }
 
 

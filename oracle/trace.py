@@ -181,8 +181,8 @@ KINDS: dict[str, Callable[[Any], bool]] = dict(
     text=lambda v: type(v) is str,
     flag=lambda v: type(v) is bool,
     object=lambda v: type(v) is dict,
-    count=lambda v: type(v) is int and 0 <= v <= 2 ** 64,
-    size=lambda v: type(v) is int and 0 < v <= 2 ** 64,
+    count=lambda v: type(v) is int and 0 <= v < 2 ** 63,
+    size=lambda v: KINDS["count"](v) and v > 0,
     # What the replay has a number of its own for: one out of range is a departure like any other.
     number=lambda v: type(v) in (int, float) and abs(v) < 1e300,
     positive=lambda v: KINDS["number"](v) and v >= 0,
@@ -263,17 +263,14 @@ class Lines:
         if raw is None:
             return
         where = f"line {self.number}"
-        if not raw.endswith(b"\n"):
-            raise Invalid(f"{where}: cut short, it does not end with a newline")
         try:
             line = json.loads(raw)
-        except (ValueError, RecursionError) as e:
-            raise Invalid(f"{where}: not JSON: {short(str(e))}") from None
-        event = line.get("event") if type(line) is dict else None
-        if type(event) is not str or event not in self.grammar:
-            raise Invalid(f"{where}: event {short(event)}, where a JSON object with one of "
-                          f"{', '.join(self.grammar)} is wanted")
-        match(line, self.grammar[event], f"{where}, {event}")
+            event = line["event"]
+            fields = self.grammar[event]
+        except (ValueError, RecursionError, TypeError, LookupError):
+            raise Invalid(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
+                          f"one of {', '.join(self.grammar)}") from None
+        match(line, fields, f"{where}, {event}")
         for token in [line.get("token", 0), *line.get("tokens", ())]:
             if token >= self.V:
                 raise Invalid(f"{where}, {event}: token {token} of {self.V}")
@@ -285,8 +282,8 @@ class Lines:
         self.advance()
         if not self.now:
             raise Invalid("empty; a trace begins with a header")
-        match(self.now["config"], CONFIG, "line 1, config")
-        match(self.now["settings"], SETTINGS, "line 1, settings")
+        for part, fields in dict(config=CONFIG, settings=SETTINGS).items():
+            match(self.now[part], fields, f"line 1, {part}")
         self.grammar = EVENTS
         self.V = self.now["config"]["V"]
         return self.now
