@@ -49,7 +49,7 @@ from speculative import Settings, read  # noqa: E402
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.1}
 EXACT = 1e-9                 # for arithmetic on numbers that stand in the trace themselves
 ROUNDED = 1e-6               # ... in float32, of the size of the result
-SIGMAS = 4.0                 # of a sum over a trace: one right trace in some thousands exceeds it
+SIGMAS = 4.0                 # of a sum over a trace; one right trace in 10,000 is further off
 # After a departure from one of these the trace itself says how it goes on.
 NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "residual", "column", "table", "choice",
            "repeats", "independent", "kept"}

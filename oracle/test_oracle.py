@@ -705,6 +705,18 @@ def test_the_check_goes_on_after_departures_in_numbers_and_counts_them(check, li
     assert out.startswith(f"line {i + 1}, ") and f"it ends in line {end + 1}" in out
 
 
+def test_several_traces_have_one_status(lively, random_model, tmp_path, capsys):
+    """Rejects the status of the last alone, and one that hides a departure behind another."""
+    files = dict(right=lively, short=lively[:9], wrong=[*lively[:2], lively[2] | dict(p=0.9)])
+    for name, lines in files.items():
+        (tmp_path / name).write_bytes(jsonl(*lines))
+    for names, status in (("right right", 0), ("short right", 3), ("wrong short right", 1)):
+        paths = [str(tmp_path / name) for name in names.split()]
+        assert check_trace.main([*paths, "--model", str(random_model)]) == status
+        out = capsys.readouterr().out
+        assert all(re.search(f"^{path}: (no dep|incom|line 3)", out, re.M) for path in paths)
+
+
 def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
     """Rejects a part that begins with another text, set or cache than the whole has there, that is
     cut off a round early or late, and one that is not there."""
