@@ -48,7 +48,7 @@ from speculative import Settings, read  # noqa: E402
 # (TRACE.md, "Tolerance").
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.1}
 EXACT = 1e-9                 # for arithmetic on numbers that stand in the trace themselves
-ROUNDED = 1e-6               # ... in float32, of the size of the result
+ROUNDED = 1e-6               # ... in float32, of the size of its terms
 SIGMAS = 4.0                 # of a sum over a trace; one right trace in 10,000 is further off
 # After a departure from one of these the trace itself says how it goes on.
 NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "residual", "column", "table", "choice",
@@ -402,7 +402,8 @@ class Check:
         p, q, mass, probability = (line[name] for name in ("p", "q", "mass", "probability"))
         ours = (p - q) / mass if mass > 0 else p
         hint = "the residual: the token was drawn from p" if probability == p else ""
-        self.close("residual", "probability", probability, ours, ROUNDED * abs(ours), hint=hint)
+        slack = ROUNDED * (p + q) / (mass or 1.0)
+        self.close("residual", "probability", probability, ours, slack, hint=hint)
         if mass > 0 and q >= p:
             self.depart("residual", "q", q, f"less than p, {p}")
 

@@ -486,33 +486,34 @@ def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check):
 # ---------------------------------------------------------------- wrong programs
 
 class Numbers(Recording):
-    """Uniform numbers of which some are made of others: a verdict's by `verdict`(its draft's), a
-    correction's by `correction`(the one that rejected)."""
+    """Uniform numbers of which some are made of others: a verdict's of its draft's, or a
+    correction's of the one that rejected."""
 
     def __init__(self, source, verdict=None, correction=None):
         super().__init__(source)
         self.of_verdict = verdict
         self.of_correction = correction
+        self.judging = False
 
     def accept(self, a):
-        if self.of_verdict:
-            own, self.source = self.source, lambda: self.of_verdict(
-                self.draws[len(self.verdicts)][2])
-            answer = super().accept(a)
-            self.source = own
-            return answer
+        self.judging = True
         return super().accept(a)
 
     def uniform(self):
-        if self.of_correction and self.verdicts and not self.verdicts[-1][2]:
-            return self.of_correction(self.last)
-        return super().uniform()
+        u = super().uniform()
+        if self.judging and self.of_verdict:
+            u = self.of_verdict(self.draws[len(self.verdicts)][2])
+        if not self.judging and self.of_correction and self.verdicts and not self.verdicts[-1][2]:
+            u = self.of_correction(self.verdicts[-1][1])
+        self.judging = False
+        self.last = u
+        return u
 
 
 right = types.SimpleNamespace(
     draft=speculative.draft, judge=speculative.judge, draw=Chance.draw, norm=llama.rms_norm,
     forward=Llama.forward, cosine=dp_layer_skip.cosine, candidates=llama.Cache.candidates,
-    sequence=llama.Cache.sequence)
+    sequence=llama.Cache.sequence, probabilities=speculative.probabilities)
 
 
 def blind(bias, t):
@@ -561,6 +562,9 @@ PLANTED = {        # a change by name: where the first message must send
                 "the residual"),
     "the row before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
         p[[0, *range(len(drafted))]], q, drafted, chance)), "the (verdict|bonus token|residual)"),
+    "rows one late": (put(speculative, "probabilities", lambda logits, s: right.probabilities(
+        logits if logits.dim() == 1 else logits[[0, *range(len(logits) - 1)]], s)),
+        "the verify's rows"),
     "cosines of bfloat16": (put(dp_layer_skip, "cosine", lambda a, b: right.cosine(
         a.bfloat16(), b.bfloat16())), "the table: how near"),
     "a mask without the token before": (put(llama.Cache, "candidates", lambda self, t, J:
@@ -600,7 +604,7 @@ UNSEEN = {
     "a probe longer than the text", "the correction is drawn with the uniform that rejected"}
 
 
-def first_message(wrong, check, part=None):
+def first_message(wrong, check):
     """What the checker says of the trace of a wrong program, on the first of forty prompts on which
     it says anything."""
     change, _ = PLANTED.get(wrong, (wrong, None))
@@ -630,7 +634,7 @@ def test_every_wrong_program_is_found_and_most_at_the_right_place(check):
     assert not missed and len(astray) <= 0.02 * len(faults) and len(faults) > 50, (missed, astray)
 
 
-def test_drafted_tokens_that_were_thrown_away_are_missed(check, random_model):
+def test_drafted_tokens_that_were_thrown_away_are_missed(check):
     """Rejects a checker that believes a policy, of open settings, which drafts only what it likes;
     and one that suspects a policy that ends a draft early."""
     for changes, status in (([], 0), ([put(speculative, "draft", throwing_away)], 1)):
