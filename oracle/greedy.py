@@ -73,8 +73,8 @@ def compare(paths: Sequence[str], folder: str, dtype: str | None, device: str) -
         return 3, f"equal as far as both go, {n} tokens; {longer} goes on"
     if t == 0:
         raise UsageError("the first tokens differ: texts of two prompts?")
-    made = {dtype} if dtype else {s.get("dtype") for s in settings} - {None} or {"bfloat16"}
-    made = max(made, key=TOLERANCE.__getitem__)
+    known = [dtype] if dtype else [s["dtype"] for s in settings if s.get("dtype") in TOLERANCE]
+    made = max(known or ["bfloat16"], key=TOLERANCE.__getitem__)
     limit = 4 * TOLERANCE[made]                        # of a logit: TRACE.md, "Tolerance"
     model = Llama.load(folder, device, DTYPES[WIDER[made]])
     if max(max(text) for text in texts) >= model.cfg.V or n > model.cfg.context:
