@@ -25,15 +25,7 @@ import llama
 import speculative
 from command.flags import DTYPES
 from llama import Config, Llama
-from oracle import (
-    allowed,
-    check_trace,
-    compare_dumps,
-    dump_forward,
-    greedy,
-    make_vectors,
-    trace,
-)
+from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
 from oracle.make_vectors import by_round, policy_of
@@ -285,10 +277,8 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("verdict", at("verify", set_to(u=0.5), **UNJUDGED), ""),
     ("q", at("draft", lambda x, i: x[i].update(token=(x[i]["token"] + 1) % 50)),
      r"ours 0\.\d+ \(tolerance 4e-05; the first drafted; 0 before it agree; ours draws token "),
-    ("residual", at("own", set_to(probability=0.9), kind="residual"), ""),
     ("residual", at("own", lambda x, i: x[i].update(probability=x[i]["p"]), kind="residual"),
      "look at: .*drawn from p"),
-    ("own", at("own", set_to(mass=0.9), kind="bonus"), ""),
     ("skip", at("round", lambda x, i: gone(x[i]["skip"], 0), round=2), ""),     # another budget's
     ("order", at("verify", gone), ""), ("exit", at("draft", interleave, step=1), ""),
     ("exit", at("draft", lambda x, i: x.insert(i + 1, dict(x[i])) or 1, step=3), ""),
@@ -301,7 +291,6 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), **THIRD), ""),
     ("end", at("end", lambda x, i: x.append(x[1]) or 1), ""),
     ("own", at("own", settings(temperature=0.6)), ""),
-    ("table", at("optimise", settings(M=1)), ""),
     ("exit", at("draft", settings(K=3), step=3), ""),
     ("exit", at("draft", settings(exit_threshold=0.9), step=1), ""),
     ("interval", at("optimise", lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"])), ""),
