@@ -1,17 +1,18 @@
-"""Is this trace what CLaSp does? Replays a trace, written by any implementation, against this one.
+"""Is this trace what CLaSp does? Replays traces, written by any implementation, against this one.
 
-    python oracle/check_trace.py FILE [--model DIR] [--tolerance X] [--dtype D] [--device DEVICE]
-    python oracle/check_trace.py FILE --survey
+    python oracle/check_trace.py FILE ... [--model DIR] [--dtype D] [--device DEVICE]
+    python oracle/check_trace.py FILE --rounds 10-20
     python oracle/check_trace.py FILE --dump-at ROUND[,STEP] --out DUMP
 
 The replay is *teacher-forced*: every pass reads the tokens that the trace names, skips the layers
 that it names and hands on the states that its table names. So one step at a time is compared, and
-the first departure reported is the first error, not what an earlier rounding made of the rest.
-TRACE.md says what each line must hold; `RULES` names what is checked here, and each method of
-`Check` checks one kind of line, in the order in which they come.
+the first departure reported is the first error, not what an earlier rounding made of the rest. It
+goes on behind departures in numbers, since their pattern tells where to look. TRACE.md says what
+each line must hold; `RULES` names what is checked, and each method of `Check` checks one kind
+of line, in the order in which they come.
 
---survey goes on after a departure in a number and says what the pattern means. --dump-at writes
-what the replay has there as a forward dump: after a step's draft, or a round's verify.
+--rounds checks a part; the text before it is read in one pass. --dump-at writes what the replay has
+there as a forward dump: after a step's draft, or a round's verify.
 
 Exit status: 0 no departure, 1 departure, 2 not a trace that can be checked, 3 no departure in a
 trace that breaks off before its `end`.
@@ -24,58 +25,38 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse  # noqa: E402
+import functools  # noqa: E402
 import itertools  # noqa: E402
 import math  # noqa: E402
-from collections import defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
-from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 from command.cli import Parser, UsageError, answer, number, numbers  # noqa: E402
 from command.flags import DEMO, DTYPES  # noqa: E402
-from dp_layer_skip import Choice  # noqa: E402
 from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
-from oracle import trace  # noqa: E402
-from oracle.dump_forward import save_dump  # noqa: E402
-from oracle.survey import Tally, repeated, survey  # noqa: E402
-from oracle.trace import Invalid, Lines, Recording, short  # noqa: E402
+from oracle import diagnosis, trace  # noqa: E402
+from oracle.allowed import allowed, distance, distribution, drawn_by, owed  # noqa: E402
+from oracle.compare_dumps import save_dump  # noqa: E402
+from oracle.diagnosis import RULES, Departure, Tally  # noqa: E402
+from oracle.trace import Invalid, Lines, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
-from speculative import Settings, probabilities, read, residual  # noqa: E402
+from speculative import Settings, read  # noqa: E402
 
 # X: how far two correct programs may be apart in a probability at temperature 1. Logits may then be
 # apart by 4 X, the slope of a softmax being 1/4 at most, and cosines by X / 4, as was measured
 # (TRACE.md, "Tolerance").
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.1}
 EXACT = 1e-9                 # for arithmetic on numbers that stand in the trace themselves
-RULES = dict(
-    header="the sizes are those of config.json",
-    order="lines come in their order, all drafts of a round before its verifies; steps from 0",
-    start="start is the number of tokens of text before the round",
-    skip="the set of the last table for M layers, or for as many as a policy takes; at first none",
-    exit="a draft ends at K, N, a stop token, a confidence below the threshold, or by a policy",
-    confidence="confidence is the draft's highest probability at temperature 1, unfiltered",
-    q="q is the draft's probability of the token: top-k, temperature, then top-p",
-    p="p is the full model's probability of the token, by the same function as q",
-    draw="the token is the first whose running sum of probability, by id, exceeds u times the sum",
-    ratio="a = min(1, p / q) of the p and q beside it, and q is the one of the draft line",
-    verdict="a token is accepted if u < a, strictly; after a rejection nothing is judged",
-    kind="the own token is plain if nothing was drafted, bonus if all was accepted, else residual",
-    own="probability is that of the own token in p, or for a residual in norm(max(0, p - q))",
-    emit="emitted are the accepted tokens and the own one, cut after the first stop token",
-    interval="a table after round 0 and every interval rounds, if K, M > 0 and the text goes on",
-    probe="the probe is the last position read whose prediction was emitted",
-    column="D[i][0] is about 1; else this candidate's position, mask or slot is not the verify's",
-    table="D[i][j] is how near h[i] the state of the cell is",
-    choice="a cell has the nearer of its two states; on a tie the layer is skipped",
-    path="skip is read back from D[L][M]",
-    end="the text ends after a stop token or N tokens, its line says which, and nothing follows")
+ROUNDED = 1e-6               # ... in float32, of the size of its terms
+SIGMAS = 4.0                 # of a sum over a trace; one right trace in 10,000 is further off
 # After a departure from one of these the trace itself says how it goes on.
-NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "column", "table", "choice"}
+NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "residual", "column", "table", "choice",
+           "repeats", "independent", "kept"}
 
 
-class Departure(Exception):
-    """The trace and this implementation differ: `args` are the lines that say where and how."""
+class Ended(Exception):
+    """A departure behind which it is not known how the trace goes on."""
 
 
 class Incomplete(Exception):
@@ -84,55 +65,6 @@ class Incomplete(Exception):
 
 class Reached(Exception):
     """The replay has come to the place of --dump-at and written what it has there."""
-
-
-def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list[Tensor]:
-    """(V,) logits -> the distributions (V,) that a correct program may have made of them. Ours
-    first; then those where of two logits 4 X apart, on either side of the edge of an argmax, top-k
-    or top-p, the other is kept, with top-k also both or none; and where the mass that top-p cuts at
-    is X more or less. Of many such logits three on each side are tried, those `about` first."""
-    out = [probabilities(logits, s)]
-    if s.temperature > 0 and s.top_k == 0 and s.top_p == 1:
-        return out                                     # nothing is cut off
-    plain = replace(s, temperature=s.temperature or 1.0, top_k=0, top_p=1.0)
-    ties = s.temperature > 0 and s.top_k > 0
-
-    def near(which: Tensor) -> list[list[int]]:
-        """Three such tokens, [i] each."""
-        return sorted(which.nonzero().tolist(), key=lambda i: i[0] not in about)[:3]
-
-    for off in (0, -X, X) if s.temperature > 0 and s.top_p < 1 else (0,):
-        top_p = min(1.0, max(s.top_p + off / min(1, s.temperature or 1), 1e-300))
-        kept = probabilities(logits, replace(s, top_p=top_p)) > 0
-        edge = logits[kept].amin()                     # of the last token kept
-        more = near(~kept & (logits >= edge - 4 * X))
-        less = near(kept & (logits <= edge + 4 * X))
-        changes = [([], []), *itertools.product(more, less)]
-        if ties:
-            changes += [(i, []) for i in more]
-        if ties and kept.sum() > s.top_k:
-            changes += [([], j) for j in less]
-        for i, j in changes:
-            changed = kept.clone()
-            changed[i] = True
-            changed[j] = False
-            out.append(probabilities(logits.masked_fill(~changed, -torch.inf), plain))
-    return out
-
-
-def owed(p: Tensor, q: Tensor | None) -> Tensor:                    # (V,), (V,) -> (V,) float64
-    """What a token is drawn from: p, or given q what a rejection still owes. Not normalised, since
-    where little is owed rounding is a large part of it, and must be allowed to be."""
-    return p.double() if q is None else (p.double() - q.double()).clamp(min=0)
-
-
-def draws(p: Tensor, q: Tensor | None, token: int, u: float, slack: float) -> bool:
-    """Does u draw `token`, if every running sum may be off by `slack`?"""
-    weights = owed(p, q)
-    cdf = weights.cumsum(0)
-    below = cdf[token] - weights[token]
-    # Of no width is the interval of an excluded token, and u = 0 may touch it.
-    return bool(p[token] > 0 and below - slack <= u * cdf[-1] < cdf[token] + slack)
 
 
 def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], Tensor], M: int,
@@ -150,6 +82,16 @@ def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], T
         yield row
         states = [g[j - 1] if skipped[i][j] == "1" else run[j] for j in range(1, len(row))]
         g = torch.stack([h[i], *states])
+
+
+def way_back(skipped: Sequence[str], j: int) -> list[int]:
+    """The set that a table has for budget j: the layers left out."""
+    left_out = []
+    for i in range(len(skipped) - 1, 0, -1):
+        if skipped[i][j] == "1":
+            left_out.append(i - 1)
+            j -= 1
+    return left_out[::-1]
 
 
 class Check:
@@ -175,26 +117,33 @@ class Check:
         self.end = len(self.text) + self.s.N
         self.cached = 0
         self.cache = model.cache(self.end + (model.cfg.L + 1) * min(self.r, self.end))
-        self.choice: Choice | None = None              # the last table's
+        self.skipped: list[str] | None = None          # of the last table
         self.round = 0
         self.step: int | None = None
         self.reason = ""                               # why the text has ended
         self.tally = {rule: Tally() for rule in RULES}
-        self.outcomes: list[tuple[int, int]] = []      # of each round: drafted, accepted
+        self.first: Departure | None = None
+        self.outcomes: dict[int, tuple[int, int]] = {}             # round: drafted, accepted
         self.uniforms: list[float] = []
-        self.taken: dict[str, list[dict]] = defaultdict(list)      # this round's lines, by event
+        self.pairs: list[tuple[float, float]] = []     # a draw's number, its verdict's
+        self.corrections: list[tuple[float, float]] = []           # a rejection's, its correction's
+        self.surprises: list[tuple[float, float]] = []
 
     def depart(self, rule: str, field: str, theirs: Any, ours: Any, slack: float = 0.0,
-               note: str = "", final: bool = False) -> None:
-        """A departure: the end of the check, or of a survey if how it goes on is not known."""
+               note: str = "", final: bool = False, hint: str = "") -> None:
+        """A departure: the end of the check, if how the trace goes on is not known. `hint`: where
+        to look, if the place itself tells."""
         step = f", step {self.step}" if self.step is not None else ""
         notes = "; ".join(filter(None, (f"tolerance {slack:.3g}" if slack else "", note)))
-        what = (f"line {self.lines.number}, round {self.round}{step}: {field}: "
+        said = (f"line {self.lines.number}, round {self.round}{step}: {field}: "
                 f"trace {short(theirs)}, ours {short(ours)}" + (f" ({notes})" if notes else ""))
         kind = self.lines.now.get("kind", self.lines.event)
-        self.tally[rule].departed.append((self.lines.number, self.round, kind))
-        if final or rule not in NUMERIC or not (self.a.survey or self.a.dump_at):
-            raise Departure(what, f"rule {rule}: {RULES[rule]}")
+        departure = Departure(rule, field, self.lines.number, self.round, self.step, kind, slack,
+                              said, hint)
+        self.first = self.first or departure
+        self.tally[rule].departed.append(departure)
+        if final or rule not in NUMERIC:
+            raise Ended
 
     def equal(self, rule: str, field: str, theirs: Any, ours: Any, **more: Any) -> None:
         self.tally[rule].checked += 1
@@ -202,37 +151,26 @@ class Check:
             self.depart(rule, field, theirs, ours, **more)
 
     def close(self, rule: str, field: str, theirs: float, ours: float, slack: float,
-              note: str = "", scale: float = 1.0) -> None:
-        """... within `slack` where `scale` is 1: a part of less mass is known less exactly."""
-        off = abs(theirs - ours) * scale
+              note: str = "", hint: str = "") -> None:
+        off = abs(theirs - ours)
         tally = self.tally[rule]
         tally.checked += 1
         tally.largest = max(tally.largest, off)
         if not off <= slack:
-            self.depart(rule, field, theirs, ours, slack / scale if scale else slack, note)
+            self.depart(rule, field, theirs, ours, slack, note, hint=hint)
 
-    def drawn(self, rule: str, field: str, options: list[tuple[Tensor, Tensor | None]]) -> None:
-        """The line looked at has drawn its token from one of these (p, q): one gives it the
-        probability that the line says, and from such a one its u draws it. In this order, so that a
-        wrong distribution is told from a wrong way to draw."""
-        line = self.lines.now
-        token, u = line["token"], line["u"]
+    def drawn(self, p: Tensor, q: Tensor | None, others: list[tuple[Tensor, Tensor | None]]
+              ) -> None:
+        """The line looked at has drawn its token by its u from (p, q), or from one of the others
+        that rounding allows."""
+        token, u = self.lines.now["token"], self.lines.now["u"]
         self.uniforms.append(u)
-        tolerance = self.slack if options[0][1] is None else 2 * self.slack
-        masses = [1.0 if q is None else owed(p, q).sum().item() for p, q in options]
-        off = [abs(line[field] * mass - owed(p, q)[token].item())
-               for (p, q), mass in zip(options, masses)]
-        best = off.index(min(off))
-        p, q = options[best]
-        dist = p if q is None else residual(p, q)
-        ours = Recording(lambda: u).draw(dist)
-        instead = "" if ours == token else f"ours draws token {ours} by this u"
-        # Of no mass at all anything is as good; residual then gives p.
-        probability = dist[token].item() if masses[best] else line[field]
-        self.close(rule, field, line[field], probability, tolerance, instead, masses[best])
-        fit = [o for o, d in zip(options, off) if d <= tolerance] or [options[best]]
-        by_u = any(draws(p, q, token, u, tolerance) for p, q in fit)
-        self.equal("draw", "token", token, token if by_u else ours, slack=tolerance)
+        slack = self.slack if q is None else 2 * self.slack
+        off = min(distance(*each, token, u) for each in [(p, q), *others])
+        self.tally["draw"].checked += 1
+        self.tally["draw"].largest = max(self.tally["draw"].largest, off)
+        if off > slack:
+            self.depart("draw", "token", token, drawn_by(owed(p, q), u), slack)
 
     def take(self, event: str, **want: Any) -> dict:
         """The line looked at, which must be of this kind and hold this."""
@@ -240,7 +178,6 @@ class Check:
             raise Incomplete
         for name, ours in dict(event=event, **want).items():
             self.equal("order", name, self.lines.now.get(name), ours)
-        self.taken[event].append(self.lines.now)
         return self.lines.now
 
     def run(self) -> None:
@@ -249,10 +186,34 @@ class Check:
             if not alike(value, theirs):
                 self.depart("header", f"config.{name}", theirs, value)
         self.lines.advance()
-        while not self.reason:
+        last = math.inf
+        if self.a.rounds:
+            first, last = self.a.rounds
+            self.pass_over(first)
+        while not self.reason and self.round <= last:
             self.check_round()
             self.round += 1
-        self.check_end()
+        self.step = None
+        self.round -= 1
+        if self.reason:
+            self.check_end()
+
+    def pass_over(self, first: int) -> None:
+        """Read the rounds before this one, but for their text and their sets check nothing."""
+        now = self.lines.now
+        while now.get("round", first) < first and len(self.text) < self.end:
+            if now["event"] == "emit":
+                self.text += now["tokens"]
+            if now["event"] == "optimise":
+                self.check_shape(now)
+            self.lines.advance()
+            now = self.lines.now
+        if now.get("event") != "round" or now["round"] != first or len(self.text) >= self.end:
+            raise Invalid(f"line {self.lines.number}: no round {first} follows")
+        if first > 0:
+            self.cached = len(self.text) - 1
+            read(self.model, self.text[:-1], 0, self.cache)
+        self.round = first
 
     def check_round(self) -> None:
         self.check_begin()
@@ -266,7 +227,7 @@ class Check:
             self.dump(drafted, self.logits, h, [])
         accepted = self.check_verdicts(drafts)
         own = self.check_own(drafts, accepted)
-        self.outcomes.append((k, accepted))
+        self.outcomes[self.round] = k, accepted
         self.check_emit([*drafted[:accepted], own])
         self.check_table(h[:, accepted])
         if self.lines.event == "times":
@@ -275,18 +236,17 @@ class Check:
 
     def check_begin(self) -> None:
         self.step = None
-        self.taken.clear()
         self.begin = self.take("round", round=self.round)
         self.equal("start", "start", self.begin["start"], len(self.text))
         skip = self.begin["skip"]
-        self.equal("skip", "skip", skip, self.way_back(len(skip) if self.M is None else self.M))
+        self.equal("skip", "skip", skip, self.set_of(len(skip) if self.M is None else self.M))
         self.lines.advance()
 
-    def way_back(self, j: int) -> list[int]:
+    def set_of(self, j: int) -> list[int]:
         """The set for budget j by the last table."""
-        if self.choice is None:
+        if self.skipped is None:
             return []
-        return trace.indices(self.choice.skip(min(j, len(self.choice.D[-1]) - 1)))
+        return way_back(self.skipped, min(j, len(self.skipped[-1]) - 1))
 
     def check_drafts(self) -> list[dict]:
         """-> the draft's lines. Keeps the logits (V,) that each token was drawn from."""
@@ -304,13 +264,60 @@ class Check:
             if self.a.dump_at == [self.round, self.step]:
                 self.dump(drafted, logits, torch.stack(h), skip)
             confidence = logits[0].softmax(-1).amax().item()
-            self.close("confidence", "confidence", line["confidence"], confidence, self.X)
-            of_q = allowed(logits[0], self.s, self.X, [line["token"]])
-            self.drawn("q", "q", [(q, None) for q in of_q])
+            self.close("confidence", "confidence", line["confidence"], confidence, self.X,
+                       self.context("confidence"))
+            q, others = self.nearest(logits[0], "q", [])
+            self.drawn(q, None, [(each, None) for each in others])
+            if q[line["token"]] > 0:
+                self.surprises.append(diagnosis.surprise(q, line["token"]))
             drafts.append(line)
             self.draft_logits.append(logits[0])
             self.lines.advance()
         return drafts
+
+    def nearest(self, logits: Tensor, field: str, about: Sequence[int]
+                ) -> tuple[Tensor, list[Tensor]]:
+        """Of the distributions that rounding allows the one whose probability of the token is the
+        nearest to what the line says in p or q, and those that are near enough."""
+        line = self.lines.now
+        token = line["token"]
+        options = allowed(logits, self.s, self.X, [token, *about])
+        off = [abs(line[field] - each[token].item()) for each in options]
+        best = options[off.index(min(off))]
+        rule = "own" if self.lines.event == "own" else field
+        note = hint = ""
+        if min(off) > self.slack and self.first is None:
+            note = self.context(rule)
+            hint = self.guess(logits, line[field], token)
+            ours = drawn_by(best, line["u"] or 0.0)
+            if ours != token and line.get("kind") != "residual" and rule != "p":
+                note += f"; ours draws token {ours} by this u"
+        self.close(rule, field, line[field], best[token].item(), self.slack, note, hint)
+        return best, [each for each, d in zip(options, off) if d <= self.slack]
+
+    def context(self, rule: str) -> str:
+        """What came before this pass, should it be the first that departs."""
+        since = diagnosis.since(self.step, self.outcomes.get(self.round - 1))
+        return f"{since}; {self.tally[rule].checked} before it agree"
+
+    def guess(self, logits: Tensor, value: float, token: int) -> str:
+        """Where to look if a probability is one that another row gives, or another filter."""
+        def fits(x: Tensor, s: Settings) -> bool:
+            return abs(distribution(x, s)[token].item() - value) <= self.slack
+
+        if not 1e-6 < value < 1 - 1e-6:                # too many would fit
+            return ""
+        s = self.s
+        for what, other in (("top-k", replace(s, top_k=0)), ("top-p", replace(s, top_p=1.0)),
+                            ("the temperature", replace(s, temperature=1.0)),
+                            ("top-k and top-p", replace(s, top_k=0, top_p=1.0)),
+                            ("any of them", Settings(temperature=1.0))):
+            if fits(logits, other):
+                return f"the filters: this is the number without {what}"
+        for row, x in enumerate(self.logits if self.lines.event != "draft" else []):
+            if fits(x, s):
+                return f"the verify's rows: row {row} has this number"
+        return ""
 
     def goes_on(self, drafts: list[dict]) -> bool:
         """Is the line looked at one more draft, and should it be? And is what ended it said?"""
@@ -348,18 +355,18 @@ class Check:
         accepted = 0
         rejected = False
         for self.step, d in enumerate(drafts):
-            token = d["token"]
-            line = self.take("verify", round=self.round, step=self.step, token=token)
+            line = self.take("verify", round=self.round, step=self.step, token=d["token"])
             p, q, a, u = (line[name] for name in "pqau")
-            of_p = allowed(self.logits[self.step], self.s, self.X, [token])
-            ours = min((each[token].item() for each in of_p), key=lambda x: abs(x - p))
-            self.close("p", "p", p, ours, self.slack)
-            self.equal("ratio", "q", q, d["q"])
-            self.close("ratio", "a", a, min(1.0, p / q) if q else math.inf, EXACT, "in float64")
+            self.nearest(self.logits[self.step], "p", [])
+            self.equal("ratio", "q", q, d["q"],
+                       hint="the verdict: a token is judged by the q that it was drawn from")
+            self.close("ratio", "a", a, min(1.0, p / q) if q else math.inf, EXACT,
+                       note="in float64")
             self.equal("verdict", "u given", u is not None, not rejected)
             self.equal("verdict", "accepted", line["accepted"], None if rejected else u < a)
             if not rejected:
                 self.uniforms.append(u)
+                self.pairs.append((d["u"], u))
                 rejected = not line["accepted"]
                 accepted += not rejected
             self.lines.advance()
@@ -370,17 +377,35 @@ class Check:
         """-> the full model's own token."""
         line = self.take("own", round=self.round)
         k = len(drafts)
-        kind = "residual" if accepted < k else "bonus" if k > 0 else "plain"
-        self.equal("kind", "kind", line["kind"], kind)
-        about = [line["token"]]
-        of_q = [None]
-        if kind == "residual":
-            about.append(drafts[accepted]["token"])
-            of_q = allowed(self.draft_logits[accepted], self.s, self.X, about)
-        of_p = allowed(self.logits[accepted], self.s, self.X, about)
-        self.drawn("own", "probability", list(itertools.product(of_p, of_q)))
+        rejected = accepted < k
+        self.equal("kind", "kind", line["kind"],
+                   "residual" if rejected else "bonus" if k > 0 else "plain")
+        about = [drafts[accepted]["token"]] if rejected else []
+        p, of_p = self.nearest(self.logits[accepted], "p", about)
+        q, of_q = None, [None]
+        if rejected:
+            q, of_q = self.nearest(self.draft_logits[accepted], "q", about)
+            self.corrections.append((self.uniforms[-1], line["u"]))
+        else:
+            self.equal("own", "q", line["q"], 0)
+        pairs = [(p, q), *itertools.product(of_p, of_q)]
+        masses = [1.0 if q is None else owed(p, q).sum().item() for p, q in pairs]
+        mass = min(masses, key=lambda mass: abs(mass - line["mass"]))
+        self.close("own", "mass", line["mass"], mass, 2 * self.slack if rejected else 0.0)
+        self.check_probability(line)
+        self.drawn(p, q, pairs)
         self.lines.advance()
         return line["token"]
+
+    def check_probability(self, line: dict) -> None:
+        """... of an own token, by what its own line says. So it is exact in any type."""
+        p, q, mass, probability = (line[name] for name in ("p", "q", "mass", "probability"))
+        ours = (p - q) / mass if mass > 0 else p
+        hint = "the residual: the token was drawn from p" if probability == p else ""
+        slack = ROUNDED * (p + q) / (mass or 1.0)
+        self.close("residual", "probability", probability, ours, slack, hint=hint)
+        if mass > 0 and q >= p:
+            self.depart("residual", "q", q, f"less than p, {p}")
 
     def check_emit(self, tokens: list[int]) -> None:
         stops = [n for n, token in enumerate(tokens) if token in self.s.stop_ids]
@@ -394,7 +419,6 @@ class Check:
         self.lines.advance()
 
     def check_table(self, probe: Tensor) -> None:                           # (L+1, D)
-        L = self.model.cfg.L
         event = self.lines.event
         due = (self.K != 0 and self.M != 0 and self.round % (self.interval or 1) == 0
                and not self.reason)
@@ -405,48 +429,82 @@ class Check:
         line = self.take("optimise", round=self.round)
         # subtle: not the last token of the text, which is emitted and not yet read
         self.equal("probe", "position", line["position"], len(self.text) - 2)
+        M = self.check_shape(line)
+        rows, _ = choose_by(self.r, functools.partial(ways, line["skipped"]), self.model,
+                            self.cache, self.text[:-1], probe, M)
+        self.check_cells(list(rows), line)
+        self.equal("path", "skip", line["skip"], self.set_of(M))
+        self.lines.advance()
+
+    def check_shape(self, line: dict) -> int:
+        """Keep a table's choices, if it has all; -> its M."""
+        L = self.model.cfg.L
         M = min(line["M"], L) if self.M is None else self.M
         self.equal("table", "M", line["M"], M, final=True)
         shape = [min(i, M) + 1 for i in range(L + 1)]
         for name in ("D", "skipped"):
             self.equal("table", f"entries per line of {name}", [len(x) for x in line[name]], shape,
                        final=True)
-        bits = [[bit == "1" for bit in row] for row in line["skipped"]]
-        self.choice = Choice(line["D"], bits, probe)
-        rows, _ = choose_by(self.r, partial(ways, line["skipped"]), self.model, self.cache,
-                            self.text[:-1], probe, M)
-        self.ways = []                                 # of every row
-        for i, row in enumerate(rows):
-            self.ways.append(row)
-            for j, near in enumerate(row):
-                self.check_cell(i, j, near, line)
-        self.equal("path", "skip", line["skip"], self.way_back(M))
-        self.lines.advance()
+        for i, row in enumerate(line["skipped"]):
+            for j, bit in enumerate(row):
+                ways = "0" if j == 0 else "1" if j == i else "01"       # nothing, or all skipped
+                if bit not in ways:
+                    self.depart("choice", f"skipped[{i}][{j}]", bit, ways, final=True)
+        self.skipped = line["skipped"]
+        return M
 
-    def check_cell(self, i: int, j: int, near: dict[str, float], line: dict) -> None:
-        bit = line["skipped"][i][j]
-        D = line["D"][i][j]
+    def check_cells(self, ways: list[list[dict[str, float]]], line: dict) -> None:
+        """A whole table is compared before a word is said of it: which cells depart tells why."""
         slack = self.X / 4
-        self.tally["choice"].checked += 1
-        if bit not in near:
-            self.depart("choice", f"skipped[{i}][{j}]", bit, *near, final=True)
-        best = max(near, key=near.get)
-        # A value that neither way has is no wrong choice: the table itself is wrong.
-        if near[best] - near[bit] > slack >= min(abs(D - value) for value in near.values()):
-            self.depart("choice", f"skipped[{i}][{j}]", bit, best, slack,
-                        f"cosines {near[bit]:.9g} and {near[best]:.9g}")
-        else:
-            self.close("table" if j else "column", f"D[{i}][{j}]", D, near[bit], slack)
+        off = {}
+        wrong = []                                     # what is to be said
+        for i, j in [(i, j) for i, row in enumerate(ways) for j in range(len(row))]:
+            near = ways[i][j]
+            bit = line["skipped"][i][j]
+            D = line["D"][i][j]
+            best = max(near, key=near.get)
+            self.tally["choice"].checked += 1
+            # A value that neither way has is no wrong choice: the table itself is wrong.
+            if near[best] - near[bit] > slack >= min(abs(D - value) for value in near.values()):
+                wrong.append(("choice", f"skipped[{i}][{j}]", bit, best, slack,
+                              f"cosines {near[bit]:.9g} and {near[best]:.9g}"))
+            rule = "table" if j > 0 else "column"
+            tally = self.tally[rule]
+            tally.checked += 1
+            tally.largest = max(tally.largest, abs(D - near[bit]))
+            if not abs(D - near[bit]) <= slack:
+                off[i, j] = abs(D - near[bit])
+                wrong.append((rule, f"D[{i}][{j}]", D, near[bit], slack))
+        hint = diagnosis.of_table(off, len(ways) - 1, self.r)
+        for departure in wrong:
+            self.depart(*departure, hint=hint)
 
     def check_end(self) -> None:
-        self.step = None
-        self.round -= 1
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
-        self.emitted = len(self.text) - len(self.header["prompt_ids"])
         self.equal("end", "emitted", line["emitted"], self.emitted)
         self.lines.advance()
         self.equal("end", "event", self.lines.event, "")
+
+    @property
+    def emitted(self) -> int:
+        return len(self.text) - len(self.header["prompt_ids"])
+
+    def check_whole(self) -> None:
+        """What no line shows: are the uniform numbers independent, and all drafts judged?"""
+        self.step = None
+        if self.s.temperature == 0:
+            return
+        self.equal("repeats", "numbers that repeat an earlier one",
+                   diagnosis.repeated(self.uniforms), 0, note=f"of {len(self.uniforms)}")
+        for what, pairs in (("a draw's with its verdict's", self.pairs),
+                            ("a rejection's with its correction's", self.corrections),
+                            ("neighbours", list(itertools.pairwise(self.uniforms)))):
+            self.close("independent", f"correlation of numbers, {what}",
+                       round(diagnosis.correlated(pairs), 2), 0.0, SIGMAS, note="its sigmas")
+        self.close("kept", "surprise of drafted tokens",
+                   min(0.0, round(diagnosis.surprised(self.surprises), 2)), 0.0, SIGMAS,
+                   note="its sigmas")
 
     def dump(self, drafted: list[int], logits: Tensor, h: Tensor, skip: list[int]) -> None:
         """The pass just made as a forward dump, up to its last token, and no further."""
@@ -462,21 +520,43 @@ class Check:
                          logits=logits, hidden=h, **entries)
         raise Reached(f"round {self.round}, {place}: {said}")
 
+    def report(self, status: int) -> list[str]:
+        """What is said of a trace: its first departure, which others there are, where to look."""
+        rounds = f"{self.round + 1} rounds, {self.emitted} tokens"
+        if self.a.rounds:
+            rounds = f"rounds {self.a.rounds[0]} to {self.round}"
+        if self.first is None:
+            if status == 3:
+                return [f"incomplete: no departure in {self.lines.number - 1} lines, and they "
+                        f"break off in round {self.round}"]
+            seen = [f"{rule} {self.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
+            return [f"no departure in {rounds}; largest difference in {', '.join(seen)}"]
+        first = self.first
+        before = self.outcomes.get(first.round - 1)
+        tally = {rule: t for rule, t in self.tally.items() if rule in NUMERIC and t.checked}
+        counts = [f"{rule} {len(t.departed)} of {t.checked}" for rule, t in tally.items()
+                  if t.departed]
+        right = [rule for rule, t in tally.items() if not t.departed]
+        said = [first.said, f"rule {first.rule}: {RULES[first.rule][1]}",
+                "look at: " + diagnosis.look_at(first, self.tally, before, self.s.temperature > 0)]
+        if counts:
+            said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
+        last = self.lines.number
+        if status == 1 and last != first.line:
+            said.append(f"it ends in line {last}: from there it is not known how the trace goes on")
+        return said
 
-def prepare(lines: Lines, a: argparse.Namespace, kind: type[Check] = Check,
-            model: Llama | None = None) -> Check:
+
+def prepare(lines: Lines, a: argparse.Namespace, fingerprint: Callable[[], dict],
+            load: Callable[[torch.dtype], Llama]) -> Check:
     """The header: is this a trace of the model at hand, of a size it can have?"""
     h = lines.header()
     cfg = Config.load(a.model)
-    ours = trace.fingerprint(a.model)
     prompt, said = h["prompt_ids"], h["settings"]
     dtype = a.dtype or h["dtype"]
     X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])
     T = said["temperature"]
-    differ = [name for name in ours if h["model"].get(name) != ours[name]]
     for wrong, what in (
-            (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
-             f"SHA-256 of {', '.join(differ)}"),
             ((said["M"] or 0) > cfg.L, f"M is {said['M']}; the model has {cfg.L} layers"),
             (not prompt or max(prompt) >= cfg.V, f"prompt_ids: one or more below {cfg.V} wanted"),
             (len(prompt) + said["N"] > cfg.context, f"{len(prompt)} prompt tokens and N = "
@@ -485,10 +565,14 @@ def prepare(lines: Lines, a: argparse.Namespace, kind: type[Check] = Check,
              "which checks nothing; trace at 0, or in float64")):
         if wrong:
             raise Invalid(f"line 1: {what}")
+    ours = fingerprint()
+    if h["model"] != ours:
+        differ = [name for name in ours if h["model"].get(name) != ours[name]]
+        raise Invalid(f"line 1: a trace of another model than {a.model}, which --model names: "
+                      f"SHA-256 of {', '.join(differ)}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
-    model = model or Llama.load(a.model, a.device, DTYPES[dtype])
-    return kind(lines, model, h, X, a)
+    return Check(lines, load(DTYPES[dtype]), h, X, a)
 
 
 def alike(ours: Any, theirs: Any) -> bool:
@@ -499,67 +583,73 @@ def alike(ours: Any, theirs: Any) -> bool:
 
 
 @torch.inference_mode()
-def check_file(a: argparse.Namespace) -> tuple[int, str]:
-    """-> exit status and report."""
-    with open(a.file, "rb") as file:
-        check = prepare(Lines(file), a)
+def check_file(path: str, a: argparse.Namespace, *model: Callable) -> tuple[int, str]:
+    """-> exit status and report. The model is read once for all files."""
+    with open(path, "rb") as file:
+        check = prepare(Lines(file), a, *model)
+        status = 0
         try:
             check.run()
-            status = 0
-            seen = [f"{rule} {check.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
-            said = [f"no departure in {check.round + 1} rounds, {check.emitted} tokens; largest "
-                    f"difference in {', '.join(seen)}"]
         except Reached as e:
             return 0, str(e)
-        except Departure as e:
+        except Ended:
             status = 1
-            said = list(e.args)
         except Incomplete:
             status = 3
-            said = [f"incomplete: {'a survey of' if a.survey else 'no departure in'} "
-                    f"{check.lines.number - 1} lines, and they break off in round {check.round}"]
+    check.check_whole()
+    said = check.report(status)
     if a.dump_at:
         raise Invalid("the replay does not come to round " + ", step ".join(map(str, a.dump_at))
-                      + "".join(f"; {line}" for line in said[:status]))
-    if a.survey:
-        found, counted = survey(check.tally, check.outcomes)
-        if status == 1:
-            counted.append("  it ends there, as it is not known how the trace goes on:")
-        said = counted + (said if status else [])
-        status = found or status
-    if check.s.temperature > 0:
-        said += repeated(check.uniforms)
-    return status, "\n".join(said)
+                      + "".join(f"; {line}" for line in said[:2 * (status == 1)]))
+    return 1 if check.first else status, "\n".join(said)
+
+
+def span(text: str) -> tuple[int, int]:
+    """A type for argparse: two rounds."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} are not two rounds such as 10-20")
+    return int(first), int(last)
+
+
+def add_model(p: Parser) -> None:
+    """The flags that say which model is asked, and where it runs."""
+    p.add_argument("--model", metavar="DIR", default=str(DEMO),
+                   help="its Hugging Face folder (default: the demo)")
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    p.add_argument("--device", default="cpu", choices=["cpu", *["cuda"][:len(gpus)], *gpus],
+                   help="(cpu)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
+        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check traces of CLaSp "
                    "against this implementation (oracle/TRACE.md).")
-        p.add_argument("file", metavar="FILE")
-        p.add_argument("--model", metavar="DIR", default=str(DEMO),
-                       help="Hugging Face folder of the trace's model (default: the demo)")
+        p.add_argument("files", metavar="FILE", nargs="+")
+        add_model(p)
         p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
                        type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
-        gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-        p.add_argument("--device", default="cpu", help="(cpu)",
-                       choices=["cpu", *["cuda"][:len(gpus)], *gpus])
-        p.add_argument("--survey", action="store_true", help="go on after departures in numbers")
+        p.add_argument("--rounds", type=span, metavar="A-B", help="check these alone")
         p.add_argument("--dump-at", type=numbers, metavar="ROUND[,STEP]", help="cache, states "
                        "and logits of the pass that drafts this step, or of the round's verify")
         p.add_argument("--out", metavar="DUMP", help="the file that --dump-at writes")
         a = p.parse_args(argv)
         if (a.dump_at is None) != (a.out is None) or a.dump_at and len(a.dump_at) > 2:
             raise UsageError("--dump-at ROUND,STEP (or ROUND) goes with --out FILE")
-        try:
-            status, said = check_file(a)
-        except (Invalid, ModelError) as e:
-            raise UsageError(f"{a.file}: {e}") from None
-        except OSError as e:                           # 1 is a departure, and this is none
-            raise UsageError(f"{e.filename}: {e.strerror}") from None
-        print(f"{a.file}: {said}")
-        return status
+        fingerprint = functools.cache(functools.partial(trace.fingerprint, a.model))
+        load = functools.lru_cache(1)(functools.partial(Llama.load, a.model, a.device))
+        found = []
+        for path in a.files:
+            try:
+                status, said = check_file(path, a, fingerprint, load)
+            except (Invalid, ModelError) as e:
+                raise UsageError(f"{path}: {e}") from None
+            except OSError as e:                       # 1 is a departure, and this is none
+                raise UsageError(f"{e.filename}: {e.strerror}") from None
+            print(f"{path}: {said}")
+            found.append(status)
+        return 1 if 1 in found else max(found)
     return answer(work)
 
 

@@ -10,37 +10,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
-import json  # noqa: E402
-from collections.abc import Iterable, Sequence  # noqa: E402
-from dataclasses import asdict  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 
 from command.cli import UsageError, answer, numbers  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from llama import Llama, torch  # noqa: E402
-from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
+from oracle.compare_dumps import save_dump  # noqa: E402
+from oracle.trace import about  # noqa: E402
 from speculative import CHUNK  # noqa: E402
-from text.safetensors_file import save  # noqa: E402
-
-TENSORS = dict(
-    prompt_ids="(T,) the tokens",
-    logits="(n, V) of the last n tokens: a row scores what follows its token; before temperature",
-    hidden="(L+1, n, D) 0 the embedding, i what layer i receives, L before the final norm",
-    keys="(L, T, G, hd) as cached, after the rotary embedding; zeros where a layer was skipped",
-    values="(L, T, G, hd) as cached; zeros where a layer was skipped")
-
-
-def save_dump(path: str | Path, model: Llama, about: dict, skip: Iterable[int],
-              **tensors: torch.Tensor) -> str:
-    """Write the tensors of `TENSORS`; -> what has been written, in words."""
-    assert tensors.keys() == TENSORS.keys()
-    meta = dict(version=VERSION, program=PROGRAM, tensors=TENSORS, skip=sorted(skip),
-                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."), **about)
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    # One entry: several would come in any order, and the same dump not be the same bytes.
-    save(tensors, path, {"clasp-forward": json.dumps(meta)})
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-    return f"{path}: {shapes}, {Path(path).stat().st_size / 1e6:.1f} MB"
 
 
 @torch.inference_mode()

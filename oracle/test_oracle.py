@@ -4,6 +4,7 @@ tiny one that ships.
 """
 import copy
 import io
+import itertools
 import json
 import math
 import random
@@ -11,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +25,15 @@ import llama
 import speculative
 from command.flags import DTYPES
 from llama import Config, Llama
-from oracle import check_trace, compare_dumps, dump_forward, make_vectors, survey, trace
-from oracle.check_trace import NUMERIC, RULES, TOLERANCE
+from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
+from oracle.check_trace import NUMERIC, TOLERANCE
+from oracle.diagnosis import RULES, correlated, repeated
 from oracle.make_vectors import by_round, policy_of
-from oracle.survey import Tally, repeated
 from oracle.trace import Recording, write_trace
+from policy import probe
 from speculative import Chance, Settings
 from tests.slow_llama import INDEX, random_checkpoint, reference, same
-from tests.wrong_programs import WRONG, edit, put, running
+from tests.wrong_programs import WRONG, put, running
 from text.safetensors_file import save
 
 torch.set_num_threads(1)
@@ -203,7 +206,8 @@ RULE_OF = dict(      # what is said of a line in which this field alone is wrong
     draft=dict(round="order", step="order", token="q", q="q", confidence="confidence", u="draw"),
     verify=dict(round="order", step="order", token="order", p="p", q="ratio", a="ratio",
                 accepted="verdict"),
-    own=dict(round="order", kind="kind", token="own", probability="own", u="draw"),
+    own=dict(round="order", kind="kind", token="own", probability="residual", u="draw", p="own",
+             q="own", mass="own"),
     emit=dict(round="order", tokens="emit"), end=dict(reason="end", emitted="end"),
     optimise=dict(round="order", position="probe", M="table", D="table", skip="path"))
 OTHER_WORDS = dict(prefill="K", K="N", N="K", stop="K", confidence="K", plain="bonus",
@@ -236,9 +240,9 @@ def test_every_wrong_value_is_found_where_it_is(check, lively):
             for field, rule in RULE_OF[event].items():
                 value = other(field, lively[i][field])
                 status, out, err = check(with_line(lively, i, **{field: value}))
-                assert (status, err, out.count("\n")) == (1, "", 2)
-                assert re.match(rf"line {i + 1}, round \d+.*: .*: trace .*, ours .*\nrule {rule}:",
-                                out), (field, out)
+                assert (status, err) == (1, "")
+                assert re.match(rf"line {i + 1}, round \d+.*: .*: trace .*, ours .*\nrule {rule}:.*"
+                                "\nlook at: the ", out), (field, out)
 
 
 def at(event, action, n=0, **where):
@@ -272,10 +276,9 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("verdict", at("verify", set_to(u=None), **JUDGED), ""),
     ("verdict", at("verify", set_to(u=0.5), **UNJUDGED), ""),
     ("q", at("draft", lambda x, i: x[i].update(token=(x[i]["token"] + 1) % 50)),
-     r"ours 0\.\d+ \(tolerance 4e-05; ours draws token "),
-    ("own", at("own", set_to(probability=0.9), kind="residual"),
-     r"\(tolerance (8\.[2-9]e-05|0\.\d+)"),                          # 2 X / T over its mass
-    ("skip", at("round", set_to(skip=[1])), ""),
+     r"ours 0\.\d+ \(tolerance 4e-05; the first drafted; 0 before it agree; ours draws token "),
+    ("residual", at("own", lambda x, i: x[i].update(probability=x[i]["p"]), kind="residual"),
+     "look at: .*drawn from p"),
     ("skip", at("round", lambda x, i: gone(x[i]["skip"], 0), round=2), ""),     # another budget's
     ("order", at("verify", gone), ""), ("exit", at("draft", interleave, step=1), ""),
     ("exit", at("draft", lambda x, i: x.insert(i + 1, dict(x[i])) or 1, step=3), ""),
@@ -285,8 +288,9 @@ CORRUPTIONS = [                        # rule, what is done to the lines, what e
     ("interval", at("emit", lambda x, i: x.insert(i + 1, x[4] | dict(round=1)) or 1, round=1), ""),
     ("column", at("optimise", lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), **THIRD), ""),
     ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(4, "110"), **THIRD), ""),
+    ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), **THIRD), ""),
     ("end", at("end", lambda x, i: x.append(x[1]) or 1), ""),
-    ("own", at("own", settings(temperature=0.6)), ""), ("table", at("optimise", settings(M=1)), ""),
+    ("own", at("own", settings(temperature=0.6)), ""),
     ("exit", at("draft", settings(K=3), step=3), ""),
     ("exit", at("draft", settings(exit_threshold=0.9), step=1), ""),
     ("interval", at("optimise", lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"])), ""),
@@ -300,8 +304,8 @@ def test_every_corruption_is_found_where_it_is(rule, corrupt, said, check, livel
     not say what is needed to understand it."""
     where = corrupt(lines := copy.deepcopy(lively))
     status, out, err = check(lines)
-    assert (status, err, out.count("\n")) == (1, "", 2)
-    assert re.match(rf"line {where}, .*{said}.*\nrule {rule}:", out), out
+    assert (status, err) == (1, "")
+    assert re.match(rf"line {where}, .*\nrule {rule}:", out) and re.search(said, out), out
 
 
 # ---------------------------------------------------------------- tolerances, from both sides
@@ -321,7 +325,8 @@ def nudged(lines, rule, by):
         lines[find(lines, "optimise")]["D"][3][rule == "table"] -= by
     else:
         line = lines[find(lines, "own", kind="plain")]
-        line["probability"] += by * (rule == "own")
+        line["p"] += by * (rule == "own")
+        line["probability"] = line["p"] + by * (rule == "residual")
         line["u"] = dict(draw=line["end"] + by, draw_before=line["begin"] - by).get(rule, line["u"])
     return [{k: v for k, v in line.items() if k not in ("begin", "end")} for line in lines]
 
@@ -344,11 +349,14 @@ def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, 
     line["begin"] = line["end"] - p[line["token"]].item()
     slack = dict.fromkeys(("q", "p", "own", "draw", "draw_before"), X / min(1, temperature))
     slack |= dict(confidence=X, column=X / 4, table=X / 4, ratio=1e-9)
-    for rule, allowed in slack.items():
+    slack["residual"] = 1e-6 * line["p"]
+    for rule, most in slack.items():
         for by, status in ((0.9, 0), (1.1, 1)):
-            got, out, err = check(nudged(lines, rule, by * allowed))
+            got, out, err = check(nudged(lines, rule, by * most))
             named = f"rule {rule.partition('_')[0]}:"
             assert (got, err) == (status, "") and (got == 0 or named in out), out
+            small = dtype == "float64" and rule in ("draw", "draw_before")
+            assert ("a running sum in float32" in out) == (small and status == 1)
     for tolerance, status in ((1.2 * X, 0), (X, 1), (0, 2)):
         assert check(nudged(lines, "q", 1.1 * slack["q"]), "--tolerance", tolerance)[0] == status
 
@@ -359,7 +367,8 @@ def test_what_a_float32_program_writes_and_its_times_are_read(check, lively):
     config = {k: torch.tensor(v).item() if type(v) is float else v
               for k, v in lively[0]["config"].items()}
     assert config != lively[0]["config"] and check(with_line(lively, 0, config=config))[0] == 0
-    assert check(with_line(RUNS["tiny-greedy"], 2, probability=1 + 1e-10), model=TINY)[0] == 0
+    rounded = dict(probability=1 + 1e-10, p=1 + 1e-10)
+    assert check(with_line(RUNS["tiny-greedy"], 2, **rounded), model=TINY)[0] == 0
     for fields, status in (dict(), 0), (dict(draft=-1.0), 2), (dict(round=1), 1):
         times = dict(event="times", round=0, draft=0.0, verify=0.1, optimise=0.0) | fields
         assert check([*lively[:5], times, *lively[5:]])[0] == status
@@ -386,8 +395,10 @@ def test_a_rejection_that_only_rounding_explains_is_no_departure(M, check, rando
     """Rejects a residual compared as if it were exact: here next to nothing is owed, and which
     token it falls to differs with the precision."""
     class Unlucky(Recording):
+        other = Chance(1)
+
         def accept(self, a):
-            u = 1 - 1e-12
+            u = 1 - 1e-12 * Chance.uniform(self.other)
             self.verdicts.append((a, u, u < a))
             return u < a
 
@@ -397,13 +408,34 @@ def test_a_rejection_that_only_rounding_explains_is_no_departure(M, check, rando
         assert check(lines, "--dtype", dtype)[::2] == (0, "")
 
 
+def test_the_checkers_own_filters_are_those_of_the_program():
+    """Rejects a checker that judges by other filters, residuals or draws than the program's, at
+    logits that tie and at any settings. (It has its own, so as not to judge by what it judges.)"""
+    generator = torch.Generator().manual_seed(0)
+    for n, (T, top_k, top_p) in enumerate(itertools.product(
+            (0, 1e-3, 0.7, 1, 9), (0, 1, 3, 60), (1e-9, 0.5, 0.9, 1))):
+        logits = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+        logits[:, 20:] = logits[:, :20]
+        s = Settings(temperature=T, top_k=top_k, top_p=top_p)
+        p = speculative.probabilities(logits, s)
+        ours = torch.stack([allowed.distribution(x, s) for x in logits])
+        assert torch.equal(p > 0, ours > 0) and torch.allclose(p, ours, 1e-12, 0)
+        owed = speculative.residual(*p)
+        mass = allowed.owed(*ours).sum()
+        assert torch.allclose(mass * owed, allowed.owed(*ours), 1e-9, 1e-15)
+        for of_p, of_q, dist in ((ours[0], None, p[0]), (*ours, owed)):
+            token = int(Recording(Chance(n).uniform).draw(dist))
+            assert allowed.distance(of_p, of_q, token, Chance(n).uniform()) == 0
+            assert allowed.drawn_by(dist, Chance(n).uniform()) == token
+
+
 def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
     """Rejects one distribution where rounding decides between several, several where it does not,
     and a token asked about that is lost among its equals."""
     def kept(p, s, about=(), X=1e-6):
         logits = torch.tensor(p, dtype=torch.float64).log()
-        options = check_trace.allowed(logits, s, X, about)
-        assert torch.equal(options[0], speculative.probabilities(logits, s))
+        options = allowed.allowed(logits, s, X, about)
+        assert torch.equal(options[0], allowed.distribution(logits, s))
         return {tuple((q > 0).nonzero()[:, 0].tolist()) for q in options}
 
     hot = Settings(temperature=1.0)
@@ -430,12 +462,11 @@ def test_a_confidence_within_the_tolerance_of_the_threshold_may_go_either_way(ch
 
 
 def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check):
-    """Rejects the demand that a greedy program draw at all, a warning that it does not, and a wrong
-    token that u = 0 lets through."""
+    """Rejects the demand that a greedy program draw at all, an alarm that its numbers repeat, and a
+    wrong token that u = 0 lets through."""
     lines = [line | dict(u=0) if line.get("u") is not None else line
              for line in RUNS["tiny-greedy"]]
-    status, out, _ = check(lines, model=TINY)
-    assert status == 0 and "warning" not in out
+    assert check(lines, model=TINY)[0] == 0
     i = find(lines, "own")
     out = check(with_line(lines, i, token=0), model=TINY)[1]
     assert "rule own" in out and f"ours draws token {lines[i]['token']} by this u" in out
@@ -443,41 +474,107 @@ def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check):
 
 # ---------------------------------------------------------------- wrong programs
 
-class OneForBoth(Recording):
-    """The uniform that drew a token judges it too."""
+class Numbers(Recording):
+    """Uniform numbers of which some are made of others: a verdict's of its draft's, or a
+    correction's of the one that rejected."""
+
+    def __init__(self, source, verdict=None, correction=None):
+        super().__init__(source)
+        self.of_verdict = verdict
+        self.of_correction = correction
+        self.judging = False
 
     def accept(self, a):
-        own = self.source
-        self.source = lambda: self.draws[len(self.verdicts)][2]
-        answer = super().accept(a)
-        self.source = own
-        return answer
-
-
-class RejectedAgain(Recording):
-    """The uniform that rejected draws the correction too."""
+        self.judging = True
+        return super().accept(a)
 
     def uniform(self):
-        return self.last if self.verdicts and not self.verdicts[-1][2] else super().uniform()
+        u = super().uniform()
+        if self.judging and self.of_verdict:
+            u = self.of_verdict(self.draws[len(self.verdicts)][2])
+        if not self.judging and self.of_correction and self.verdicts and not self.verdicts[-1][2]:
+            u = self.of_correction(self.verdicts[-1][1])
+        self.judging = False
+        self.last = u
+        return u
 
 
-CHANCES = {"one uniform draws and judges": OneForBoth,
-           "a rejected uniform is used again": RejectedAgain}
-MORE = {
-    "the draft skips another set": edit(
-        speculative, "generate", ("text, most, skip, s,", "text, most, skip[::-1], s,")),
-    "the forward has another eps": edit(
-        Config, "load", ('eps=number("rms_norm_eps", 1e-6, float)', "eps=1e-3")),
-    "a has no upper limit": put(speculative, "acceptance", lambda p, q: p.double() / q.double()),
-}
-NAMED_BY = {        # a rule; of all others any one does
-    **dict.fromkeys(CHANCES, "warning: [0-9]+ of [0-9]+ uniform numbers"),
-    "the drafts' keys stay after a verify": "rule confidence", "residual = p": "rule own",
-    "the forward has another eps": "rule header", "a has no upper limit": "rule ratio",
-    "one position too far": "rule column", "the worse choice wins": "rule choice",
-    "drafting goes on behind a stop token": "rule exit"}
+right = types.SimpleNamespace(
+    draft=speculative.draft, judge=speculative.judge, draw=Chance.draw, norm=llama.rms_norm,
+    forward=Llama.forward, cosine=dp_layer_skip.cosine, candidates=llama.Cache.candidates,
+    sequence=llama.Cache.sequence, probabilities=speculative.probabilities)
+
+
+def blind(bias, t):
+    bias[..., t - 1] = -math.inf
+    return bias
+
+
+def throwing_away(*how):
+    """A draft that ends before a token that seems unlikely, though it was drawn."""
+    drafted, q, confidence = right.draft(*how)
+    k = next((k for k, (token, p) in enumerate(zip(drafted, q)) if p[token] < 0.02), len(drafted))
+    del how[-1].draws[k:]
+    return drafted[:k], q[:k], confidence[:k]
+
+
+def cached_by_turn(self, ids, rows, cache, skip=()):
+    """A draft whose layers have their caches in the order in which they run."""
+    own = cache.layers
+    if any(skip):
+        order = sorted(range(len(skip)), key=lambda i: skip[i])
+        cache.layers = [own[order.index(i)] for i in range(len(skip))]
+    h = right.forward(self, ids, rows, cache, skip)
+    cache.layers = own
+    return h
+
+
+HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=60)
+CHANCES = {        # the generator of a lossy program
+    "one number draws and judges": lambda source: Numbers(source, verdict=lambda u: u),
+    "a verdict by the mirrored number": lambda source: Numbers(source, verdict=lambda u: 1 - u),
+    "a rejected number draws": lambda source: Numbers(source, correction=lambda u: u),
+    "a rejected number draws mirrored": lambda source: Numbers(source, correction=lambda u: 1 - u),
+    "numbers begin again": lambda source: Recording(
+        itertools.cycle([source() for _ in range(9)]).__next__)}
+PLANTED = {        # a change by name: where the first message must send
+    "another set": (put(Llama, "forward", lambda self, ids, rows, cache, skip=():
+                        right.forward(self, ids, rows, cache, skip[::-1])), "the draft"),
+    "caches by turn": (put(Llama, "forward", cached_by_turn), "the draft"),
+    "a larger eps": (put(llama, "rms_norm", lambda x, w, eps: right.norm(x, w, 100 * eps)),
+                     "the forward pass"),
+    "no final norm": (put(Llama, "head", lambda self, x: (x @ self.lm_head.T)), "the forward pass"),
+    "no upper limit": (put(speculative, "acceptance", lambda p, q: p.double() / q), "the verdict"),
+    "the wrong way up": (put(speculative, "acceptance", lambda p, q: (q.double() / p).clamp(max=1)),
+                         "the verdict"),
+    "|p - q|": (put(speculative, "residual", lambda p, q: (p - q).abs() / (p - q).abs().sum()),
+                "the residual"),
+    "the row before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
+        p[[0, *range(len(drafted))]], q, drafted, chance)), "the (verdict|bonus token|residual)"),
+    "rows one late": (put(speculative, "probabilities", lambda logits, s: right.probabilities(
+        logits if logits.dim() == 1 else logits[[0, *range(len(logits) - 1)]], s)),
+        "the verify's rows"),
+    "cosines of bfloat16": (put(dp_layer_skip, "cosine", lambda a, b: right.cosine(
+        a.bfloat16(), b.bfloat16())), "the table: how near"),
+    "a mask without the token before": (put(llama.Cache, "candidates", lambda self, t, J:
+        right.candidates(self, t, J)._replace(bias=blind(right.candidates(self, t, J).bias, t))),
+        "the candidates"),
+    "no causal mask": (put(llama.Cache, "sequence", lambda self, t, T:
+        right.sequence(self, t, T)._replace(bias=self.cos.new_zeros(T, self.R, t + T))),
+        "the forward pass"),
+    "draws from the last id on": (put(
+        Chance, "draw", lambda self, p: len(p) - 1 - right.draw(self, p.flip(0))), "the draw"),
+    "the q before": (put(
+        speculative, "judge", lambda p, q, drafted, chance:
+        right.judge(p, [*q[:1], *q[:-1]], drafted, chance)), "the (verdict|residual)"),
+    **{name: (None, "the generator") for name in CHANCES}}
+# Of the table of wrong programs: in which part those of a module are.
+PART_OF = {dp_layer_skip: "the table", llama: "the (forward pass|cache|draft|candidates)",
+           probe: "the (candidates|table: how near|table: what states)",
+           speculative: "the (filters|verdict|residual|draw|draft|bonus token|verify's rows|loop|"
+                        "cache|table: (what states|h)|candidates: their position)"}
 # What is as right, up to rounding, or in no trace; what takes a u of 0, a number just at an edge or
-# none, or what this model or policy has not; what writes no trace or other numbers (see CHANCES).
+# none, or what this model or policy has not; what writes no trace or other numbers.
 UNSEEN = {
     "ties are run", "top-k cuts ties by id", "uniforms of 24 bits", "scratch begins at the probe",
     "a skipped layer writes", "a call for every cell", "g[i,0] is computed again",
@@ -496,95 +593,147 @@ UNSEEN = {
     "a probe longer than the text", "the correction is drawn with the uniform that rejected"}
 
 
-@pytest.mark.parametrize("wrong", [*CHANCES, *MORE, *(
-    name for of_module in WRONG.values() for name in of_module if name not in UNSEEN)])
-def test_the_trace_of_a_wrong_program_departs(wrong, check):
-    """Rejects a checker that any of the wrong programs would satisfy, on forty prompts, or one that
-    leads astray."""
+def first_message(wrong, check):
+    """What the checker says of the trace of a wrong program, on the first of forty prompts on which
+    it says anything."""
+    change, _ = PLANTED.get(wrong, (wrong, None))
+    numbers = CHANCES.get(wrong, Recording)
     for seed in range(40):
-        chance = CHANCES.get(wrong, Recording)(Chance(seed).uniform)
         s = replace(S, exit_threshold=0.05 * (seed % 2), stop_ids=tuple(range(40, 46 + seed % 9)))
-        with running(*[] if wrong in CHANCES else [MORE.get(wrong, wrong)]):
-            lines = trace_of(TINY, [seed, 41, 7], s, chance, seed, (1, 2, 9)[seed % 3])
+        with running(*[change] * (wrong not in CHANCES)):
+            lines = trace_of(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s,
+                             numbers(Chance(seed).uniform), seed, (1, 2, 9)[seed % 3])
         status, said, err = check(lines, model=TINY)
         assert err == "" and status in (0, 1)
-        if status == 1 or "warning" in said:
-            assert re.search(NAMED_BY.get(wrong, ""), said), said
-            return
-    raise AssertionError("nothing departs")
+        if status == 1:
+            return re.search("look at: (.*)", said)[1]
+    return None
 
 
-# ---------------------------------------------------------------- uniform numbers, surveys
+def test_every_wrong_program_is_found_and_most_at_the_right_place(check):
+    """Rejects a checker that any of the wrong programs would satisfy, and one that leads astray: of
+    its first messages at most 2 % name a part where the error is not."""
+    faults = dict(PLANTED)
+    for module, names in WRONG.items():
+        faults |= {name: (name, PART_OF[module]) for name in names if name not in UNSEEN}
+    said = {wrong: first_message(wrong, check) for wrong in faults}
+    missed = [wrong for wrong in faults if said[wrong] is None]
+    astray = [(wrong, said[wrong]) for wrong, (_, part) in faults.items()
+              if said[wrong] and not re.search(part, said[wrong])]
+    assert not missed and len(astray) <= 0.02 * len(faults) and len(faults) > 50, (missed, astray)
+
+
+def test_drafted_tokens_that_were_thrown_away_are_missed(check):
+    """Rejects a checker that believes a policy, of open settings, which drafts only what it likes;
+    and one that suspects a policy that ends a draft early."""
+    for changes, status in (([], 0), ([put(speculative, "draft", throwing_away)], 1)):
+        with running(*changes):
+            lines = trace_of(TINY, [3, 41, 7], replace(HOT, N=150, exit_threshold=0.0, K=3))
+        for line in lines:
+            if line.get("ended") in ("K", "policy"):
+                line["ended"] = "policy"
+        lines = with_settings(lines, K=None)
+        got, out, _ = check(lines, model=TINY)
+        assert got == status and (got == 0 or "rule kept" in out), out
+
+
+IN_BFLOAT16 = {
+    "residual = p": lambda p, q: p,
+    "|p - q|": lambda p, q: (p - q).abs() / (p - q).abs().sum(),
+    "a softmax": lambda p, q: (p - q).softmax(-1),
+    "not normalised": lambda p, q: (p - q).clamp(0)}
+
+
+@pytest.mark.parametrize("wrong", IN_BFLOAT16)
+def test_a_wrong_residual_is_found_in_bfloat16_too(wrong, check):
+    """Rejects a residual that is compared with the replay alone, of which little is known there."""
+    with running(put(speculative, "residual", IN_BFLOAT16[wrong])):
+        lines = trace_of(TINY, [3, 41, 7], replace(HOT, temperature=1.0), dtype=torch.bfloat16)
+    out = check(lines, model=TINY)[1]
+    assert "rule residual" in out and "look at: the residual" in out, out
+
+
+# ---------------------------------------------------------------- the numbers of a whole trace
 
 def test_repeated_uniforms_are_told_from_chance():
-    """Rejects an alarm for the repeats that float32's 2^24 numbers must have in a long trace, or
-    for what happens to every tenth; and silence about few repeats in a short one, about one of 53
-    bits, and about zeros alone."""
+    """Rejects an alarm for the repeats that float32's 2^24 numbers, or 2^32, must have in a long
+    trace, or for one of them in a short one; and silence about few repeats in a short one, about
+    one of 53 bits, and about zeros alone."""
     narrow = torch.rand(6000, generator=torch.Generator().manual_seed(0)).tolist()
     wide = [Chance(0).uniform() + n / 2 ** 14 for n in range(6000)]
+    middle = [math.floor(u * 2 ** 32) / 2 ** 32 for u in wide]
     assert len(set(narrow)) < 6000 and len(set(narrow[:1800])) == 1800
-    for fine in (narrow, [*narrow[:1800], narrow[0]], wide, [], [0.0]):
-        assert repeated(fine) == []
+    for fine in (narrow, [*narrow[:1800], narrow[0]], [*narrow[:90], narrow[0]],
+                 [*middle, middle[0]], wide, [], [0.0]):
+        assert repeated(fine) == 0
     for numbers, again in (([*wide, wide[0]], 1), ([*narrow[:60], *narrow[50:60]], 10),
                            ([0.0] * 200, 199), (narrow[:600] * 2, 600)):
-        warning, = repeated(numbers)
-        assert warning.startswith(f"warning: {again} of {len(numbers)} uniform numbers repeat")
+        assert repeated(numbers) == again
 
 
-NONE, REJECTED, ACCEPTED = (0, 0), (4, 1), (4, 4)      # a round: drafted, accepted
-MEANINGS = [        # what departs: (rule, round, kind of line), .. | the rounds | what is said
-    ([("confidence", 2, "draft"), ("p", 2, "verify")], [NONE, REJECTED, ACCEPTED],
-     "before round 2, the first after a rejection"),
-    ([("confidence", 2, "draft"), ("p", 3, "verify")], [NONE, ACCEPTED, REJECTED, NONE],
-     "before round 2, the first after a round with all accepted"),
-    ([("confidence", 1, "draft"), ("q", 1, "draft")], [NONE, REJECTED], "only the draft is wrong"),
-    ([("own", 0, "plain"), ("confidence", 1, "draft")], [NONE, NONE], "compare forward dumps"),
-    ([("own", 0, "plain")], [NONE], "only the bonus and what is drawn alone"),
-    ([("own", 1, "residual")], [NONE, REJECTED], "only residuals depart"),
-    ([("q", 1, "draft"), ("p", 1, "verify")], [NONE, REJECTED], "what is made of logits does not"),
-    ([("p", 1, "verify")], [NONE, REJECTED], "the verify alone"),
-    ([("column", 0, "optimise"), ("table", 0, "optimise")], [NONE], "column 0: the candidate"),
-    ([("choice", 0, "optimise")], [NONE], "column 0 agrees"),
-]
+def test_numbers_that_follow_from_one_another_are_told_from_chance():
+    """Rejects a sum that is not in standard deviations, and an alarm for few numbers or equal
+    ones."""
+    x = torch.rand(200, 100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = torch.tensor([correlated(pairs.tolist()) for pairs in x])
+    assert 0.8 < sums.std() < 1.2 and sums.abs().max() < 4
+    assert correlated([(u, 1 - u) for u in x[0, :100, 0].tolist()]) == pytest.approx(-10)
+    assert correlated([(0.1, 0.9)] * 2) == correlated([(0.5, 0.5)] * 99) == correlated([]) == 0
 
 
-@pytest.mark.parametrize("departed, outcomes, said", MEANINGS, ids=lambda x: str(x)[:30])
-def test_a_survey_says_what_a_pattern_means(departed, outcomes, said):
-    """Rejects a survey that looks at another round than the one before the first departure, or
-    takes one pattern for another."""
-    tally = {rule: Tally(checked=100) for rule in RULES}
-    for rule, n, kind in departed:
-        tally[rule].departed.append((7, n, kind))
-    status, lines = survey.survey(tally, outcomes)
-    assert status == 1 and re.search(said, lines[-1])
-
-
-def test_a_survey_counts_departures_in_numbers_and_ends_at_others(check, lively):
-    """Rejects a survey that invents, a count of the first alone, a place that is the last one's,
-    and one that goes on where the trace does not say how."""
+def test_the_check_goes_on_after_departures_in_numbers_and_counts_them(check, lively):
+    """Rejects a count of the first alone, a place that is the last one's, and one that goes on
+    where the trace does not say how."""
     i = find(lively, "draft", 2)
-    status, out, err = check(lively, "--survey")
-    assert (status, err) == (0, "") and "no rule departed from" in out
     lines = copy.deepcopy(lively)
     for n in (2, 3):
         lines[find(lines, "draft", n)]["confidence"] += 1e-3
     k = sum(line["event"] == "draft" for line in lines)
-    found = rf"confidence +2 of +{k}, largest difference 1\.0e-03, first in line {i + 1},"
-    status, out, _ = check(lines, "--survey")
-    assert status == 1 and f"1 of {len(RULES)} rules departed from" in out and re.search(found, out)
+    status, out, _ = check(lines)
+    assert status == 1 and out.startswith(f"line {i + 1}, ") and "2 before it agree" in out
+    assert re.search(rf"departures in \d+ rounds, .*: confidence 2 of {k}; none in q, p, ", out)
+    assert "the confidence: the draft's highest probability" in out and "it ends" not in out
     end = find(lines, "emit", -1)
-    out = check(with_line(lines, end, tokens=[0]), "--survey")[1]
-    assert re.search(f"(?s){found}.*it ends there.*line {end + 1}, .*rule emit", out)
+    out = check(with_line(lines, end, tokens=[0]))[1]
+    assert out.startswith(f"line {i + 1}, ") and f"it ends in line {end + 1}" in out
+
+
+def test_several_traces_have_one_status(lively, random_model, tmp_path, capsys):
+    """Rejects the status of the last alone, and one that hides a departure behind another."""
+    files = dict(right=lively, short=lively[:9], wrong=[*lively[:2], lively[2] | dict(p=0.9)])
+    for name, lines in files.items():
+        (tmp_path / name).write_bytes(jsonl(*lines))
+    for names, status in (("right right", 0), ("short right", 3), ("wrong short right", 1)):
+        paths = [str(tmp_path / name) for name in names.split()]
+        assert check_trace.main([*paths, "--model", str(random_model)]) == status
+        out = capsys.readouterr().out
+        assert all(re.search(f"^{path}: (no dep|incom|line 3)", out, re.M) for path in paths)
+
+
+def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
+    """Rejects a part that begins with another text, set or cache than the whole has there, that is
+    cut off a round early or late, and one that is not there."""
+    last = lively[find(lively, "emit", -1)]["round"]
+    for part in ("0-1", f"2-{last - 1}", f"3-{last + 9}"):
+        assert check(lively, "--rounds", part)[::2] == (0, "")
+    wrong = with_line(lively, find(lively, "draft", round=3), confidence=0.9)
+    for part, status in (("1-2", 0), ("3-3", 1), ("2-5", 1), ("4-9", 0)):
+        got, out, _ = check(wrong, "--rounds", part)
+        assert got == status and (status == 1 or f"rounds {part[0]} to {part[-1]}; " in out), out
+    for part in ("9-2", "x", f"{last + 1}-{last + 2}"):
+        assert check(lively, "--rounds", part)[::2][0] == 2
+    cut = [line for line in lively if line["event"] != "emit" or line["round"] > 1]
+    assert check(cut, "--rounds", "2-3")[0] == 1
 
 
 # ---------------------------------------------------------------- files from other programs
 
 NO_TRACES = [                          # what is in the file, what is said
-    (lambda x: b"", "empty"), (lambda x: b"hello\n", "line 1: not JSON"),
-    (lambda x: b"[1]\n", "a JSON object"), (lambda x: b"[" * 10 ** 6 + b"\n", "line 1: not JSON"),
-    (lambda x: jsonl(*x)[:-5], "line {n}: cut short"),
-    (lambda x: jsonl(*x[1:]), "line 1: event 'round'"),
-    (lambda x: with_line(x, 0, version=2), "version is 2; (3,) wanted"),
+    (lambda x: b"", "empty"), (lambda x: b"hello\n", "line 1: b'hello"),
+    (lambda x: b"[1]\n", "a JSON object"), (lambda x: b"[" * 10 ** 6 + b"\n", "line 1: b'["),
+    (lambda x: jsonl(*x)[:-5], "line {n}: b'"), (lambda x: b'{"event": []}', "line 1: b'{"),
+    (lambda x: jsonl(*x[1:]), "whose event is one of header"),
+    (lambda x: with_line(x, 0, version=3), "version is 3; (4,) wanted"),
     (lambda x: with_line(x, 0, model={"config.json": 0}), "a trace of another model"),
     (lambda x: with_line(x, 0, prompt_ids=[50]), "prompt_ids"),
     (lambda x: with_settings(x, N=10 ** 8), "the model's context of 2048"),
@@ -613,7 +762,7 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     that is silently not skipped."""
     (right := tmp_path / "t").write_bytes(jsonl(*lively))
     for said, main, *arguments in (
-            ("directory", check_trace, DEMO), ("not JSON", check_trace, DEMO / "config.json"),
+            ("directory", check_trace, DEMO), ("line 1", check_trace, DEMO / "config.json"),
             ("config.json", check_trace, right, "--model", "/no"),
             ("--out", check_trace, right, "--dump-at", "1,2"),
             ("another model", check_trace, right),
@@ -628,11 +777,10 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
 def test_a_trace_that_breaks_off_is_checked_as_far_as_it_goes(check, lively):
     """Rejects success for a run without its end, and silence about an error before the break."""
     for n in (1, 3, 4, 9, len(lively) - 1):
-        for flags, said in ([], "no departure in"), (["--survey"], "a survey of"):
-            status, out, err = check(lively[:n], *flags)
-            assert (status, err) == (3, "") and f"incomplete: {said} {n} lines" in out
+        status, out, err = check(lively[:n])
+        assert (status, err) == (3, "") and f"incomplete: no departure in {n} lines" in out
     broken = [*lively[:2], lively[2] | dict(token=0, u=0.99), *lively[3:5]]
-    assert check(broken)[0] == check(broken, "--survey")[0] == 1
+    assert check(broken)[0] == 1
 
 
 SCRIPTS = """
@@ -641,19 +789,22 @@ for script in sys.argv[1:]:
     if os.fork() == 0:
         sys.argv = [script, "--no-such-flag"]
         sys.path[0] = os.path.dirname(script)          # as Python does
-        runpy.run_path(script, run_name="__main__")
-        sys.exit("it did not exit")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            print(os.path.basename(script) * ("tiktoken" in sys.modules), end=" ", flush=True)
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
 def test_each_script_starts_from_another_folder_and_names_a_wrong_flag(tmp_path):
-    """Rejects a script that finds its own folder alone, a status that is lost on the way, and the
-    whole usage for a slip."""
-    scripts = [p for p in sorted(HERE.glob("[a-s]*.py")) if "__main__" in p.read_text()]
+    """Rejects a script that finds its own folder alone, a status that is lost on the way, the whole
+    usage for a slip, and a tokenizer where only ids are compared."""
+    scripts = [HERE / f"{name}.py" for name in
+               ("check_trace", "compare_dumps", "dump_forward", "greedy", "make_vectors")]
     p = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPTS, *scripts], cwd=tmp_path,
                        capture_output=True, text=True)
-    assert len(scripts) > 4 and p.stdout == "2\n" * len(scripts), p
+    assert p.stdout == " 2\n 2\ndump_forward.py 2\n 2\nmake_vectors.py 2\n", p
     assert [line.split(":")[0] for line in p.stderr.splitlines()] == [s.name for s in scripts], p
 
 
@@ -716,34 +867,43 @@ def test_dump_at_goes_past_wrong_numbers_and_says_if_it_does_not_come(check, liv
     assert (status, out) == (2, "") and "does not come to round 99, step 1" in err
 
 
-DEPARTING = {      # a wrong program: where it departs, what is said of it
-    edit(llama, "rms_norm", ("mean.rsqrt()", "(1 / ((mean - eps).sqrt() + eps))")): (
-        r"layer 0, values\[0\], token 0 ", "the norm before attention"),
-    "the interleaved rotary layout": (r"layer 0, keys\[0\], token 1 ", "rotary"),
-    "LLaMA-3.1's stretching left out": (r"layer 0, keys\[0\], token 1 ", "rotary"),
-    "query heads dealt to kv heads in turn": (
-        r"layer 0, its output hidden\[1\], token 1 ", r"h // \(H/G\)"),
-    edit(Llama, "head", ("rms_norm(x, self.norm, self.eps)", "x")): (
-        "the logits, token 0 ", "the final norm"),
-    edit(llama, "feed_forward", ("F.silu(gate)", "F.gelu(gate)")): (
-        r"layer 0, its output hidden\[1\], token 0 ", "the feed-forward part"),
-    edit(Llama, "forward", ("F.embedding(", "1.001 * F.embedding(")): (
-        r"the embedding, hidden\[0\], token 0 ", "the embedding"),
-}
+def turned(keys):
+    """Keys (.., hd) as they would be at another position."""
+    a, b = keys.chunk(2, -1)
+    return torch.cat((0.6 * a - 0.8 * b, 0.8 * a + 0.6 * b), -1)
 
 
-@pytest.mark.parametrize("wrong", DEPARTING)
-def test_two_dumps_are_compared_in_the_order_of_computation(wrong, tmp_path, capsys):
-    """Rejects a comparison that names a later place than the first, or sends to another part."""
-    place, said = DEPARTING[wrong]
-    flags = ("--prompt-ids", "3,41,7,19,5", "--dtype", "float64")
-    dumped(TINY, tmp_path / "ours", *flags)
-    with running(wrong):
-        dumped(TINY, tmp_path / "theirs", *flags)
-    capsys.readouterr()
-    assert compare_dumps.main([str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 1
-    out = capsys.readouterr().out
-    assert re.match(place, out) and re.search("look at: .*" + said, out), out
+PLACES = [         # what is changed: where it departs, what is said
+    (lambda d: d["hidden"][0].mul_(1.1), r"the embedding, hidden\[0\], token 0 ", "the embedding"),
+    (lambda d: d["values"][0].mul_(1.1), r"layer 0, values\[0\], token 0 ", "eps inside the root"),
+    (lambda d: d["keys"][0, 1:].copy_(turned(d["keys"][0, 1:])), r"layer 0, keys\[0\], token 1 ",
+     "the rotary embedding"),
+    (lambda d: d["keys"][2].mul_(1.1), r"layer 2, keys\[2\], token 0 ", "the keys' matrix"),
+    (lambda d: d["keys"][2].copy_(d["keys"][2].unflatten(-1, (2, -1)).mT.flatten(-2)),
+     r"layer 2, keys\[2\], token 0 ", "in another order"),
+    (lambda d: d["hidden"][1, 1:].mul_(1.1), r"layer 0, its output hidden\[1\], token 1 ",
+     r"queries .* h // \(H/G\)|which query head"),
+    (lambda d: d["hidden"][1].mul_(1.1), "layer 0, .* token 0 ", "the feed-forward part"),
+    (lambda d: d["hidden"][3, :-1].add_(0.1), "layer 2, .* token 0 ", "the causal mask"),
+    (lambda d: d["logits"].mul_(1.1), "the logits, token 0 ", "the final norm"),
+    (lambda d: d["values"][2, 5].zero_(), "layer 2, .* token 5 ", "was never written"),
+    (lambda d: d["values"][2, 5].copy_(d["values"][2, 4]), "layer 2", "the entry of token 4;"),
+    (lambda d: d["values"][2, 5:].copy_(d["values"][1, 5:]), "layer 2", "the entry of layer 1;"),
+    (lambda d: d["values"][2, 5].add_(0.1), "layer 2", "another pass"),
+    (lambda d: d["keys"][2, 5].copy_(turned(d["keys"][2, 5])), "layer 2", "the position it was"),
+    (lambda d: d["keys"][2, 5].copy_(d["keys"][2, 4]), "layer 2", "the entry of token 4;")]
+
+
+def test_two_dumps_are_compared_in_the_order_of_computation_and_what_agrees_is_excluded():
+    """Rejects a comparison that names a later place than the first, or sends to another part; and
+    what is true of a fresh prompt's first token said of an entry of a cache: one that is old,
+    missing, another token's or layer's, at another position or in another order."""
+    ours = compare_dumps.read(VECTORS / "tiny-forward.safetensors")
+    for change, place, said in PLACES:
+        theirs = {name: x.clone() for name, x in ours.items()}
+        change(theirs)
+        status, out = compare_dumps.compare(ours, theirs)
+        assert status == 1 and re.match(place, out) and re.search("look at: .*" + said, out), out
 
 
 def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, capsys):
@@ -760,9 +920,9 @@ def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, cap
         assert said in "".join(capsys.readouterr()) and theirs["keys"].dtype == DTYPES[dtype]
     rows = ours | dict(logits=ours["logits"][-2:], hidden=ours["hidden"][:, -2:])
     theirs = dict(rows, hidden=rows["hidden"].clone())
-    theirs["hidden"][4, 0, 7] += 1
+    theirs["hidden"][4, 1, 7] += 1
     said = compare_dumps.compare(rows, theirs)[1]
-    assert "token 1 of 0..2" in said and "queries and their rotation" in said
+    assert "token 2 of 0..2" in said and "which slots the pass reads" in said
     for value in (1e-5, math.nan):
         theirs = {name: x.clone() for name, x in ours.items()}
         theirs["hidden"][4, 2, 7] += value
@@ -772,6 +932,52 @@ def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, cap
     for path in (tmp_path / "b", "/nowhere", tmp_path, DEMO / "model.safetensors"):
         assert compare_dumps.main([str(tmp_path / "a"), str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- two greedy texts
+
+def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, monkeypatch):
+    """Rejects a verdict on the parting alone, one that knows no type's rounding, and a text that is
+    taken for greedy because the other is."""
+    monkeypatch.setattr(greedy, "CHUNK", 7)
+    lines = RUNS["tiny-greedy"]
+    text = lines[0]["prompt_ids"] + [t for line in lines if line["event"] == "emit"
+                                     for t in line["tokens"]]
+    model = Llama.load(TINY, dtype=torch.float64)
+    t = len(text) - 9
+
+    def after(ids):
+        h = model.forward(torch.tensor(ids), (cache := model.cache(len(ids))).sequence(0, len(ids)),
+                          cache)
+        return model.head(h[-1][-1:])[0]
+
+    best, second = after(text[:t]).topk(2)[0].tolist(), after(text[:t]).topk(2)[1].tolist()
+    parted = [*text[:t], second[1]]
+    while len(parted) < len(text):
+        parted.append(int(after(parted).argmax()))
+    files = dict(a=text, b=parted, c=[*parted[:-1], 0 if parted[-1] else 1], d=text[:-1], e=[1, 2],
+                 f=[9], g=[80, *text])
+    for name, ids in files.items():
+        (tmp_path / name).write_text(",".join(map(str, ids)))
+    (tmp_path / "trace").write_bytes(jsonl(*lines))
+    (tmp_path / "json").write_text(json.dumps(dict(
+        prompt_ids=text[:3], ids=text[3:], settings=dict(temperature=0.0, dtype="float64"))))
+    (tmp_path / "hot").write_bytes(jsonl(*RUNS["tiny-temperature"]))
+    gap = best[0] - best[1]
+    for a, b, X, status, said in (
+            ("a", "trace", None, 0, f"equal: {len(text)} tokens"), ("json", "a", None, 0, "equal"),
+            ("a", "b", gap, 0, "a tie, not a bug"), ("a", "b", gap / 5, 1, "not a tie"),
+            ("trace", "b", None, 1, "rounding in float64 explains up to 4e-09"),
+            ("a", "c", gap, 1, f"but token {len(text) - 1} is "), ("a", "d", None, 3, "a goes on"),
+            ("a", "e", None, 2, "two prompts"), ("a", "g", None, 2, "the first tokens differ"),
+            ("a", "hot", None, 2, "sampled"), ("a", "no", None, 2, "No such file"),
+            ("a", "/dev/null", None, 2, "neither a trace")):
+        with monkeypatch.context() as patch:
+            if X:
+                patch.setitem(TOLERANCE, "bfloat16", X / 4 * 1.01)
+            got = greedy.main([str(tmp_path / a), str(tmp_path / b), "--model", str(TINY)])
+        out = "".join(capsys.readouterr())
+        assert got == status and said in out, (a, b, out)
 
 
 # ---------------------------------------------------------------- the vectors
@@ -801,10 +1007,9 @@ def test_a_vector_is_what_this_program_makes_of_its_uniforms_and_shows_its_situa
     assert RUNS.keys() == make_vectors.VECTORS.keys()
     assert alike(RUNS[name], reproduced(name))
     assert make_vectors.shows(RUNS[name], make_vectors.VECTORS[name][1])
-    assert RUNS[name][-1]["reason"] == ("stop" if name == "stop-in-draft" else "length")
+    assert RUNS[name][-1]["reason"] == ("stop" if "stop" in name else "length")
     if SOURCE[name] == TINY:                           # the demo's tables tell no more
-        status, out, err = check(RUNS[name], model=TINY)
-        assert (status, err) == (0, "") and "warning" not in out
+        assert check(RUNS[name], model=TINY)[::2] == (0, "")
 
 
 def test_make_vectors_is_all_it_takes(tmp_path, monkeypatch):
@@ -859,12 +1064,14 @@ def test_the_contract_names_every_field_rule_tolerance_and_vector():
     words = set(re.findall(r"`([A-Za-z0-9_.-]+)`", text))
     grammar = trace.EVENTS | dict(header=trace.HEADER | trace.SETTINGS | trace.CONFIG)
     assert words >= grammar.keys() | {name for fields in grammar.values() for name in fields}
-    assert words >= dump_forward.TENSORS.keys() | {p.name for p in VECTORS.iterdir()}
+    assert words >= compare_dumps.TENSORS.keys() | {p.name for p in VECTORS.iterdir()}
     assert f"version {trace.VERSION}\n" in text
     rules = text.partition("## Rules")[2].partition("##")[0]
-    assert re.findall(r"^\| `([a-z]+)` \|", rules, re.M) == list(RULES)
-    said = text.partition("`--survey` goes on after a departure from ")[2].partition("counts")[0]
-    assert set(re.findall("`([a-z]+)`", said)) == NUMERIC
+    exact, _, rest = rules.partition("The others")
+    loose = {rule for row in re.findall(r"^\| (`.*?) \|", rest, re.M)
+             for rule in re.findall("`([a-z]+)`", row)}
+    assert loose - {"exit"} == NUMERIC
+    assert loose | set(re.findall("`([a-z]+)`", exact)) - {"ended"} == RULES.keys()
     assert all(f"| {name} | {x:g} |" in text for name, x in TOLERANCE.items())
     dumps = re.findall(r"([0-9][0-9.e-]*) in\s+(float64|float32|bfloat16)", text)
     assert {DTYPES[name]: float(x) for x, name in dumps} == compare_dumps.TOLERANCE
@@ -881,19 +1088,20 @@ def test_the_commands_of_the_readme_run(monkeypatch, tmp_path, capsys):
     text = (HERE / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     mains = dict(clasp_mini=clasp_mini, check_trace=check_trace, dump_forward=dump_forward,
-                 compare_dumps=compare_dumps)
+                 compare_dumps=compare_dumps, greedy=greedy)
     said = []
-    for line in re.search(r"```sh\n(.*?)```", text, re.S)[1].splitlines():
-        _, program, *arguments = shlex.split(line)
-        assert (ROOT / program).exists() and mains[Path(program).stem].main(arguments) == 0
+    for line in re.findall(r"^python (.*)$", text, re.M):
+        program, *arguments = shlex.split(line)
+        assert (ROOT / program).exists()
+        main = mains.get(Path(program).stem)
+        assert main is None or "--help" in arguments or main.main(arguments) in (0, 3), line
         said += capsys.readouterr().out.splitlines()
     assert check_trace.main(["run.jsonl", "--dtype", "float64"]) == 0
 
     form = re.compile(r"[0-9.e+-]+")
-    shown = re.search("^run.jsonl: no departure.*", text, re.M)[0]
-    assert form.sub("0", shown) in [form.sub("0", line) for line in said]
-    assert f"of {len(RULES)} rules" in text and RULES["own"] in text
+    for shown in re.findall("^run.jsonl: no departure.*", text, re.M):
+        assert form.sub("0", shown) in [form.sub("0", line) for line in said]
     names = re.findall(r"`([a-z-]+\.(?:jsonl|safetensors))`", text)
-    assert set(names) == {p.name for p in VECTORS.iterdir()} - {"tiny-forward-skip.safetensors"}
+    assert set(names) <= {p.name for p in VECTORS.iterdir()}
     assert all((HERE / name).exists() or (ROOT / "tests" / name).exists()
                for name in re.findall(r"`([a-z_]+\.py)`", text))

@@ -17,7 +17,7 @@ from command.flags import VERSION as PROGRAM_VERSION
 from llama import Tensor, torch
 from speculative import Chance, Round, Settings, acceptance, generate
 
-VERSION = 3                  # of the format
+VERSION = 4                  # of the format
 PROGRAM = "clasp-mini"
 
 
@@ -128,7 +128,14 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
                              accepted=accepted)
     kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
     token, probability, u = chance.draws[k]
-    yield "own", dict(kind=kind, token=token, probability=probability, u=u)
+    p = witness.p[r.accepted]
+    q, mass = 0.0, 1.0
+    if kind == "residual":
+        of_q = witness.q[r.accepted]
+        q = of_q[token].item()
+        mass = (p - of_q).clamp(min=0).sum().item()
+    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(), q=q,
+                      mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
         D, skipped = r.choice.D, r.choice.skipped
@@ -174,8 +181,8 @@ KINDS: dict[str, Callable[[Any], bool]] = dict(
     text=lambda v: type(v) is str,
     flag=lambda v: type(v) is bool,
     object=lambda v: type(v) is dict,
-    count=lambda v: type(v) is int and 0 <= v <= 2 ** 64,
-    size=lambda v: type(v) is int and 0 < v <= 2 ** 64,
+    count=lambda v: type(v) is int and 0 <= v < 2 ** 63,
+    size=lambda v: KINDS["count"](v) and v > 0,
     # What the replay has a number of its own for: one out of range is a departure like any other.
     number=lambda v: type(v) in (int, float) and abs(v) < 1e300,
     positive=lambda v: KINDS["number"](v) and v >= 0,
@@ -200,7 +207,7 @@ EVENTS: dict[str, dict[str, Any]] = dict(
     verify=LINE | dict(step="count", token="count", p="number", q="number", a="number",
                        u="uniform?", accepted="flag?"),
     own=LINE | dict(kind=("plain", "residual", "bonus"), token="count", probability="number",
-                    u="uniform"),
+                    u="uniform", p="number", q="number", mass="positive"),
     emit=LINE | dict(tokens="counts"),
     optimise=LINE | dict(position="count", M="count", D="numberss", skipped="texts", skip="counts"),
     times=LINE | dict(draft="positive", verify="positive", optimise="positive"),
@@ -256,17 +263,14 @@ class Lines:
         if raw is None:
             return
         where = f"line {self.number}"
-        if not raw.endswith(b"\n"):
-            raise Invalid(f"{where}: cut short, it does not end with a newline")
         try:
             line = json.loads(raw)
-        except (ValueError, RecursionError) as e:
-            raise Invalid(f"{where}: not JSON: {short(str(e))}") from None
-        event = line.get("event") if type(line) is dict else None
-        if type(event) is not str or event not in self.grammar:
-            raise Invalid(f"{where}: event {short(event)}, where a JSON object with one of "
-                          f"{', '.join(self.grammar)} is wanted")
-        match(line, self.grammar[event], f"{where}, {event}")
+            event = line["event"]
+            fields = self.grammar[event]
+        except (ValueError, RecursionError, TypeError, LookupError):
+            raise Invalid(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
+                          f"one of {', '.join(self.grammar)}") from None
+        match(line, fields, f"{where}, {event}")
         for token in [line.get("token", 0), *line.get("tokens", ())]:
             if token >= self.V:
                 raise Invalid(f"{where}, {event}: token {token} of {self.V}")
@@ -278,8 +282,8 @@ class Lines:
         self.advance()
         if not self.now:
             raise Invalid("empty; a trace begins with a header")
-        match(self.now["config"], CONFIG, "line 1, config")
-        match(self.now["settings"], SETTINGS, "line 1, settings")
+        for part, fields in dict(config=CONFIG, settings=SETTINGS).items():
+            match(self.now[part], fields, f"line 1, {part}")
         self.grammar = EVENTS
         self.V = self.now["config"]["V"]
         return self.now
