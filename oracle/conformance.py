@@ -6,7 +6,6 @@ README.md says what a level asks and promises. The program reads one JSON object
 and answers each with one on stdout, {"skip": "why"} where it cannot. A line is printed per case.
 Exit status: 0 all right, 1 a case is wrong, 2 the program does not answer as it should.
 """
-import argparse
 import contextlib
 import io
 import json
@@ -22,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from oracle.sampler import check  # noqa: E402
-from oracle.sampler.check import Refused, ask  # noqa: E402
+from oracle.sampler.check import Parser, Refused, ask  # noqa: E402
 from oracle.sampler.law import CASES  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -77,7 +76,7 @@ def sampler(program: str, folder: Path) -> Iterator[Case]:
 
 def dynamic_program(program: str, folder: Path) -> Iterator[Case]:
     """Level 2: tables and sets for given states and layers."""
-    vectors = json.loads((HERE / "vectors" / "dynamic_program.json").read_text())
+    vectors = json.loads((HERE / "dynamic_program.json").read_text())
     answers = ("D", "skipped", "skip")
     want = {vector["case"]: {name: vector.pop(name) for name in answers} for vector in vectors}
 
@@ -161,7 +160,7 @@ LEVELS = (uniforms, sampler, dynamic_program, forward, loop, own)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Run all of a level of the oracle.")
+    p = Parser(description="Run all of a level of the oracle.")
     p.add_argument("--level", type=int, choices=range(len(LEVELS)), required=True)
     p.add_argument("--program", metavar="COMMAND", required=True)
     p.add_argument("--junit", metavar="FILE", help="write the result as JUnit XML too")

@@ -41,6 +41,13 @@ class Refused(Exception):
     """The program, or a file, does not answer as oracle/README.md says; in one line."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
 # ------------------------------------------------------------------------------- the statistics
 
 @cache
@@ -224,7 +231,7 @@ def judge(asked: list[dict], told: list[dict]) -> tuple[list[tuple[str, bool, st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Does a sampler emit what the full model says?")
+    p = Parser(description="Does a sampler emit what the full model says?")
     p.add_argument("--program", metavar="COMMAND", help="reads requests, writes answers")
     p.add_argument("--answers", metavar="FILE", help="its answers, or counts, made elsewhere")
     p.add_argument("--requests", action="store_true", help="print the requests")

@@ -8,9 +8,8 @@ each outcome is followed, as likely as it is. So are multinomial's and bernoulli
 done with a hidden number is refused in one line. Seeds do nothing: that one never changes is not
 seen.
 """
-import argparse
-import importlib.util
 import random
+import runpy
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
+from oracle.sampler.check import Parser  # noqa: E402
 from oracle.sampler.law import CASES, Branch, Law, every, law, target  # noqa: E402
 from oracle.sampler.wrong import WRONG  # noqa: E402
 
@@ -41,7 +41,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Hidden:
     """Random numbers by their ids: a "uniform" w u + shift, or of an exponential E a "wait" E / w
-    or a "rate" w / E. The shortest wait (the largest rate) is x's with probability w[x] / sum(w)."""
+    or a "rate" w / E. The shortest wait, or largest rate, is x's with probability w[x] / sum(w)."""
     kind: str
     ids: Tensor
     w: Tensor
@@ -99,7 +99,8 @@ class Answering(TorchFunctionMode):
         return torch.tensor(out).view(ids.shape)
 
     def multinomial(self, rows: Tensor, num_samples: int = 1, replacement: bool = False,
-                    generator: Any = None) -> Tensor:                # (..., V) -> (..., num_samples)
+                    generator: Any = None) -> Tensor:
+        """(..., V) weights -> (..., num_samples) tokens."""
         out = []
         for row in rows.reshape(-1, rows.shape[-1]).tolist():
             for _ in range(num_samples):
@@ -180,22 +181,22 @@ def distance(one: Law, other: Law) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="The exact law of a sampler in Python with torch.")
+    p = Parser(description="The exact law of a sampler in Python with torch.")
     p.add_argument("program", metavar="FILE.py:FUNCTION")
     p.add_argument("--case", choices=list(CASES), action="append", help="this one alone")
     a = p.parse_args(argv)
     file, _, name = a.program.rpartition(":")
-    spec = importlib.util.spec_from_file_location("mine", file)
-    if not name or not spec or not Path(file).exists():
+    if not Path(file).is_file():
         p.error(f"{a.program}: no FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(file).resolve().parent))
-    spec.loader.exec_module(module)
+    run = runpy.run_path(file).get(name)
+    if not callable(run):
+        p.error(f"{file} has no function {name}")
     wrong = 0
     for case in a.case or [name for name, case in CASES.items() if len(case["prompts"]) == 1]:
         try:
-            mine = exact(getattr(module, name), short(case))
-        except (Refused, AttributeError) as e:
+            mine = exact(run, short(case))
+        except Refused as e:
             print(f"exact.py: {case}: {e}", file=sys.stderr)
             return 2
         off = distance(mine, target(short(case)))

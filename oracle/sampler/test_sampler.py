@@ -1,5 +1,5 @@
-"""The kit's promises: the laws are right, right samplers pass, each wrong one is found and named, by
-programs in any language; conformance.py's levels pass our own program and reject wrong ones.
+"""The kit's promises: the laws are right, right samplers pass, each wrong one is found and named,
+in any language; conformance.py's levels pass our own program and reject wrong ones.
 """
 import json
 import random
@@ -212,7 +212,7 @@ def test_our_own_program_reaches_every_level(n, level, capsys):
 
 
 def test_it_does_so_as_a_program_too(tmp_path):
-    """Rejects a script that cannot be started from another folder, and an exit status of 0 always."""
+    """Rejects a script that starts in its own folder alone, and an exit status that is always 0."""
     for program, status in ((f"{sys.executable} {HERE.parent / 'ours.py'}", 0), ("echo x", 2)):
         done = subprocess.run([sys.executable, HERE.parent / "conformance.py", "--level", "2",
                                "--program", program], cwd=tmp_path, check=False)

@@ -48,9 +48,9 @@ def raced_already(p: list[Row], q: list[Row], s: int, x: int) -> Row:
     for n, (start, _) in enumerate(starts):
         running = [y for _, y in starts[:n + 1]]
 
-        def open_at(time: float) -> float:
-            return 1 / (1 + sum(owed[y] * time - q[s][y] for y in running))
-        decided = open_at(start) - (open_at(starts[n + 1][0]) if n + 1 < len(starts) else 0.0)
+        ends = [start] + [time for time, _ in starts[n + 1:n + 2]]
+        still = [1 / (1 + sum(owed[y] * time - q[s][y] for y in running)) for time in ends]
+        decided = still[0] - sum(still[1:])            # the last runs until it is decided
         for y in running:
             out[y] += decided * owed[y] / sum(owed[z] for z in running)
     return out
