@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, wrong, words in lines:
             print(f"{name:16}{'WRONG' if wrong else 'ok':7}{words}")
         print(f"wrong: {fault}" if fault else "no fault found", end="; ")
-        print(f"a right program is called wrong once in {1 / FALSE_ALARM:.0e} runs")
+        print(f"a right program is called wrong in one of {1 / FALSE_ALARM:,.0f} runs")
         return 1 if fault else 0
     return 0
 

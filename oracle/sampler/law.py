@@ -150,7 +150,7 @@ def drafts(models: Models, last: int, room: int, chance: Any) -> tuple[list[int]
 
 
 def ratio(p: list[Row], q: list[Row], s: int, x: int) -> float:
-    return min(1.0, p[s][x] / q[s][x]) if q[s][x] > 0 else 1.0
+    return min(1.0, p[s][x] / q[s][x]) if q[s][x] > 0 else float(p[s][x] > 0)
 
 
 def residual(p: list[Row], q: list[Row], s: int, x: int, paid: float = 1.0) -> Row:

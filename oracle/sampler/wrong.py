@@ -116,6 +116,7 @@ WRONG = {
         p=unfiltered, q=greedy, told=unfiltered),
     "argmax drafts, q softmax": Sampler(q=greedy, told=filtered),
     "q at temperature 1, unfiltered": Sampler(told=unfiltered),
+    "drafts at temperature 1, unfiltered": Sampler(q=unfiltered, told=filtered),
     "p at temperature 1, unfiltered": Sampler(p=unfiltered),
     "top-k and top-p forgotten in p": Sampler(
         p=lambda row, case: filtered(row, dict(case, top_k=0, top_p=1))),
