@@ -222,8 +222,8 @@ def test_it_does_so_as_a_program_too(tmp_path):
 LEVEL_OF = {0: ["accepts at u = a", "draws at u = the running sum", "top-p before temperature"],
             2: ["ties are run", "the target is always h[L]", "g[i,0] is computed again",
                 "the losing state is kept", "the way back reads one row early",
-                "the cosine is bfloat16", "several tokens are held against h[i]"],
-            3: ["the interleaved rotary layout", "a norm without eps", "no causal mask"],
+                "several tokens are held against h[i]"],
+            3: ["the interleaved rotary layout", "a norm without eps"],
             4: ["one position too far"]}
 
 
