@@ -19,8 +19,7 @@ from oracle.dump_forward import dump_forward  # noqa: E402
 from oracle.sampler.law import cut  # noqa: E402
 from oracle.trace import Recording, about, write_trace  # noqa: E402
 from policy.probe import PaperByProbe, nearness  # noqa: E402
-from speculative import (Chance, Paper, Settings, draft, judge,  # noqa: E402
-                         probabilities)
+from speculative import Chance, Paper, Settings, draft, judge, probabilities  # noqa: E402
 
 
 class Tables:

@@ -176,17 +176,19 @@ def counted(case: dict, answer: dict) -> tuple[Counter, float]:
     try:
         if "counts" in answer:
             texts = {tuple(map(int, text.split())): n for text, n in answer["counts"].items()}
+            if B * sum(texts.values()) != case["texts"]:
+                raise ValueError
             return Counter(texts), rounds
         texts = answer["texts"]
-        if not texts or len(texts) % B:
+        if len(texts) != case["texts"]:
             raise ValueError
         if isinstance(texts[0][0], list):
             rounds = sum(map(len, texts)) / len(texts)
             texts = [[x for part in text for x in part] for text in texts]
         texts = [tuple(map(int, text)) for text in texts]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        raise Refused(f"{case['case']}: no \"texts\": a list of {case['texts']} texts, each a list "
-                      "of tokens or of rounds, which are lists of tokens") from None
+        raise Refused(f"{case['case']}: no \"texts\": a list of just {case['texts']} texts, each a "
+                      "list of tokens or of rounds, which are lists of tokens") from None
     return Counter(sum(texts[n:n + B], ()) for n in range(0, len(texts), B)), rounds
 
 
@@ -239,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--texts", type=int, default=TEXTS, metavar="N", help=f"of a case ({TEXTS})")
     p.add_argument("--seed", type=int, default=1)
     a = p.parse_args(argv)
+    if a.texts < 2 or a.texts % 2:
+        p.error(f"--texts {a.texts}: an even number above 0 is wanted")
     asked = requests(CASES, a.texts, a.seed)
     if a.requests:
         print("\n".join(map(json.dumps, asked)))

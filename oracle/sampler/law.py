@@ -159,13 +159,9 @@ def residual(p: list[Row], q: list[Row], s: int, x: int, paid: float = 1.0) -> R
     return owed if sum(owed) > 0 else p[s]
 
 
-def last_row(p: list[Row], q: list[Row]) -> Row:
-    return p[-1]
-
-
 def token_rule(models: Models, last: int, room: int, chance: Any, draft: Callable = drafts,
                accept: Callable = ratio, owed: Callable = residual,
-               bonus: Callable = last_row) -> list[int]:
+               bonus: Callable = lambda p, q: p[-1]) -> list[int]:
     """Leviathan et al. 2023, Algorithm 1."""
     d, q, p = draft(models, last, room, chance)
     for s, x in enumerate(d):
@@ -324,7 +320,11 @@ def play(sampler: Sampler, case: dict, chance: Any) -> list[list[list[int]]]:
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
     from oracle.sampler.wrong import WRONG
-    sampler = (RIGHT | WRONG)[sys.argv[1]]
+    named = RIGHT | WRONG
+    if len(sys.argv) != 2 or sys.argv[1] not in named:
+        print("law.py: NAME is one of " + "; ".join(named), file=sys.stderr)
+        sys.exit(2)
+    sampler = named[sys.argv[1]]
     for line in sys.stdin:
         case = json.loads(line)
         uniform = iter(case["u"]).__next__ if "u" in case else random.Random(case["seed"]).random

@@ -84,6 +84,7 @@ def test_a_fault_that_has_no_name_is_found_and_gets_none():
 
 
 def test_the_same_text_again_and_again_is_told_as_a_seed():
+    """Rejects a fault's name alone, which leads astray: the rule may be right."""
     request = check.requests(["plain"])[0]
     lines, _ = check.judge([request], [dict(texts=[[0, 0, 0, 0]] * 1000)])
     assert lines[0][1] and "seeded anew" in lines[0][2]
@@ -104,8 +105,10 @@ def test_answers_that_were_made_elsewhere_are_judged_too(tmp_path, capsys):
 @pytest.mark.parametrize("answer, said", [
     ("import sys; sys.exit(3)", "exit status 3"), ("print('[]')", "1 lines, 10 wanted"),
     ("print('x\\n' * 10)", "no JSON object"), ("print('{}\\n' * 10)", "no \"texts\""),
-    ("print('{\"texts\": [0]}\\n' * 10)", "no \"texts\"")])
+    ("print('{\"texts\": [0]}\\n' * 10)", "no \"texts\""),
+    ("print('{\"texts\": [[0, 0, 0, 0]]}\\n' * 10)", "just 1000 texts")])
 def test_a_program_that_answers_something_else_is_one_line(answer, said, capsys):
+    """Rejects a traceback; and ten texts that nothing can be said of."""
     assert check.main(["--program", f'{sys.executable} -c "{answer}"'.replace('"t', '\\"t').replace(
         's":', 's\\":')]) == 2
     err = capsys.readouterr().err
