@@ -5,8 +5,7 @@
 `run(case)` returns one text for an object of cases.json (oracle/README.md). Nothing is sampled: a
 number of torch.rand, exponential_ or random.random is hidden until it is compared or raced; then
 each outcome is followed, as likely as it is. So are multinomial's and bernoulli's. What else is
-done with a hidden number is refused in one line. Seeds do nothing: that one never changes is not
-seen.
+done with a hidden number is refused in one line. Seeds do nothing, so a wrong one is not seen.
 """
 import random
 import runpy
