@@ -40,7 +40,7 @@ from speculative import Chance, Settings, generate  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
-RANKS, SPECIALS = 3840, 256        # V = 4096
+RANKS, SPECIALS = 3840, 2          # V = 3842: what is never trained has no row, and is not drawn
 L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
 THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
 BOS, EOS = RANKS, RANKS + 1
