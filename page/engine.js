@@ -532,7 +532,12 @@ class Recorded extends Paper {
 // ------------------------------------------------------------------------------------------ text
 
 const latin1 = bytes => String.fromCharCode(...bytes); // a string with a character per byte
-const bytesOf = text => Uint8Array.from(text, ch => ch.charCodeAt(0));
+function bytesOf(text) {
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
 const WS = "\\p{White_Space}";
 const SPLIT = new RegExp(`'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?`
   + `\\p{L}+|\\p{N}{1,3}| ?[^${WS}\\p{L}\\p{N}]+[\\r\\n]*|${WS}*[\\r\\n]+|${WS}+(?!\\P{White_Space})`

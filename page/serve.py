@@ -1,4 +1,4 @@
-"""Serve the page and the demo's files to a browser on this machine, and nothing else of the folder.
+"""Serve the page and the demo's files to a browser on this machine.
 
     python page/serve.py [PORT]
 """
@@ -11,30 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Files(SimpleHTTPRequestHandler):
-    def send_head(self):
-        if self.path == "/":
-            self.path = "/page/index.html"
-            self.send_response(302)
-            self.send_header("Location", self.path)
-            self.end_headers()
-            return None
-        if not Path(self.translate_path(self.path)).parent in (ROOT / "page", ROOT / "demo"):
-            self.send_error(404)
-            return None
-        return super().send_head()
-
     def log_message(self, *_) -> None:
-        pass
+        """Quietly."""
 
 
 def main() -> int:
+    port = sys.argv[1] if len(sys.argv) > 1 else "8000"
     try:
-        port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Files, directory=ROOT))
+        server = ThreadingHTTPServer(("127.0.0.1", int(port)), partial(Files, directory=ROOT))
     except (ValueError, OverflowError, OSError) as e:
-        print(f"serve.py: {e}; another port: python page/serve.py 8001", file=sys.stderr)
+        print(f"serve.py: port {port}: {e}; try python page/serve.py 8001", file=sys.stderr)
         return 2
-    print(f"http://127.0.0.1:{server.server_port}/   (Ctrl-C ends it)", flush=True)
+    print(f"http://127.0.0.1:{server.server_port}/page/ (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llama import torch
+from dp_layer_skip import choose_skip
+from llama import Llama, torch
 from oracle import check_trace
+from page.build import whole
+from speculative import acceptance, residual
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,16 +35,17 @@ LOAD = """
 """
 
 
-def look(folder, page, script):
+def look(folder, page, script, address=""):
     """What `script` returns once a page is open in Chromium; a fault of either leaves the title as
     it was, which is no JSON. Time is the browser's own: nobody waits for it."""
     told = f"(async () => {{{script}}})().then(x => {{document.title = JSON.stringify(x); " \
            "document.querySelectorAll('script').forEach(each => each.remove())})"
     (folder / "look.html").write_text(f"{page}<script>{told}</script>", encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/chrome",
-             "--virtual-time-budget=999999", "--timeout=600000", "--dump-dom"]
-    p = subprocess.run([CHROMIUM, *flags, f"file://{folder}/look.html"], capture_output=True,
-                       text=True, timeout=600)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             f"--user-data-dir={folder}/chrome", "--virtual-time-budget=999999", "--dump-dom"]
+    p = subprocess.run([CHROMIUM, *flags, f"file://{folder}/look.html{address}"],
+                       check=False, capture_output=True, text=True, timeout=600)
+    assert "CONSOLE" not in p.stderr, p.stderr[-2000:]
     return json.loads(html.unescape(re.search("(?s)<title>(.*?)</title>", p.stdout)[1]))
 
 
@@ -54,7 +58,8 @@ def run(folder, script, model=ROOT / "demo"):
     if not NODE:
         return look(folder, f"<title></title><script>{body}</script>", LOAD + script)
     told = f"console.log(JSON.stringify((() => {{{LOAD}{script}}})()))"
-    p = subprocess.run([NODE, "-"], input=body + told, capture_output=True, text=True, timeout=600)
+    p = subprocess.run([NODE, "-"], input=body + told, check=False, capture_output=True,
+                       text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-2000:]
     return json.loads(p.stdout)
 
@@ -156,3 +161,192 @@ def test_the_engine_reads_text_as_the_tokenizer_does(tmp_path):
         return [ids, tokenizer.pieces(ids).join("")];
       }});""")
     assert told == [[tok.encode(text), text] for text in texts]
+
+
+# The scenes, opened one after another on one run; what is read is what stands there.
+WALK = """
+  const wait = async until => { do await new Promise(done => setTimeout(done, 50)); while (!until()); };
+  const open = async (address, until = () => true) => {
+    location.hash = address;
+    await wait(() => run.whole && ![...run.known.values()].includes(undefined) && until());
+    show();
+  };
+  const field = name => document.querySelector(`[data-field="${name}"]`)?.value;
+  const fields = () => Object.fromEntries([...document.querySelectorAll("#stage [data-field]")].map(x =>
+    [x.dataset.field, x.value ?? x.dataset.id ?? x.textContent]));
+  await wait(() => run?.whole);
+  const told = {trace: traceOf(model.cfg, run.s, run.prompt, run.rounds, about), watch: fields()};
+  const base = location.hash;
+  const at_ = more => `${base}&${more}`;
+"""
+SCENES = WALK + """
+  told.tokens = [];
+  for (const r of run.rounds)
+    for (const step of fates(r).keys()) {
+      await open(at_(`scene=1&round=${r.n}&step=${step}`));
+      told.tokens.push([r.n, step, fields()]);
+    }
+  await open(at_("scene=2&off=2,3,4,9,20"));
+  await open(at_("scene=2&off=2,3,4,9,20"));
+  const its = run.known.get("passage");
+  told.shares = [...document.querySelectorAll("#stage .n data")].map(x => x.value);
+  told.passage = [its.ids, its.from, its.size];
+  told.program = indices(program(its, 5));
+  told.cells = [];
+  for (const cell of ["32,22", "32,5", "17,9", "3,3", "1,0"]) {
+    await open(at_(`scene=3&round=9999&step=33&cell=${cell}`));
+    told.cells.push([cell, fields()]);
+  }
+  await open(at_("scene=4"), () => talk.rounds.length && !talk.busy);
+  told.talk = [fields(), talk.rounds.map(r => ({part: r.part, chosen: !!r.choice, kept: r.accepted}))];
+  await open(at_("scene=5"));
+  told.prices = lists();
+  told.speeds = [...document.querySelectorAll("#stage tr")].slice(1, 4).map(tr =>
+    [...tr.querySelectorAll("data")].map(x => Number(x.value)));
+  told.points = [...run.known].filter(x => x[0].startsWith("share ")).map(([name, x]) =>
+    [name.slice(6).split(",").length, x]);
+  const [p, q] = [[.5, .25, .15, .07, .03], [.2, .4, .15, .05, .2]];
+  told.samplers = Object.values(SAMPLERS).map(make => make(p, q)).map(({draft, a, own}) => {
+    const rejected = sum(draft.map((x, i) => x * (1 - a[i])));
+    return [...own].map((x, i) => draft[i] * a[i] + rejected * x);
+  });
+  await open(at_("scene=6"));
+  $("draw1000").click();
+  told.exam = [$("seen").textContent, document.querySelectorAll("td.far").length];
+  return told;"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    return look(tmp_path_factory.mktemp("page"), whole(), SCENES,
+                "#N=40&K=5&T=1&x=0&seed=4&I=3")
+
+
+@in_a_browser
+def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
+    """Watch, guess and check, and the table: rejects another token's p, q, u or verdict, a verdict's
+    u for that of the draw, a cell that shows the way not taken as taken, drafts that cost nothing,
+    choices that are not counted; and a page whose trace the checker does not pass."""
+    (tmp_path / "t").write_text(told["trace"])
+    assert check_trace.main([str(tmp_path / "t")]) == 0, capsys.readouterr().out
+    lines = [json.loads(line) for line in told["trace"].splitlines()]
+    by = {(x["event"], x.get("round"), x.get("step")): x for x in lines}
+    drafts = [x for x in lines if x["event"] == "draft"]
+    tables = [x for x in lines if x["event"] == "optimise"]
+    rounds = [x for x in lines if x["event"] == "round" and x["round"] > 0]
+    cost = sum(1 - len(by["round", x["round"], None]["skip"]) / 32 for x in drafts)
+    kept = sum(x.get("accepted") is True for x in lines)
+    watch = {name: float(value) for name, value in told["watch"].items()}
+    assert (watch["kept"], watch["drafted"]) == (kept, len(drafts)) and kept < len(drafts) > 20
+    assert watch["per pass"] == pytest.approx(39 / len(rounds))
+    assert watch["saved"] == pytest.approx(39 - cost - len(rounds) - len(tables))
+    for n, step, shown in told["tokens"]:
+        own = ("draft", n, step) not in by
+        line = by["own", n, None] if own else by["verify", n, step]
+        want = {k: line[k] for k in (("token", "probability") if own else ("token", "p", "q", "a"))}
+        assert {k: float(shown[k]) for k in want} == pytest.approx(want), (n, step)
+        verdict = {True: "kept", False: "rejected", None: "not judged"}
+        assert shown["kind" if own else "verdict"] == (
+            line["kind"] if own else verdict[line["accepted"]])
+        last = line["u"] if own or line["u"] is not None else by["draft", n, step]["u"]
+        assert float(shown["u"]) == last                # of two scales the lower one's
+    for cell, shown in told["cells"]:
+        i, j = map(int, cell.split(","))
+        D = tables[-1]["D"][i][j]
+        assert float(shown["D"]) == D
+        assert float(shown["skip" if tables[-1]["skipped"][i][j] == "1" else "run"]) == D
+
+
+@in_a_browser
+def test_the_shares_of_scene_2_are_those_of_the_python_model(told):
+    """Rejects a draft that reads its own entries of earlier tokens, p of another row, and sets that
+    are chosen by another token."""
+    ids, t, size = told["passage"]
+    model = Llama.load(ROOT / "demo")
+    cache = model.cache(len(ids) + size)
+    with torch.inference_mode():
+        h = model.forward(torch.tensor(ids[:t]), cache.sequence(0, t), cache)
+        rows = cache.candidates(t - 1, 6)
+        choice = choose_skip(torch.stack([x[-1] for x in h]),
+                             lambda i, g: model.layer(i, g, rows.first(len(g)), cache), 5)
+        assert [i for i, out in enumerate(choice.skip()) if out] == told["program"]
+        some = torch.tensor(ids[t:t + size])
+        p = model.head(model.forward(some, cache.sequence(t, size), cache)[-1]).softmax(-1)
+        position = torch.arange(t, t + size)
+        slots = torch.arange(len(ids), len(ids) + size)
+        may_read = (cache.slot < position[:, None]) | (cache.slot == slots[:, None])
+        rows = cache.rows(position, slots, may_read)
+        for off, x in (([2, 3, 4, 9, 20], told["shares"][0]), (told["program"], told["shares"][1])):
+            skip = [i in off for i in range(32)]
+            q = model.head(model.forward(some, rows, cache, skip)[-1]).softmax(-1)
+            assert float(x) == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-4)
+
+
+@in_a_browser
+def test_prices_samplers_and_sets_are_what_they_are_called(told):
+    """Context, prices, the exam: rejects a price list that is not that of its source, a curve by
+    another formula, a set called new that is the old one, and a fault that is another one."""
+    costs = json.loads((ROOT / "demo/clasp.json").read_text())["costs"]
+    laptop, gpu = told["prices"]["PyTorch on a laptop"], told["prices"]["a GPU, by an estimate"]
+    assert [x for _, x in laptop["draft"]] == costs["draft"] and laptop["choice"] == costs["optimise"]
+    assert dict(map(tuple, laptop["verify"]))[6] == costs["verify"][6]
+    said = re.findall(r"\| (0\.\d+|1\.\d+) \|", (ROOT / "gpu/README.md").read_text("utf-8"))
+    mine = [gpu["draft"][1][1], gpu["draft"][2][1], gpu["verify"][1][1], gpu["choice"]]
+    assert [float(x) for x in said] == mine
+    for price, (draft, verify, choice, best, M) in zip(
+            ([1 - 22 / 32, 1, 1], [0.4, None, 1.25], [costs["draft"][22], costs["verify"][6],
+                                                      costs["optimise"]]), told["speeds"]):
+        assert [(a, b) for a, b in zip((draft, verify, choice), price) if b and abs(a - b) > 1e-9] == []
+        assert best > 0 and M % 2 == 0
+    counted = [sum(x ** n for n in range(6)) / (5 * (1 - M / 32) + 1 + 1 / 3)
+               for M, x in told["points"] if M % 2 == 0]
+    assert told["speeds"][0][3] == pytest.approx(max(counted), rel=1e-6)
+    shown, rounds = told["talk"]
+    old = []                                           # until, of a part, layers are chosen
+    for part in (1, 2):
+        its = [r for r in rounds if r["part"] == part]
+        chosen = [n for n, r in enumerate(its) if r["chosen"]] or [len(its)]
+        old += [r["kept"] for r in its[:chosen[0] + 1]]
+    assert int(shown["kept after a change, by the old set"]) == sum(old) > 0
+    p, q = torch.tensor([[.50, .25, .15, .07, .03], [.20, .40, .15, .05, .20]]).double()
+    a, owed, most = acceptance(p, q), residual(p, q), torch.eye(5).double()[1]
+    for (drafts, kept, own), ours in zip(((q, a, owed), (q, a, p), (q, a, (p - q).softmax(0)),
+                                       (most, a, owed), (q, acceptance(1.3 * p, q), owed)),
+                                      told["samplers"], strict=True):
+        want = drafts * kept + (drafts * (1 - kept)).sum() * own
+        assert ours == pytest.approx(want.tolist())
+    assert told["exam"][0].startswith("1000 draws") and told["exam"][1] > 3
+
+
+@in_a_browser
+def test_keys_links_traces_and_texts_that_look_like_markup(tmp_path):
+    """Rejects a key without effect or with another's, keys that a clicked button keeps, an end that
+    wraps round, a recorded run that is shown as another, and a text that becomes markup."""
+    vector = (VECTORS / "temperature.jsonl").read_text()
+    hostile = "%3Cimg+src=x+onerror='hacked=1'%3E%E2%80%AEx"
+    told = look(tmp_path, whole(), WALK + f"""
+      const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown",
+        {{key, bubbles: true}}));
+      const where = [];
+      for (const key of ["#scene=3&round=3&step=2", "ArrowRight", "ArrowUp", "ArrowLeft", "Home",
+                         "ArrowLeft", "ArrowDown", "End", "ArrowRight", "!next", "ArrowLeft", "1", " "]) {{
+        if (key[0] === "#") location.hash = base + "&" + key.slice(1);
+        else if (key[0] === "!") {{ $("down").focus(); $("down").click(); }}
+        else press(key);
+        await new Promise(done => setTimeout(done, key === " " ? 1500 : 100));
+        where.push(`${{at().scene}} ${{$("where").textContent}}`);
+      }}
+      press(" ");
+      await open(base + "&scene=0");
+      const safe = [typeof hacked, document.querySelectorAll("img").length,
+        document.querySelector(".words").textContent.split("\\\\u{{202e}}").length];
+      await openTrace(new File([{json.dumps(vector)}], "x"));
+      return [where, safe, run.rounds.map(r => r.emitted), $("fault").hidden];""",
+                f"#N=30&K=4&I=3&prompt={hostile}")
+    where, safe, emitted, hidden = told
+    assert where[:6] == ["3 round 3, step 2", "3 round 3, step 3", "3 round 0, step 0",
+                         "3 round 0, step 0", "3 round 0, step 0", "3 round 0, step 0"]
+    assert where[6] == "3 round 3, step 0" and where[7] == where[8] == where[9] != where[10]
+    assert where[11].startswith("1 ") and where[12] != where[11]
+    assert safe == ["undefined", 0, 2] and hidden
+    assert emitted == [json.loads(x)["tokens"] for x in vector.splitlines() if '"emit"' in x]
