@@ -586,8 +586,3 @@ class Tokenizer {
     return ids.map(id => decoder.decode(this.bytes(id), {stream: true}));
   }
 }
-
-if (typeof module !== "undefined")
-  module.exports = {readSafetensors, Llama, Cache, sequence, candidates, chooseSkip, probabilities,
-    residual, Chance, seeded, judge, Paper, generate, agreement, traceOf, Recorded,
-    Tokenizer};

@@ -206,10 +206,7 @@ SCENES = WALK + """
   told.points = [...run.known].filter(x => x[0].startsWith("share ")).map(([name, x]) =>
     [name.slice(6).split(",").length, x]);
   const [p, q] = [[.5, .25, .15, .07, .03], [.2, .4, .15, .05, .2]];
-  told.samplers = Object.values(SAMPLERS).map(make => make(p, q)).map(({draft, a, own}) => {
-    const rejected = sum(draft.map((x, i) => x * (1 - a[i])));
-    return [...own].map((x, i) => draft[i] * a[i] + rejected * x);
-  });
+  told.samplers = Object.values(SAMPLERS).map(make => [...outcome(make(p, q))]);
   await open(at_("scene=6"));
   $("draw1000").click();
   told.exam = [$("seen").textContent, document.querySelectorAll("td.far").length];
@@ -290,17 +287,20 @@ def test_prices_samplers_and_sets_are_what_they_are_called(told):
     laptop, gpu = told["prices"]["PyTorch on a laptop"], told["prices"]["a GPU, by an estimate"]
     assert [x for _, x in laptop["draft"]] == costs["draft"] and laptop["choice"] == costs["optimise"]
     assert dict(map(tuple, laptop["verify"]))[6] == costs["verify"][6]
-    said = re.findall(r"\| (0\.\d+|1\.\d+) \|", (ROOT / "gpu/README.md").read_text("utf-8"))
-    mine = [gpu["draft"][1][1], gpu["draft"][2][1], gpu["verify"][1][1], gpu["choice"]]
-    assert [float(x) for x in said] == mine
-    for price, (draft, verify, choice, best, M) in zip(
-            ([1 - 22 / 32, 1, 1], [0.4, None, 1.25], [costs["draft"][22], costs["verify"][6],
-                                                      costs["optimise"]]), told["speeds"]):
-        assert [(a, b) for a, b in zip((draft, verify, choice), price) if b and abs(a - b) > 1e-9] == []
-        assert best > 0 and M % 2 == 0
+    readme = (ROOT / "gpu/README.md").read_text("utf-8")
+    plain, draft, verify, choice = (float(re.search(
+        rf"(?m)^\| {name}[^|]*\| [\d.]+ \| ([\d.]+)", readme)[1])
+        for name in ("plain step", "draft, 22 left out", "verify of 13 rows", "choice, M = 22"))
+    assert gpu == dict(draft=[[0, 1], [22, draft / plain]], verify=[[1, 1], [13, verify / plain]],
+                       choice=choice / plain)
+    speeds = told["speeds"]
+    assert speeds[0][:3] == pytest.approx([1 - 22 / 32, 1, 1])
+    assert speeds[1][::2][:2] == pytest.approx([draft / plain, choice / plain])
+    assert speeds[2][:3] == pytest.approx([costs["draft"][22], costs["verify"][6],
+                                           costs["optimise"]])
     counted = [sum(x ** n for n in range(6)) / (5 * (1 - M / 32) + 1 + 1 / 3)
                for M, x in told["points"] if M % 2 == 0]
-    assert told["speeds"][0][3] == pytest.approx(max(counted), rel=1e-6)
+    assert speeds[0][3] == pytest.approx(max(counted), rel=1e-6)
     shown, rounds = told["talk"]
     old = []                                           # until, of a part, layers are chosen
     for part in (1, 2):
