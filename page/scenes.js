@@ -52,6 +52,7 @@ function follow() {
   const s = settings();
   const text = at().prompt ?? DEFAULTS.prompt;
   const key = JSON.stringify([s, text]);
+  $("fault").hidden = true;
   if (run?.key === key) return show();
   const prompt = [tokenizer.bos, ...tokenizer.encode(text)];
   return grow({key, s, prompt}, new Chance(seeded(s.seed)));
@@ -248,8 +249,8 @@ function lanes(a) {
   const all = Math.max(a.tokens, a.spent, 1);
   const lane = blocks => {
     let x = 0;
-    return drawing(`${short(sum(blocks.map(([, wide]) => wide)))} plain steps`, {width: "100%",
-      viewBox: `0 0 ${all} 1`, height: 26, preserveAspectRatio: "none"}, blocks.map(([kind, wide]) => {
+    return drawing(`${short(sum(blocks.map(([, wide]) => wide)))} plain steps`, {class: "lane",
+      viewBox: `0 0 ${all} 1`, preserveAspectRatio: "none"}, blocks.map(([kind, wide]) => {
       x += wide;
       return v("rect", {class: kind, x: x - wide, width: Math.max(0, wide - all / 900), height: 1});
     }));
