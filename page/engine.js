@@ -1,10 +1,9 @@
 "use strict";
-// CLaSp in plain JavaScript: the model, the dynamic program, the sampler and the loop, for pages and
-// for readers of other languages. Names and letters are those of llama.py, dp_layer_skip.py and
-// speculative.py; the traces that it writes are passed by oracle/check_trace.py.
+// CLaSp in plain JavaScript: model, dynamic program, sampler, loop, with the names and letters of
+// llama.py, dp_layer_skip.py and speculative.py. oracle/check_trace.py passes the traces it writes.
 //
-// Arrays of states, logits and the like are flat Float32Arrays, a row after the other; sums are
-// float64, since a number of JavaScript is one.
+// States and logits are flat Float32Arrays, a row after the other. Sums are float64, as all numbers
+// of JavaScript are.
 
 // ------------------------------------------------------------------------------------------ files
 
@@ -183,7 +182,7 @@ class Llama {
     });
   }
 
-  // The states h[0..L], (T, D) each. A layer that is skipped hands its input on, and writes nothing.
+  // The states h[0..L], (T, D) each. A layer that is skipped hands its input on, writing nothing.
   forward(ids, rows, cache, skip = []) {
     const D = this.cfg.D;
     const h = [new Float32Array(ids.length * D)];
@@ -283,10 +282,11 @@ function probabilities(logits, {temperature}) {        // (V,) -> (V,); greedy i
 
 const acceptance = (p, q) => Math.min(1, p / q);
 
+const owedMass = (p, q) => p.reduce((sum, value, i) => sum + Math.max(0, value - q[i]), 0);
+
 function residual(p, q) {                              // norm(max(0, p - q))
-  const owed = p.map((value, i) => Math.max(0, value - q[i]));
-  const mass = owed.reduce((a, b) => a + b, 0);
-  return mass > 0 ? owed.map(value => value / mass) : p;
+  const mass = owedMass(p, q);
+  return mass > 0 ? p.map((value, i) => Math.max(0, value - q[i]) / mass) : p;
 }
 
 const overlap = (p, q) => p.reduce((sum, value, i) => sum + Math.min(value, q[i]), 0);
@@ -332,7 +332,8 @@ function seeded(seed) {
   return () => ((bits() >>> 5) * 2 ** 26 + (bits() >>> 6)) / 2 ** 53;
 }
 
-function judge(p, q, drafted, chance) {                // -> how many are accepted, and the own token
+// -> how many are accepted, and the full model's own token behind them.
+function judge(p, q, drafted, chance) {
   const k = drafted.length;
   let accepted = 0;
   while (accepted < k) {
@@ -344,7 +345,7 @@ function judge(p, q, drafted, chance) {                // -> how many are accept
   return [accepted, chance.draw(owed)];
 }
 
-// ---------------------------------------------------------------------------------- the paper's loop
+// -------------------------------------------------------------------------- the paper's loop
 
 // The paper's fixed numbers. With a set to begin with, layers are not chosen after the prefill.
 class Paper {
@@ -442,8 +443,8 @@ function ended(n, s, drafted, confidence, left) {      // why no more was drafte
 }
 
 // How much of what a draft without these layers says would be kept, were each of the tokens
-// ids[from ..] the first of a draft: the mean of sum(min(p, q)). `cache` has the full model's entries
-// of all of ids, p its distributions. A row's own entry lies behind the text.
+// ids[from ..] the first of a draft: the mean of sum(min(p, q)). `cache` has the full model's
+// entries of all ids, p its distributions. A row's own entry lies behind the text.
 function agreement(model, cache, ids, from, skip, p, s) {
   const rows = p.map((_, n) => ({position: from + n, slot: ids.length + n}));
   const h = model.forward(ids.slice(from, from + p.length), rows, cache, skip);
@@ -460,36 +461,35 @@ function events(r) {
   const k = r.drafted.length;
   const line = (event, fields) => ({event, round: r.n, ...fields});
   const never = {u: null, accepted: null};
-  const verify = r.drafted.map((token, step) => {
-    const [p, q] = [r.p[step][token], r.q[step][token]];
-    return line("verify", {step, token, p, q, a: acceptance(p, q),
-      ...never, ...r.verdicts[step]});
-  });
-  const own = r.draws[k];
+  const of = (token, step) => ({p: r.p[step][token], q: r.q[step][token]});
+  const {token, probability, u} = r.draws[k];
+  const whole = {p: r.p[r.accepted][token], q: 0, mass: 1};
+  const part = () => ({...of(token, r.accepted), mass: owedMass(r.p[r.accepted], r.q[r.accepted])});
   const lines = [
     line("round", {start: r.start, skip: indices(r.skip), ended: r.ended}),
-    ...r.drafted.map((token, step) => line("draft", {step, token, q: r.q[step][token],
+    ...r.drafted.map((id, step) => line("draft", {step, token: id, q: of(id, step).q,
       confidence: r.confidence[step], u: r.draws[step].u})),
-    ...verify,
-    line("own", {kind: r.kind, token: own.token, probability: own.probability, u: own.u}),
+    ...r.drafted.map((id, step) => line("verify", {step, token: id, ...of(id, step),
+      a: acceptance(of(id, step).p, of(id, step).q), ...never, ...r.verdicts[step]})),
+    line("own", {kind: r.kind, token, probability, u, ...r.kind === "residual" ? part() : whole}),
     line("emit", {tokens: r.emitted})];
   if (r.choice)
     lines.push(line("optimise", {position: r.position, M: r.choice.M, D: r.choice.D,
-      skipped: r.choice.skipped.map((row, i) => row.map(bit => bit && i > 0 ? 1 : 0).join("")),
+      skipped: r.choice.skipped.map(row => row.map(Number).join("")),
       skip: indices(r.choice.back().skip)}));
   return lines;
 }
 
 // A whole run as text. `about`: the SHA-256 of the model's files.
 function traceOf(cfg, s, prompt, rounds, about) {
-  const {L, D, H, G, hd, ffn, V, context, eps, theta, tied, scaling} = cfg;
-  const header = {event: "header", schema: "clasp-trace", version: 3, program: "clasp-mini page",
-    model: about, versions: {}, config: {L, D, H, G, hd, ffn, V, context, eps, theta, tied, scaling},
-    dtype: "float32", settings: {...s, top_k: 0, top_p: 1, r: 1}, costs: null, prompt_ids: prompt};
-  const emitted = rounds.flatMap(r => r.emitted);
-  const reason = s.stop_ids.includes(emitted.at(-1)) ? "stop" : "length";
-  const lines = [header, ...rounds.flatMap(events), {event: "end", reason, emitted: emitted.length}];
-  return lines.map(line => JSON.stringify(line) + "\n").join("");
+  const {frequencies, ...config} = cfg;
+  const header = {event: "header", schema: "clasp-trace", version: 4, program: "clasp-mini page",
+    model: about, versions: {}, config, dtype: "float32",
+    settings: {...s, top_k: 0, top_p: 1, r: 1}, costs: null, prompt_ids: prompt};
+  const tokens = rounds.flatMap(r => r.emitted);
+  const reason = s.stop_ids.includes(tokens.at(-1)) ? "stop" : "length";
+  const end = {event: "end", reason, emitted: tokens.length};
+  return [header, ...rounds.flatMap(events), end].map(line => JSON.stringify(line) + "\n").join("");
 }
 
 // What a trace decided, decided again: `uniform` are its numbers in their order, and drafts are as
@@ -538,10 +538,14 @@ function bytesOf(text) {
   return bytes;
 }
 
-const WS = "\\p{White_Space}";
-const SPLIT = new RegExp(`'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?`
-  + `\\p{L}+|\\p{N}{1,3}| ?[^${WS}\\p{L}\\p{N}]+[\\r\\n]*|${WS}*[\\r\\n]+|${WS}+(?!\\P{White_Space})`
-  + `|${WS}+`, "gu");
+const SPLIT = new RegExp([                             // text/tokenizer.py, SPLIT
+  /'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])/u,
+  /[^\r\n\p{L}\p{N}]?\p{L}+/u,
+  /\p{N}{1,3}/u,
+  / ?[^\p{White_Space}\p{L}\p{N}]+[\r\n]*/u,
+  /\p{White_Space}*[\r\n]+/u,
+  /\p{White_Space}+(?!\P{White_Space})/u,
+  /\p{White_Space}+/u].map(each => each.source).join("|"), "gu");
 
 // Byte-pair encoding by a tokenizer.model: lines "base64(bytes) rank".
 class Tokenizer {

@@ -151,7 +151,8 @@ function likeliest(p, q, also) {
   return [...new Set([...order.slice(0, 6), also])];
 }
 
-function scale(u, from, to, said) {                    // a uniform number, and the part that says yes
+// A uniform number, and the part of 0 .. 1 that says yes.
+function scale(u, from, to, said) {
   const side = u < 0.1 ? "left" : u > 0.9 ? "right" : "";
   return h("div", {role: "img", "aria-label": `u = ${short(u)}; ${said}`},
     h("div", {class: "scale"}, h("i", {style: `left: ${from * 100}%; right: ${100 - to * 100}%`}),
@@ -168,14 +169,16 @@ const numbered = list => h("section", {}, h("dl", {class: "numbers"}, list.map((
   h("div", {}, h("dt", {}, said), h("dd", {}, x)))));
 const dim = (...said) => h("p", {class: "dim"}, said);
 const pane = (name, ...kids) => h("div", {class: "scroll", "data-pane": name}, kids);
-const drawing = (said, props, ...kids) => v("svg", {role: "img", "aria-label": said, ...props}, kids);
+const drawing = (said, props, ...kids) =>
+  v("svg", {role: "img", "aria-label": said, ...props}, kids);
 const path = points => points.map(([x, y], n) => `${n ? "L" : "M"}${x} ${y}`).join("");
 
-// ---------------------------------------------------------------------------------- what passes cost
+// -------------------------------------------------------------------------------- what passes cost
 
 // In plain steps: a draft step without j layers and a verify of T rows, as points [j or T, cost] of
 // straight lines, and a choice of layers. The GPU's are milliseconds of gpu/README.md, an estimate.
-const GPU = {draft: [[0, 1], [22, 2.6 / 6.6]], verify: [[1, 1], [13, 7.8 / 6.6]], choice: 8.3 / 6.6};
+const GPU = {draft: [[0, 1], [22, 2.6 / 6.6]], verify: [[1, 1], [13, 7.8 / 6.6]],
+  choice: 8.3 / 6.6};
 const costOf = (points, x) => {
   const beyond = points.findIndex(([to]) => to >= x);
   const n = beyond < 0 ? points.length - 1 : Math.max(1, beyond);
@@ -192,7 +195,8 @@ function measure() {
   const {L, D} = model.cfg;
   const t = 100;
   const cache = new Cache(model.cfg, t + L);
-  const pass = (rows, skip) => model.head(model.forward(rows.map(() => 5), rows, cache, skip).at(-1));
+  const pass = (rows, skip) =>
+    model.head(model.forward(rows.map(() => 5), rows, cache, skip).at(-1));
   const states = split(new Float32Array(D * (L + 1)).fill(1), D);
   const time = task => Math.min(...[1, 2, 3].map(() => {
     const began = performance.now();
@@ -230,8 +234,8 @@ const watch = {
   places: () => run.rounds.map(r => [r.n, 0]),
   view(n) {
     const a = account(run.rounds.slice(0, n + 1), counted());
-    return [`Without ${run.s.M} of its ${model.cfg.L} layers it guessed ${a.drafted} tokens, of which
-      ${a.kept} were kept: ${a.tokens} tokens by ${a.passes} full passes. No guess has changed what
+    return [`Without ${run.s.M} of its ${model.cfg.L} layers it guessed ${a.drafted} tokens:
+      ${a.kept} were kept, and ${a.passes} full passes made ${a.tokens} tokens. No guess has changed what
       the full model would say, or how often.`,
     h("section", {}, words(n)),
     numbered([["drafted tokens kept", num(a.kept, "kept"), " of ", num(a.drafted, "drafted")],
@@ -286,7 +290,7 @@ function guess(r, i) {
   const a = acceptance(p[token], q[token]);
   const [word, said] = !verdict ? ["not judged", "a token before it was rejected."] :
     verdict.accepted ? ["kept", `u is below a = min(1, p/q) = ${short(a)}.`] :
-      ["rejected", `u is not below a = p/q = ${short(a)}. What is drafted behind it is not judged.`];
+      ["rejected", `u is not below a = p/q = ${short(a)}. What stands behind it is not judged.`];
   return [`Guess ${i + 1} of round ${r.n} is ${word}: ${said}`,
     h("h3", {}, "Guess ", i + 1, " of round ", r.n, ": ", tok(token, "token")),
     bars(likeliest(p, q, token).map(id => [id, q[id], p[id]]), ["q", "p"], token),
@@ -374,12 +378,12 @@ const leaveOut = {
     const button = (id, said, flags) => h("button", {id, click: () => set(flags)}, said);
     return [mine === undefined || others === undefined ? "The drafts are running …" :
       `Without your ${j} layers a draft keeps ${short(mine)} of its tokens, without the program's
-      ${J} ${short(others)}. ${beaten ? "You beat it: it looks at states, not at what is kept." : ""}`,
+      ${J} ${short(others)}.${beaten ? " You beat it: it looks at states, not at tokens." : ""}`,
     h("section", {}, layers(skip, i => set(skip.map((out, n) => n === i ? !out : out))),
       h("div", {class: "controls"}, button("none", "run all", skipOf([])),
         button("program", `the program's ${J}`, theirs),
         button("best", "the best known", its.best.get(j || 22)?.skip ?? skip))),
-    h("section", {}, h("h3", {}, `Share of drafted tokens kept, over ${its.size} tokens of the run`),
+    h("section", {}, h("h3", {}, `Share of drafted tokens kept, over ${its.size} of the run`),
       bars(rows.map(([name, x]) => [name, x ?? 0]), ["share"], "yours")),
     dim("Filled layers run. Each token counts as the first of a draft: the mean of ∑ min(p, q).")];
   },
@@ -409,11 +413,11 @@ const theProgram = {
       tok(run.ids[r.position]), ` at position ${r.position}. D[i,j] is the best cosine with h[i]
       after the first i layers, j of them left out.`), bothWays(o, cell),
     pane("table", table(o, last, cell, whole)),
-    dim(`The stronger a colour, the more nines the cosine has. A thin line leads to the cell that the
+    dim(`The stronger a colour, the more nines the cosine has. A thin line leads to where the
       state came from: straight up, the layer was run; to the left, skipped. Thick: the way back.
       Dashed: that of your cell.`)),
     whole ? h("section", {}, h("h3", {}, "The set for the next drafts"), layers(skip),
-      h("button", {id: "try", click: () => go({...NOWHERE, scene: 2, off: out.replaceAll(" ", "")})},
+      h("button", {id: "try", click: () => go({...NOWHERE, scene: 2, off: `${indices(skip)}`})},
         "Put it into the switches of scene 2")) : ""];
   },
 };
@@ -440,7 +444,8 @@ function table(o, last, cell, whole) {
     o.D[L].map((_, j) => v("text", {class: "soft", x: x(j) + 10, y: 12}, j)),
     rows.map((row, i) => [v("text", {class: "soft end", x: 24, y: y(i) + 15}, i),
       row.map((c, j) => [v("rect", {class: "heat", x: x(j) + 1, y: y(i) + 1, width: W - 2,
-        height: H - 2, "fill-opacity": 0.04 + 0.86 * heat(c), click: () => go({cell: `${i},${j}`})}),
+        height: H - 2, "fill-opacity": 0.04 + 0.86 * heat(c),
+        click: () => go({cell: `${i},${j}`})}),
       i ? v("path", {class: "edge", d: line([[i, j], [i - 1, j - o.skipped[i][j]]])}) : ""]),
       whole && i ? v("text", {x: x(o.M + 1) + 6, y: y(i) + 15},
         `layer ${i - 1} ${left[i - 1] ? "left out" : "run"}`) : ""]),
@@ -501,8 +506,8 @@ const inContext = {
       change of text the old set misses; then the program has seen the new one.`,
     numbered([kept("kept after a change, by the old set", later.filter(r => r.old)),
       kept("kept by the set chosen since", later.filter(r => !r.old))]),
-    h("section", {}, pane("map", map(rounds)), dim(`A row is a round, a cell a layer: filled ones the
-      draft runs, hollow ones it leaves out. ● kept, × rejected, · not judged, ◻ the full model's
+    h("section", {}, pane("map", map(rounds)), dim(`A row is a round, a cell a layer: the draft runs
+      filled ones and leaves hollow ones out. ● kept, × rejected, · not judged, ◻ the full model's
       own. ◆ and a line: layers were chosen anew.`)),
     h("section", {}, box("a beginning", 0), box("what interrupts it", 1), box("and then", 2),
       h("button", {id: "again", click: () => interrupt().catch(fault)}, "Run"))];
@@ -512,7 +517,8 @@ const inContext = {
 function map(rounds) {
   const [w, H, x0, L] = [innerWidth < 700 ? 7 : 11, 16, 46, model.cfg.L];
   const told = r => `round ${r.n}: ${r.accepted} of ${r.drafted.length} kept`;
-  return drawing(rounds.map(told).join("; "), {width: x0 + L * w + 70, height: rounds.length * H + 8},
+  const size = {width: x0 + L * w + 70, height: rounds.length * H + 8};
+  return drawing(rounds.map(told).join("; "), size,
     rounds.map((r, n) => {
       const cell = i => `M${x0 + i * w + 1} ${n * H + 3}h${w - 2}v${H - 6}h${2 - w}z`;
       const cells = wanted => r.skip.map((out, i) => out === wanted && r.n ? cell(i) : "").join("");
@@ -527,7 +533,8 @@ function map(rounds) {
 // If each of K drafted tokens is kept with probability `kept`: tokens per round, by its cost.
 function speedUp(kept, K, M, price, interval) {
   const tokens = kept < 1 ? (1 - kept ** (K + 1)) / (1 - kept) : K + 1;
-  return tokens / (K * costOf(price.draft, M) + costOf(price.verify, K + 1) + price.choice / interval);
+  const passes = K * costOf(price.draft, M) + costOf(price.verify, K + 1);
+  return tokens / (passes + price.choice / interval);
 }
 
 const doesItPay = {
@@ -539,7 +546,8 @@ const doesItPay = {
     if (!its) return ["Reading the text …"];
     const K = run.s.K || 8;
     const budgets = Array.from({length: its.choice.M / 2 + 1}, (_, n) => its.choice.M - 2 * n);
-    const points = budgets.map(M => [M, share(its, program(its, M))]).filter(x => x[1] !== undefined);
+    const points = budgets.map(M => [M, share(its, program(its, M))])
+      .filter(([, x]) => x !== undefined);
     const rows = Object.entries(lists()).filter(([, price]) => price).map(([name, price]) => {
       const curve = points.map(([M, x]) => [M, speedUp(x, K, M, price, run.s.interval)]);
       return {name, price, curve, best: curve.reduce((a, b) => b[1] > a[1] ? b : a, [0, 0])};
@@ -548,11 +556,11 @@ const doesItPay = {
     const here = known("prices", measure);
     const took = sum(run.rounds.map((r, n) => n ? sum(r.seconds) : r.seconds[2]));
     const plain = here?.seconds * account(run.rounds, one.price).tokens;
-    const pays = one.best[1] > 1 ? `pays: ${short(one.best[1])} times as fast, at M = ${one.best[0]}` :
-      `does not pay: at best ${short(one.best[1])} times as fast, at M = ${one.best[0]}`;
+    const pays = one.best[1] > 1 ? "pays" : "does not pay";
     const cells = r => [costOf(r.price.draft, 22), costOf(r.price.verify, K + 1), r.price.choice,
       r.best[1], r.best[0]];
-    return [`By the prices of "${one.name}" it ${pays}. ${here ? `In this browser the run took
+    return [`By the prices of "${one.name}" it ${pays}: ${short(one.best[1])} times as fast as plain
+      decoding with the best M, ${one.best[0]}. ${here ? `In this browser the run took
       ${short(took)} s after its prefill, and as many plain steps take ${short(plain)} s.` : ""}`,
     h("section", {class: "controls"}, h("label", {}, "what passes cost",
       h("select", {id: "price", change: e => go({price: e.target.value})}, rows.map(r =>
@@ -564,7 +572,7 @@ const doesItPay = {
       `verify of ${K + 1}`, "choice", "best speed-up", "at M"].map(x => h("th", {}, x))),
     rows.map(r => h("tr", {class: r === one ? "chosen" : ""}, h("td", {}, r.name),
       cells(r).map(x => h("td", {}, num(x)))))))),
-    dim(`The curve is tokens per round, if each of K drafted tokens is kept with the share of scene 2
+    dim(`The curve is tokens per round, if each of K guesses is kept with the share of scene 2
       for the program's M layers, by what K drafts, a verify and a part of a choice cost. Plain
       JavaScript computes row after row, so that a verify of nine tokens takes nearly nine steps; a
       GPU waits for its memory, and reads the weights once for all nine. (The run does not always
@@ -785,7 +793,8 @@ function listen() {
   addEventListener("keydown", pressed);
   // A button that was clicked by a pointer gives the keys back.
   $("bar").addEventListener("click", e => e.detail && document.activeElement.blur());
-  for (const name of ["up", "back", "next", "down"]) $(name).addEventListener("click", () => move(name));
+  for (const name of ["up", "back", "next", "down"])
+    $(name).addEventListener("click", () => move(name));
   $("play").addEventListener("click", () => play(timer === null));
   $("speed").addEventListener("change", () => play(timer !== null));
   $("form").addEventListener("submit", e => {
@@ -820,8 +829,8 @@ async function begin() {
     for (const name of ["config.json", "model.safetensors", "tokenizer.model", "clasp.json"])
       files[name] = await read(name);
   } catch (e) {
-    throw new Error(`The model's files cannot be read (${e.message}). Start python page/serve.py, or `
-      + "make one file of all by python page/build.py --out lesson.html");
+    throw new Error(`The model's files cannot be read (${e.message}). Start page/serve.py, or make `
+      + "one file of all by python page/build.py --out lesson.html");
   }
   const text = name => new TextDecoder().decode(files[name]);
   about = {};

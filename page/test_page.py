@@ -165,15 +165,16 @@ def test_the_engine_reads_text_as_the_tokenizer_does(tmp_path):
 
 # The scenes, opened one after another on one run; what is read is what stands there.
 WALK = """
-  const wait = async until => { do await new Promise(done => setTimeout(done, 50)); while (!until()); };
+  const wait = async until => {
+    do await new Promise(done => setTimeout(done, 50)); while (!until());
+  };
   const open = async (address, until = () => true) => {
     location.hash = address;
     await wait(() => run.whole && ![...run.known.values()].includes(undefined) && until());
     show();
   };
-  const field = name => document.querySelector(`[data-field="${name}"]`)?.value;
-  const fields = () => Object.fromEntries([...document.querySelectorAll("#stage [data-field]")].map(x =>
-    [x.dataset.field, x.value ?? x.dataset.id ?? x.textContent]));
+  const fields = () => Object.fromEntries([...document.querySelectorAll("#stage [data-field]")]
+    .map(x => [x.dataset.field, x.value ?? x.dataset.id ?? x.textContent]));
   await wait(() => run?.whole);
   const told = {trace: traceOf(model.cfg, run.s, run.prompt, run.rounds, about), watch: fields()};
   const base = location.hash;
@@ -198,7 +199,8 @@ SCENES = WALK + """
     told.cells.push([cell, fields()]);
   }
   await open(at_("scene=4"), () => talk.rounds.length && !talk.busy);
-  told.talk = [fields(), talk.rounds.map(r => ({part: r.part, chosen: !!r.choice, kept: r.accepted}))];
+  told.talk = [fields(), talk.rounds.map(r =>
+    ({part: r.part, chosen: !!r.choice, kept: r.accepted}))];
   await open(at_("scene=5"));
   told.prices = lists();
   told.speeds = [...document.querySelectorAll("#stage tr")].slice(1, 4).map(tr =>
@@ -221,9 +223,9 @@ def told(tmp_path_factory):
 
 @in_a_browser
 def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
-    """Watch, guess and check, and the table: rejects another token's p, q, u or verdict, a verdict's
-    u for that of the draw, a cell that shows the way not taken as taken, drafts that cost nothing,
-    choices that are not counted; and a page whose trace the checker does not pass."""
+    """Watch, guess and check, and the table. Rejects another token's p, q, u or verdict, the u of
+    the draw for the verdict's, a cell that shows the way not taken as taken, drafts that cost
+    nothing, choices that are not counted; and a page whose trace the checker does not pass."""
     (tmp_path / "t").write_text(told["trace"])
     assert check_trace.main([str(tmp_path / "t")]) == 0, capsys.readouterr().out
     lines = [json.loads(line) for line in told["trace"].splitlines()]
@@ -285,7 +287,8 @@ def test_prices_samplers_and_sets_are_what_they_are_called(told):
     another formula, a set called new that is the old one, and a fault that is another one."""
     costs = json.loads((ROOT / "demo/clasp.json").read_text())["costs"]
     laptop, gpu = told["prices"]["PyTorch on a laptop"], told["prices"]["a GPU, by an estimate"]
-    assert [x for _, x in laptop["draft"]] == costs["draft"] and laptop["choice"] == costs["optimise"]
+    assert [x for _, x in laptop["draft"]] == costs["draft"]
+    assert laptop["choice"] == costs["optimise"]
     assert dict(map(tuple, laptop["verify"]))[6] == costs["verify"][6]
     readme = (ROOT / "gpu/README.md").read_text("utf-8")
     plain, draft, verify, choice = (float(re.search(
@@ -329,7 +332,8 @@ def test_keys_links_traces_and_texts_that_look_like_markup(tmp_path):
         {{key, bubbles: true}}));
       const where = [];
       for (const key of ["#scene=3&round=3&step=2", "ArrowRight", "ArrowUp", "ArrowLeft", "Home",
-                         "ArrowLeft", "ArrowDown", "End", "ArrowRight", "!next", "ArrowLeft", "1", " "]) {{
+                         "ArrowLeft", "ArrowDown", "End", "ArrowRight", "!next", "ArrowLeft", "1",
+                         " "]) {{
         if (key[0] === "#") location.hash = base + "&" + key.slice(1);
         else if (key[0] === "!") {{ $("down").focus(); $("down").click(); }}
         else press(key);
