@@ -115,7 +115,7 @@ def test_the_checker_passes_a_trace_of_the_engine(T, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["greedy", "temperature", "stop-in-draft", "tiny-temperature"])
 def test_with_the_numbers_of_a_vector_the_engine_makes_its_run_again(name, tmp_path):
     """Rejects numbers taken in another order, tokens behind a rejection judged, another edge of a
-    draw, and text behind a stop token."""
+    draw, and text behind a stop token. (Tables are the checker's: rounding may decide a tie.)"""
     text = (VECTORS / f"{name}.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     ours = run(tmp_path, f"""
@@ -127,10 +127,9 @@ def test_with_the_numbers_of_a_vector_the_engine_makes_its_run_again(name, tmp_p
       return rounds.flatMap(events);""", ROOT / ("oracle/tiny" if "tiny" in name else "demo"))
     theirs = [line for line in lines[1:-1] if line["event"] != "times"]
     for got, want in zip(ours, theirs, strict=True):
-        exact = {k: v for k, v in want.items() if type(v) is not float and k != "D"}
-        assert exact.items() <= got.items()
-        assert all(got[k] == pytest.approx(want[k], abs=2e-5) for k in want.keys() - exact.keys()
-                   if k != "D")
+        for name in want.keys() - {"D", "skipped"} - ({"skip"} if "D" in want else set()):
+            near = pytest.approx(want[name], abs=2e-5) if type(want[name]) is float else want[name]
+            assert got[name] == near, (want["event"], want["round"], name)
 
 
 @in_javascript
