@@ -65,7 +65,6 @@ function ropeFrequencies({hd, theta, scaling}) {
 class Cache {                                          // keys and values of S slots for each layer
   constructor({L, G, hd}, S) {
     const layers = () => Array.from({length: L}, () => new Float32Array(S * G * hd));
-    this.S = S;
     this.keys = layers();
     this.values = layers();
   }

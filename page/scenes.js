@@ -55,6 +55,8 @@ function follow() {
   $("fault").hidden = true;
   if (run?.key === key) return show();
   const prompt = [tokenizer.bos, ...tokenizer.encode(text)];
+  if (prompt.length + s.N > model.cfg.context)
+    throw new Error(`${prompt.length} tokens and N more: ${model.cfg.context} is what the model reads`);
   return grow({key, s, prompt}, new Chance(seeded(s.seed)));
 }
 
@@ -493,17 +495,18 @@ const inContext = {
     if (!run.whole) return ["The first run has to end."];
     if (!talk.rounds.length && !talk.busy) interrupt().catch(fault);
     const rounds = talk.rounds.slice(0, last + 1);
-    const drafts = rounds.filter(r => r.drafted.length);
-    const sets = [0, 1].map(part => drafts.findLast(r => r.part === part)?.skip);
-    const later = drafts.filter(r => r.part > 0);
+    const later = rounds.filter(r => r.part > 0 && r.drafted.length);
+    const [one, two] = [0, 1].map(part => talk.rounds.findLast(r => r.part === part)?.skip);
+    const apart = two ? indices(one.map((out, i) => out && !two[i])).length : 0;
     const kept = (said, list) => [said, num(sum(list.map(r => r.accepted)), said), " of ",
       num(sum(list.map(r => r.drafted.length)))];
     const box = (said, n) => h("label", {}, said, h("textarea", {id: `text${n}`, rows: 4,
       maxlength: 800, spellcheck: "false", input: e => { talk.texts[n] = e.target.value; }},
     talk.texts[n]));
-    return [talk.busy || !sets[1] ? "Running …" : `The sets of the first two texts differ in
-      ${indices(sets[0].map((out, i) => out && !sets[1][i])).length} of 22 layers. Just after a
-      change of text the old set misses; then the program has seen the new one.`,
+    return [talk.busy ? "Running …" : later.every(r => r.old) ?
+      "The first set goes on, whatever the text is by now." : `The sets of the first two texts
+      differ in ${apart} of 22 layers.${apart > 0 ? ` Just after a change of text the old set
+      misses; then the program has seen the new one.` : ""}`,
     numbered([kept("kept after a change, by the old set", later.filter(r => r.old)),
       kept("kept by the set chosen since", later.filter(r => !r.old))]),
     h("section", {}, pane("map", map(rounds)), dim(`A row is a round, a cell a layer: the draft runs
@@ -698,7 +701,10 @@ function save() {
 
 // A run that was recorded is made again by its own numbers and sets, and so all scenes show it.
 async function openTrace(file) {
-  const [header, ...lines] = (await file.text()).trim().split("\n").map(line => JSON.parse(line));
+  const text = await file.text();
+  if (!text.startsWith('{"event":"header","schema":"clasp-trace"'))
+    throw new Error(`${file.name} is no trace of a run`);
+  const [header, ...lines] = text.trim().split("\n").map(line => JSON.parse(line));
   const s = header.settings;
   const weights = "model.safetensors";
   if (header.model[weights] !== about[weights] || s.top_k || s.top_p !== 1 || s.r !== 1)
