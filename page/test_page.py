@@ -142,8 +142,8 @@ def test_at_its_edge_a_number_draws_and_judges_as_here(tmp_path):
         always(.5).accept(.5), residual([.5, .5], [.5, .5])];""") == [1, 2, False, False, [.5, .5]]
 
 
-TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n", "naïve ſ's 東京 🙂",
-         "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
+TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n",
+         "naïve ſ's 東京 🙂", "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
 
 
 @in_javascript
