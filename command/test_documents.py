@@ -9,7 +9,7 @@ from command.flags import DEMO
 dp_layer_skip.torch.set_num_threads(1)
 ROOT = DEMO.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/*.md"))]
-PROGRAMS = {*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")}
+PROGRAMS = {*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")}
 TESTS = {path for path in PROGRAMS if path.name.startswith("test_")}
 
 
