@@ -8,20 +8,17 @@
 
 Who decides how much is drafted, and when layers are chosen anew?
 
-    --strategy clasp   policy/adaptive.py, ours: the default, unless flags name all four of the
-                       paper's numbers
-    --strategy paper   speculative.Paper, by fixed numbers; with --probe R its layers are chosen by
-                       R tokens (policy/probe.py)
-    --strategy ar      nobody: plain decoding, a token per pass
+    --strategy clasp   policy/adaptive.py, ours: the default. If flags name all four of the paper's
+                       numbers (K, M, exit threshold, interval) nothing is left to decide: paper
+    --strategy paper   speculative.Paper, by these numbers
+    --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
 
-A Job (command/job.py) holds what the flags ask for: model, settings, and for our policy the paper's
-`numbers` (K, M, exit threshold, interval: some left open) and what passes cost. Its `guarded` hands
-rounds on, unless memory is short or the processes of several GPUs do not agree.
+A Job (command/job.py) holds what the flags ask for, checked. Its `guarded` hands rounds on, unless
+memory is short or the processes of several GPUs do not agree.
 """
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 if __name__ == "__main__":
     import command.start  # noqa: F401  the clock, and what Ctrl-C means while the rest is imported
@@ -36,8 +33,10 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Ours, where the user has left some of the paper's four numbers open; else the paper's."""
-    if job.left_open:
+    """Who decides. `numbers` are those that flags name, None what is open; `costs` is what passes
+    cost, and if that is a guess, `measure` tells. Layers may be chosen by several tokens (--probe).
+    """
+    if job.strategy == "clasp":
         measure = job.measure if job.costs_guessed else None
         return Adaptive(job.settings, **job.costs, **job.numbers, probe=job.probe, measure=measure)
     if job.probe > 1:
@@ -56,8 +55,7 @@ def run(job: Job, ids: list[int], seed: int) -> Iterator[Round]:
 
 def pair(job: Job, ids: list[int], seed: int) -> Pair:
     """The same prompt plainly and with CLaSp."""
-    undrafted = replace(job.settings, K=0, M=0)
-    plain = generate(job.model, ids, undrafted, Chance(seed), job.choose)
+    plain = generate(job.model, ids, job.plain, Chance(seed), job.choose)
     return list(job.guarded(plain)), list(run(job, ids, seed))
 
 

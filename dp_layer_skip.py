@@ -24,7 +24,7 @@ nearest so far, although a farther one might come out nearer in the end.
 
 The cost is L calls of f with at most M+1 states; h the verify has just computed. The cosines of
 column 0 are a check: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of
-1. If it does not, f does not see the text that the verify saw.
+1. If it does not, f (its cache, its mask) does not see the text that the verify saw.
 """
 import itertools
 import signal
@@ -88,10 +88,11 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
                 run = near(after, h[i]).item()
             if j > 0:
                 skip = near(g[i - 1, j - 1][None], h[i]).item()
-            skipped[i][j] = j > 0 and not run > skip
-            D[i][j] = skip if skipped[i][j] else run
-            g[i, j] = g[i - 1, j - 1] if skipped[i][j] else after[0]
-        g[i, 0] = h[i]                                 # nothing skipped: the full model's own state
+            run_wins = j == 0 or run > skip            # strict: a tie skips, as what is no number
+            skipped[i][j] = not run_wins
+            D[i][j] = run if run_wins else skip
+            g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
+        g[i, 0] = h[i]                                 # as nothing was skipped; less rounding
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
 
@@ -104,8 +105,7 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
-    -> D and skipped, (L+1, M+1) each, and g[L]. Nothing here reads a number back from a GPU, so
-    that a recording can hold it (gpu/)."""
+    -> D and skipped, (L+1, M+1) each, and g[L]. A CUDA graph can hold it: no number is read."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -126,7 +126,7 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
         g_run = F.pad(after, (0, 0, 0, 1))[:J]                              # (J, width)
         g_skip = F.pad(g, (0, 0, 1, 0))[:J]                                 # (J, width)
         g = torch.where(run_wins[:, None], g_run, g_skip)
-        g[0] = h[i]                                    # nothing skipped: the full model's own state
+        g[0] = h[i]                                    # as nothing was skipped; less rounding
     return D, skipped, g
 
 

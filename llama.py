@@ -82,7 +82,7 @@ class Cache:
     def candidates(self, t: int, J: int) -> Rows:
         """J candidates for the state of the token at position t (§3.6). Each has its position,
         writes one of the slots behind it, where no text is yet, and reads those before the token
-        and its own. So the full model's entry for the token is neither harmed nor read: the token
+        and its own. The full model's entry for the token stays unharmed, and unread: else the token
         would be seen twice."""
         assert t + J < self.S, f"{J} slots behind {t} in a cache of {self.S}"
         slot = self.slot[:t + 1 + J]
@@ -127,8 +127,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T
     the statistics: float32 or wider."""
     x_wide = x.type(eps.dtype)
     total = x_wide.square().sum(-1, keepdim=True)
-    mean = torch.add(eps, total, alpha=1 / x.shape[-1])         # total / D + eps, in one call
-    return (x_wide * mean.rsqrt()).type(x.dtype) * weight
+    under_root = torch.add(eps, total, alpha=1 / x.shape[-1])   # total / D + eps, in one call
+    return (x_wide * under_root.rsqrt()).type(x.dtype) * weight
 
 
 def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T, heads, hd)
@@ -302,14 +302,15 @@ class Config:
             rope = c.get(name, {})
             c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
         if "rope_type" not in c:                       # it was once called type
-            c["rope_type"] = c.get("type", None if "factor" in c else "default")
+            unknown = "factor" in c                    # stretched, and nobody says how
+            c["rope_type"] = c.get("type", None if unknown else "default")
         supported = dict(
             architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
             mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
             rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
-        for key, value in {"model_type": None, **c}.items():
-            if key in supported and value not in supported[key]:
-                raise ModelError(f"{path}: {key} = {value!r} is not supported (LLaMA-3 only)")
+        for key, values in supported.items():
+            if key in c and c[key] not in values:
+                raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (LLaMA-3 only)")
 
         def number(key: str, default: float | None = None, kind: type = int) -> Any:
             value = c.get(key, default)                # JSON's true is no number

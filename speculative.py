@@ -45,7 +45,7 @@ NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses: five that make the distribution, then four for speed alone."""
+    """What a user chooses: five make the distribution of texts, the others the speed alone."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # above 0; 1 is off
@@ -142,7 +142,7 @@ class Paper:
     `skip`, the layers that the draft leaves out, asks `goes_on` before each token, tells `judged`
     what came of them, asks whether layers are `due` and, if so, lets them be `optimise`d. A policy
     says how many tokens are drafted and by which layers, never what becomes of one. So it cannot
-    change the distribution, if it writes no slots of the cache but the `slots` behind the text."""
+    change the distribution, if it writes no slots of the cache but the `slots` behind the probe."""
 
     def __init__(self, s: Settings, L: int) -> None:
         assert s.M <= L, f"{s.M} of {L} layers cannot be left out"
@@ -259,7 +259,7 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         sure = logits.softmax(-1).amax()[None]
         # Together, for a GPU is waited for; as float32 an id below 2^24 is exact.
         token, top = torch.cat((last, sure)).tolist()
-        if math.isnan(top):
+        if math.isnan(top):                            # of infinite logits too
             raise FloatingPointError(NOT_FINITE)
         drafted.append(int(token))
         confidence.append(top)

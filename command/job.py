@@ -76,22 +76,23 @@ class Job:
         if a.strategy == "paper":
             self.numbers = {name: value if self.numbers[name] is None else self.numbers[name]
                             for name, value in paper_numbers(c.L).items()}
-        self.left_open = None in self.numbers.values()
+        self.strategy = a.strategy                     # who decides
+        if self.strategy == "clasp" and None not in self.numbers.values():
+            self.strategy = "paper"
+        ours = self.strategy == "clasp"
         self.K = 12 if self.numbers["K"] is None else self.numbers["K"]
         self.M = budgets(c.L)[-1] if self.numbers["M"] is None else self.numbers["M"]
         if self.M > c.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {c.L} layers")
-        # Who decides. With all its numbers named clasp is the paper's loop.
-        self.ran = "paper" if a.strategy == "clasp" and not self.left_open else a.strategy
         self.probe = a.probe or 1
         N = 128 if a.max_new_tokens is None else a.max_new_tokens
         self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
-                                 **({} if self.left_open else self.numbers))
+                                 **({} if ours else self.numbers))
         self.length = N                                # of a text and its prompt
         self.load_seconds = 0.0
         self.measure_seconds = 0.0
         self.costs_guessed = False
-        self.costs = self.known_costs() if self.left_open else None
+        self.costs = self.known_costs() if ours else None
 
     # ------------------------------------------------------------------ what is found beforehand
 

@@ -171,7 +171,7 @@ class Screen:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         if whole.encode(encoding, "ignore").decode(encoding) != whole:
             note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
-        print(self.err.paint("dim", summary(stats, self.job.ran)), file=sys.stderr)
+        print(self.err.paint("dim", summary(stats, self.job.strategy)), file=sys.stderr)
         if self.job.own_prompt and sys.stderr.isatty():
             print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; "
                   "--help", file=sys.stderr)

@@ -243,7 +243,8 @@ def test_the_papers_loop_is_one_flag_on_every_device(monkeypatch, capsys, device
         paper = job("--device", device, "--prompt", "x", *how)
         s = paper.settings
         assert (s.K, s.M, s.exit_threshold, s.interval) == want
-        assert (paper.ran, paper.probe, type(clasp_mini.policy_of(paper))) == ("paper", 1, Paper)
+        assert (paper.strategy, paper.probe) == ("paper", 1)
+        assert type(clasp_mini.policy_of(paper)) is Paper
     assert ("computing in bfloat16 on cuda" in capsys.readouterr().err) == (device == "cuda")
 
 

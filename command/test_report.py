@@ -205,7 +205,7 @@ def test_without_a_tokenizer_the_text_is_ids_with_blanks_between():
 def a_job(**flags):
     """What `write` and `compare` ask of a Job."""
     a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, seed=7, repeats=3) | flags)
-    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), ran="clasp", load_seconds=0.0,
+    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), strategy="clasp", load_seconds=0.0,
                            measure_seconds=0.0, settings=SimpleNamespace(temperature=0),
                            own_prompt=False, report=lambda: dict(dtype="float32"))
 

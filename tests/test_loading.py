@@ -167,7 +167,7 @@ BROKEN = [
      "partial_rotary_factor = 0.5"),
     (configure(attention_bias=True), "attention_bias"), (configure(mlp_bias=True), "mlp_bias"),
     (configure(quantization_config=dict(bits=4)), "quantization_config"),
-    (configure(hidden_act="gelu"), "= 'gelu'"), (configure(model_type=...), "model_type = None"),
+    (configure(hidden_act="gelu"), "= 'gelu'"),
     (configure(tie_word_embeddings="yes"), "tie_word_embeddings = 'yes'"),
     (configure(hidden_size=...), "hidden_size is None, not a number above 0"),
     *[(configure(num_hidden_layers=v), f"num_hidden_layers is {v}, not a number above 0")

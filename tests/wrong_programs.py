@@ -144,15 +144,16 @@ def calling(how):
 
 
 DYNAMIC_PROGRAM = {
-    "the worse choice wins": recurrence("not run > skip", "(j == i or run > skip)"),
-    "ties are run": recurrence("not run > skip", "not run >= skip"),
+    "the worse choice wins": recurrence(
+        "j == 0 or run > skip", "j == 0 or j < i and not run > skip"),
+    "ties are run": recurrence("run > skip", "run >= skip"),
     "the target is always h[L]": recurrence(", h[i]).item()", ", h[L]).item()"),
     "cell (i,i) does not know it skipped": recurrence(
-        "else after[0]", "else after[0]\n            skipped[i][j] &= j < i"),
+        "else g[i - 1, j - 1]", "else g[i - 1, j - 1]\n            skipped[i][j] &= j < i"),
     "skipping spends nothing": recurrence("g[i - 1, j - 1]", "g[i - 1, min(j, i - 1)]"),
     "g[i,0] is computed again": recurrence("g[i, 0] = h[i]", "pass"),
     "the losing state is kept": recurrence(
-        "j - 1] if skipped[i][j] else", "j - 1] if j == i or 0 < j and not skipped[i][j] else"),
+        "after[0] if run_wins else", "after[0] if run_wins != (0 < j < i) else"),
     "a row at a time runs what is no number": edit(
         dp_layer_skip, "table", ("run > skip", "~(run <= skip)")),
     "the way back reads one row early": edit(
