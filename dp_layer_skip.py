@@ -5,10 +5,9 @@ states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and ho
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1   (if j > 0; wins a tie)
     g[i,j] = the state that won,   g[i,0] = h[i]
 
-In words: after the first i layers, of which j were left out, how close can we be to where the full
-model is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or
-it was skipped, and then one skip fewer had been spent before it. The way back from the answer, in
-the last row at j = M, is the set.
+In words: after the first i layers, j of them left out, how close can we be to where the full model
+is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or it was
+skipped, and one skip fewer had been spent before. The way back from row L, j = M, is the set.
 
 Glossary
     L, M     layers; layers to leave out
@@ -129,8 +128,6 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
         g[0] = h[i]                                    # as nothing was skipped; less rounding
     return D, skipped, g
 
-
-# -------------------------------------------------------------------------- python dp_layer_skip.py
 
 def toy(L: int, width: int, seed: int) -> tuple[Tensor, RunLayer]:
     """A network to watch: layer i adds a push of its own strength; every third pushes less."""
