@@ -39,10 +39,10 @@ from llama import Llama
 from speculative import (Chance, Paper, Settings, acceptance, generate, judge, probabilities,
                          residual)
 from tests.every_outcome import distance, every_outcome, filtered
-from tests.helpers import (DEMO, ROOT, assert_same_choice, decode, flags, full_model,  # noqa: F401
-                           having_read, tiny_llama, tokens)
+from tests.helpers import (assert_same_choice, decode, flags, full_model, having_read, tiny_llama,
+                           tokens)
 from tests.slow_llama import AS_5, IDS, loaded, passes, reference, same, worst_error
-from tests.wrong_programs import altered, rejects  # noqa: F401
+from tests.wrong_programs import rejects
 
 
 def proven(test):

@@ -26,8 +26,6 @@ def sizes(c):
     return H, c.get("num_key_value_heads") or H, c.get("head_dim") or c["hidden_size"] // H
 
 
-# ------------------------------------------------------------------------------- checkpoints
-
 def weight_shapes(c):
     """Hugging Face's names -> shapes, for a config.json."""
     H, G, hd = sizes(c)
@@ -54,10 +52,8 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
         x = torch.randn(shape, generator=gen)
         if len(shape) == 1:
             x = 1 + x / 10
-        elif shape[0] == c["vocab_size"]:
-            x = x / 10
         else:
-            x = x * shape[1] ** -0.5
+            x = x / 10 if shape[0] == c["vocab_size"] else x * shape[1] ** -0.5
         w[name] = x.to(dtype)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
@@ -71,8 +67,6 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
     return c, {name: x.double() for name, x in w.items()}
 
 
-# ---------------------------------------------------------------------------------- the model
-
 def reference_frequencies(c):
     """Radians per position for each pair; LLaMA-3.1's stretching by its three cases."""
     rope = {"rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
@@ -82,13 +76,12 @@ def reference_frequencies(c):
     for k in range(hd // 2):
         f = rope["rope_theta"] ** (-2 * k / hd)
         if "factor" in rope:
-            low = rope["low_freq_factor"]
-            high = rope["high_freq_factor"]
             turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
-            if turns < low:
+            share = (turns - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"])
+            if share < 0:
                 f = f / rope["factor"]
-            elif turns <= high:
-                share = (turns - low) / (high - low)
+            elif share <= 1:
                 f = share * f + (1 - share) * f / rope["factor"]
         out.append(f)
     return out
@@ -111,17 +104,14 @@ def reference_layer(c, w, i, x):
     def norm(name, x):
         return reference_norm(x, w[f"model.layers.{i}.{name}_layernorm.weight"], c["rms_norm_eps"])
 
-    def heads(name):
-        return project(f"self_attn.{name}", a).view(T, -1, hd)
-
     def spin(x):                                       # elements k and k + hd/2: a complex number
         z = torch.complex(x[..., :hd // 2], x[..., hd // 2:]) * turn[:, None]
         return torch.cat((z.real, z.imag), -1)
 
     a = norm("input", x)
-    q = spin(heads("q"))
-    k = spin(heads("k"))
-    v = heads("v")
+    q, k, v = (project(f"self_attn.{name}", a).view(T, -1, hd) for name in "qkv")
+    q = spin(q)
+    k = spin(k)
     mixed = torch.empty(T, H, hd, dtype=torch.float64)
     for t in range(T):
         for head in range(H):
@@ -145,8 +135,6 @@ def reference(c, w, ids, skip=(), first=0):
     x = reference_norm(h[-1], w["model.norm.weight"], c["rms_norm_eps"])
     return x @ head.T, torch.stack(h)
 
-
-# ------------------------------------------------------------------------------ how far apart
 
 def relative_error(got, want):
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()

@@ -8,11 +8,8 @@ repositories. Tests, and the checker of traces, are held against them.
         ...                              # here it is that one, for everyone
 
 A wrong program is one change. `put` has a function in the place of another, whatever that one's
-body is by now. Only where a line inside of one is wrong is its text changed (`edit`). A change
-whose place is gone raises Stale, which nobody takes for a rejection.
-
-Some are impossible by the program's shape (a policy is asked before a token is drawn, so it
-cannot drop one). They stand here as a loop that somebody might write instead.
+body is by now. Where a line inside of one is wrong its text is changed (`edit`). A change whose
+place is gone raises AttributeError or LookupError, which nobody takes for a rejection.
 """
 import contextlib
 import functools
@@ -35,40 +32,21 @@ from policy import probe
 from speculative import Chance, Paper
 
 
-class Stale(Exception):
-    """The program has changed, and a wrong program not: what it changes is gone."""
-
-
 def edited(text, edits):
     """`text` with every (right, wrong); a space in `right` stands for any white space."""
     for right, wrong in edits:
         pattern = r"\s+".join(map(re.escape, right.split(" ")))
         text, n = re.subn(pattern, lambda _: wrong, text)
         if n == 0:
-            raise Stale(right)
+            raise LookupError(f"gone: {right}")
     return text
-
-
-def altered(module, *edits):
-    """A copy of `module` as it would be with these edits of its text."""
-    out = types.ModuleType(module.__name__)
-    text = edited(inspect.getsource(module), edits)
-    exec(compile(text, f"wrong_{module.__name__}", "exec"), out.__dict__)
-    return out
-
-
-def existing(owner, name):
-    """The function that is to be changed; raises Stale."""
-    if not hasattr(owner, name):
-        raise Stale(f"{owner.__name__}.{name}")
-    return getattr(owner, name)
 
 
 def put(owner, name, wrong):
     """A change: `wrong` in the place of a class's function, or of a module's and wherever that was
     imported."""
     def change(patch):
-        right = existing(owner, name)
+        right = getattr(owner, name)
         patch.setattr(owner, name, wrong)
         for module in [] if inspect.isclass(owner) else list(sys.modules.values()):
             if getattr(module, "__dict__", {}).get(name) is right:
@@ -79,7 +57,7 @@ def put(owner, name, wrong):
 def edit(owner, name, *edits, into=()):
     """A change: a function with edits of its text, in its own place and `into` others."""
     def change(patch):
-        right = inspect.unwrap(existing(owner, name))
+        right = inspect.unwrap(getattr(owner, name))
         text = edited(textwrap.dedent(inspect.getsource(right)), edits)
         out = {}
         exec(compile(text, f"wrong_{name}", "exec"), right.__globals__, out)
@@ -172,54 +150,12 @@ DYNAMIC_PROGRAM = {
 
 # ------------------------------------------------------------------------------ sampler and loop
 
-def accept_or_take_back(self, a):
-    state = self.generator.get_state()
-    accepted = self.uniform() < a
-    if not accepted:
-        self.generator.set_state(state)
-    return accepted
-
-
-def argmax_draft(*how):
-    chance = types.SimpleNamespace(draw=lambda q: q.argmax())
-    return sp.draft(*how[:-1], chance)
-
-
-def dropping_doubtful(model, cache, text, most, skip, s, policy, chance):
-    drafted, q, confidence = sp.draft(model, cache, text, most, skip, s, policy, chance)
-    if drafted and q[-1][drafted[-1]] < s.exit_threshold:
-        return drafted[:-1], q[:-1], confidence[:-1]
-    return drafted, q, confidence
-
-
-def top_k_by_id(logits, s):
-    V = logits.shape[-1]
-    kept = logits.argsort(dim=-1, descending=True, stable=True)[..., :min(s.top_k or V, V)]
-    logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    return sp.probabilities(logits, replace(s, top_k=0))
-
-
-def top_p_first(logits, s):
-    p = sp.probabilities(logits, replace(s, temperature=float(s.temperature > 0)))
-    p = p ** (1 / (s.temperature or 1))
-    return p / p.sum(-1, keepdim=True)
-
-
-def read_beside_the_drafts(model, tokens, t, cache):
-    slots = cache.k[:, :, t:t + len(tokens)]
-    was = slots.clone()
-    h = sp.read(model, tokens, t, cache)
-    if len(tokens) > 1 and t > 0:
-        slots.copy_(was)
-    return h
-
-
 def loop(*edits):
     return edit(speculative, "generate", *edits)
 
 
-def told_twice(r):
-    return dict(kept=r.emitted[:r.accepted], own=r.emitted[-1:], rejected=r.drafted[r.accepted:])
+def drafting(*edits):
+    return edit(speculative, "draft", *edits)
 
 
 def normed(self, choose, model, cache, text, h):
@@ -239,32 +175,47 @@ SAMPLER_AND_LOOP = {
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
         Chance, "uniform", lambda self: torch.rand((), generator=self.generator).item()),
-    "the correction is drawn with the uniform that rejected": put(
-        Chance, "accept", accept_or_take_back),
-    "argmax draft scored with a softmax q": put(speculative, "draft", argmax_draft),
-    "q at temperature 1": edit(
-        speculative, "draft",
-        ("drafted.append(int(token))",
-         "drafted.append(int(token))\n        q[-1] = logits.softmax(-1)")),
+    "the correction is drawn with the uniform that rejected": edit(
+        Chance, "accept", (
+            "return self.uniform() < a",
+            "state = self.generator.get_state()\n"
+            "    accepted = self.uniform() < a\n"
+            "    accepted or self.generator.set_state(state)\n"
+            "    return accepted")),
+    "argmax draft scored with a softmax q": drafting(("chance.draw(q[-1])", "q[-1].argmax()")),
+    "q at temperature 1": drafting(
+        ("q.append(probabilities(logits, s))", "q.append(logits.softmax(-1))"),
+        ("chance.draw(q[-1])", "chance.draw(probabilities(logits, s))")),
     "p without the filters": loop(
         ("p = probabilities(logits, s)",
          "p = probabilities(logits, Settings(temperature=s.temperature))")),
     "bonus from unfiltered logits": loop(
         ("p = probabilities(logits, s)",
          "p = probabilities(logits, s)\n        p[-1] = logits[-1].softmax(-1)")),
-    "bonus from the row before": edit(speculative, "judge", ("draw(p[k])", "draw(p[max(k - 1, 0)])")),
-    "top-k cuts ties by id": put(speculative, "probabilities", top_k_by_id),
-    "top-p before temperature": put(speculative, "probabilities", top_p_first),
+    "bonus from the row before": edit(
+        speculative, "judge", ("draw(p[k])", "draw(p[max(k - 1, 0)])")),
+    "top-k cuts ties by id": edit(
+        speculative, "probabilities", ("values[..., -1:]", "indices"),
+        ("logits.masked_fill(logits < kth, -torch.inf)",
+         "torch.full_like(logits, -torch.inf).scatter(-1, kth, logits.gather(-1, kth))")),
+    "top-p before temperature": edit(
+        speculative, "probabilities", (" / s.temperature).softmax(-1)", ").softmax(-1)"), (
+            "return p", "p = p ** (1 / s.temperature)\n    return p / p.sum(-1, keepdim=True)")),
     "top-p keeps one more where the mass is reached": edit(
         speculative, "probabilities", ("before >= s.top_p", "before > s.top_p")),
-    "doubtful tokens are thrown away": put(speculative, "draft", dropping_doubtful),
+    "doubtful tokens are thrown away": drafting((
+        "drafted.append(int(token))",
+        "if q[-1][int(token)] < s.exit_threshold:\n            q.pop()\n            break\n"
+        "        drafted.append(int(token))")),
     "a policy can reach into the text": loop(("text[:cached], probe", "text, probe")),
-    "drafting goes on behind a stop token": put(
-        speculative, "draft",
-        lambda *how: sp.draft(*how[:5], replace(how[5], stop_ids=()), *how[6:])),
+    "drafting goes on behind a stop token": drafting(("if token in s.stop_ids:", "if False:")),
     "drafting ends at the threshold": edit(
         Paper, "goes_on", (">= self.s.exit_threshold", "> self.s.exit_threshold")),
-    "the drafts' keys stay after a verify": put(speculative, "read", read_beside_the_drafts),
+    "the drafts' keys stay after a verify": loop(
+        ("h = read(model, text[cached:] + drafted, cached, cache)",
+         "was = cache.k[:, :, cached:].clone()\n"
+         "        h = read(model, text[cached:] + drafted, cached, cache)\n"
+         "        if k > 0:\n            cache.k[:, :, cached:] = was")),
     "position off by one after full acceptance": loop(
         ("text = list(prompt)", "text = list(prompt)\n    late = 0"),
         ("cache(end + policy.slots)", "cache(end + policy.slots + 99)"),
@@ -274,7 +225,8 @@ SAMPLER_AND_LOOP = {
         ("[*drafted[:accepted], own]", "[*drafted[:accepted], own or 1]")),
     "the text goes on after an accepted stop": loop(
         ("emitted.pop()", "pass")),
-    "a stop in a draft is told twice": put(report, "fates", told_twice),
+    "a stop in a draft is told twice": edit(
+        report, "fates", ("own=r.emitted[r.accepted:]", "own=r.emitted[-1:]")),
     "infinite logits are numbers": loop(("not logits.isfinite().all()", "logits.isnan().any()")),
     "only the prompt's logits are looked at": loop(("if not logits.", "if n == 0 and not logits.")),
     "layers are optimised a round late": edit(
@@ -298,12 +250,6 @@ def candidates(right, wrong):
     return edit(Cache, "candidates", (right, wrong))
 
 
-def queries_dealt_in_turn(w, x, rows, keys, values, c, eps):
-    q, kv = w.qkv.split((c.H * c.hd, 2 * c.G * c.hd), 1)
-    q = q.unflatten(1, (-1, c.G, c.hd)).transpose(1, 2).flatten(1)
-    return ll.attention(w._replace(qkv=torch.cat((q, kv), 1)), x, rows, keys, values, c, eps)
-
-
 LLAMA = {
     "candidates see one another": candidates(
         "slot == slots[:, None]", "slot > 0 * slots[:, None] + t"),
@@ -320,7 +266,10 @@ LLAMA = {
         llama, "rope_frequencies", lambda c: ll.rope_frequencies(replace(c, scaling=None))),
     "Transformers 5 not understood": put(
         Config, "load", lambda folder: replace(load(folder), theta=1e4, scaling=None)),
-    "query heads dealt to kv heads in turn": put(llama, "attention", queries_dealt_in_turn),
+    "query heads dealt to kv heads in turn": edit(
+        llama, "attention",
+        ("T, c.G, R, c.hd).transpose(0, 1)", "T, R, c.G, c.hd).permute(2, 0, 1, 3)"),
+        ("c.G, T, R, c.hd).transpose(0, 1)", "c.G, T, R, c.hd).permute(1, 2, 0, 3)")),
     "a norm without eps": put(
         llama, "rms_norm", lambda x, weight, eps: ll.rms_norm(x, weight, 0 * eps)),
     "norms in bfloat16": put(
@@ -346,21 +295,18 @@ def nearness(compare):
     return put(probe, "nearness", of)
 
 
-def several(right, wrong):
-    return edit(probe, "candidates", (right, wrong))
-
-
 PROBE = {
     "several tokens are held against h[i]": nearness(
         lambda end, g, target: dp.cosine(g, target)),
     "errors ride along in the states' dtype": nearness(
         lambda end, g, target: dp.cosine(end, end + (g - target))),
     "one token is compared as several are": edit(probe, "choose_by", ("if r > 1:", "if True:")),
-    "candidates of a token see those of another": several(
-        "(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])"),
-    "one position for all tokens": several("cache.rows(position,", "cache.rows(0 * position + t,"),
-    "a token of a probe is blind to those before it": several(
-        "(slot < position[:, None])", "(slot < position.min())"),
+    "candidates of a token see those of another": edit(
+        probe, "candidates", ("(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])")),
+    "one position for all tokens": edit(
+        probe, "candidates", ("cache.rows(position,", "cache.rows(0 * position + t,")),
+    "a token of a probe is blind to those before it": edit(
+        probe, "candidates", ("(slot < position[:, None])", "(slot < position.min())")),
     "a probe longer than the text": edit(probe, "choose_by", ("r = min(r, len(text))", "pass")),
 }
 
