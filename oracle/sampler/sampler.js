@@ -1,5 +1,5 @@
-// A sampler in another language, to show what check.py and level 0 and 1 of conformance.py ask for.
-//     python oracle/sampler/check.py --program "node oracle/sampler/sampler.js"
+// A sampler in another language, to show what levels 0 and 1 ask for.
+//     python oracle/conformance.py --level 1 --program "node oracle/sampler/sampler.js"
 
 function filtered(row, c) {
   const order = row.map((_, x) => x).sort((x, y) => row[y] - row[x] || x - y);
@@ -57,17 +57,17 @@ function round(c, p, q, last, room, uniform) {
 }
 
 function text(c, p, q, last, uniform) {
-  const rounds = [];
+  const out = [];
   let room = c.N;
   while (room > 0 && !c.stop.includes(last)) {
     let emitted = round(c, p, q, last, room, uniform);
     const end = emitted.findIndex((x) => c.stop.includes(x));
     if (end >= 0) emitted = emitted.slice(0, end + 1);
-    rounds.push(emitted);
+    out.push(...emitted);
     room -= emitted.length;
     last = emitted[emitted.length - 1];
   }
-  return rounds;
+  return out;
 }
 
 for (const line of require("fs").readFileSync(0, "utf8").split("\n").filter(Boolean)) {
@@ -76,7 +76,6 @@ for (const line of require("fs").readFileSync(0, "utf8").split("\n").filter(Bool
   const given = (c.u || []).values();                  // level 0: these, in their order
   const uniform = c.u ? () => given.next().value : generator(c.seed);
   const texts = [];
-  for (let n = 0; n < c.texts; n++)
-    texts.push(text(c, p, q, c.prompts[n % c.prompts.length], uniform));
+  for (let n = 0; n < c.texts; n++) texts.push(text(c, p, q, c.prompt, uniform));
   console.log(JSON.stringify({ texts }));
 }

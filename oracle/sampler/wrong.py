@@ -1,16 +1,22 @@
-"""Samplers that do not emit what p says, as somebody wrote them: each the token rule of law.py but
-for one part. ../BUGS.md says where they were met.
-
-A part is a function of p and q (the k+1 rows of a round), s (the step that is judged) and x (the
-token that was drafted there).
+"""Samplers that do not emit what p says, as somebody wrote them (../BUGS.md says where they were
+met): each a rule of law.py but for one part, which is a function of p, q, s and x as there.
 """
 import math
-from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-from oracle.sampler.law import (Models, Row, Sampler, block_rule, by, drafts, filtered, greedy,
-                                ratio, residual, token_rule, unfiltered, without)
+from oracle.sampler.law import (Row, Sampler, block_rule, drafts, filtered, greedy, ratio, residual,
+                                token_rule, without)
+
+
+def by(rule: Any = token_rule, **parts: Any) -> Sampler:
+    """A rule with other parts."""
+    return Sampler(partial(rule, **parts))
+
+
+def unfiltered(row: Row, case: dict) -> Row:
+    return row
 
 
 def likeliest(weights: Row) -> Row:
@@ -23,64 +29,30 @@ def typical(p: list[Row], q: list[Row], s: int, x: int) -> float:
     return float(p[s][x] > min(0.3, 0.55 * math.exp(-entropy)))
 
 
-def overlap(start: float, length: float, start2: float, end2: float) -> float:
-    return max(0.0, min(start + length, end2) - max(start, start2))
-
-
-def drew_already(p: list[Row], q: list[Row], s: int, x: int) -> float:
-    """The number that drew the token, from a piece of 0..1 as long as q[x], judges it as well."""
-    return overlap(sum(q[s][:x]), q[s][x], 0.0, ratio(p, q, s, x)) / q[s][x]
-
-
-def rejected_already(p: list[Row], q: list[Row], s: int, x: int) -> Row:
-    """The number that rejected, one from a to 1, draws as well."""
-    owed = residual(p, q, s, x)
-    share = [v / sum(owed) for v in owed]
-    return [overlap(sum(share[:y]), v, ratio(p, q, s, x), 1.0) for y, v in enumerate(share)]
-
-
 def raced_already(p: list[Row], q: list[Row], s: int, x: int) -> Row:
     """Draft and correction are the first of one race, at E[y] / q[y] and at E[y] / owed[y]. That x
-    was first at time t leaves E[y] = q[y] t + an exponential; t itself is exponential."""
+    was first at time t leaves E[y] = q[y] t + an exponential, and t is exponential too: what y owes
+    starts at t q[y] / owed[y]."""
     owed = residual(p, q, s, x)
-    starts = sorted((q[s][y] / v, y) for y, v in enumerate(owed) if v > 0)      # in units of t
-    out = [0.0] * len(owed)
-    for n, (start, _) in enumerate(starts):
-        running = [y for _, y in starts[:n + 1]]
+    starts = [w / v if v > 0 else 1e99 for v, w in zip(owed, q[s])]         # in units of t
 
-        ends = [start] + [time for time, _ in starts[n + 1:n + 2]]
-        still = [1 / (1 + sum(owed[y] * time - q[s][y] for y in running)) for time in ends]
-        decided = still[0] - sum(still[1:])            # the last runs until it is decided
-        for y in running:
-            out[y] += decided * owed[y] / sum(owed[z] for z in running)
+    def undecided(time: float) -> float:
+        return 1 / (1 + sum(max(0.0, v * time - w) for v, w in zip(owed, q[s])))
+    out = [0.0] * len(owed)
+    for begin, end in pairwise([*sorted(starts), 1e99]):
+        running = [v if start <= begin else 0.0 for v, start in zip(owed, starts)]
+        decided = undecided(begin) - undecided(end)
+        out = [o + decided * v / sum(running) for o, v in zip(out, running)]
     return out
 
 
-def unlikely_dropped(models: Models, last: int, room: int, chance: Any) -> tuple:
+def unlikely_dropped(case: dict, q: list[Row], last: int, room: int, chance: Any) -> list[int]:
     """By its own q. (That the row is doubtful, whatever was drawn from it, would do no harm.)"""
-    d, q, p = drafts(models, last, room, chance)
-    for s, x in enumerate(d):
-        if q[s][x] < models.case["exit"]:
-            return d[:s], q[:s + 1], p[:s + 1]
-    return d, q, p
-
-
-def in_step(models: Models, chance: Any, verdict: Callable) -> list[list[int]]:
-    """Rows side by side, of which all keep as many tokens as `verdict` says."""
-    texts = [[last] for last in models.case["prompts"]]
-    while len(texts[0]) <= models.case["N"]:
-        room = models.case["N"] + 1 - len(texts[0])
-        rows = [drafts(models, text[-1], room, chance) for text in texts]
-        accepted = []
-        for d, q, p in rows:
-            s = 0
-            while s < len(d) and chance.accept(ratio(p, q, s, d[s])):
-                s += 1
-            accepted.append(s)
-        s = verdict(accepted)
-        for text, (d, q, p) in zip(texts, rows):
-            text += d[:s] + [chance.draw(residual(p, q, s, d[s]) if s < len(d) else p[-1])]
-    return [text[1:] for text in texts]
+    d = drafts(case, q, last, room, chance)
+    for s, (c, x) in enumerate(pairwise([last, *d])):
+        if q[c][x] < case["exit"]:
+            return d[:s]
+    return d
 
 
 def top_p_first(row: Row, case: dict) -> Row:
@@ -98,7 +70,6 @@ WRONG = {
     "accept if the argmax": by(accept=lambda p, q, s, x: likeliest(p[s])[x]),
     "accept leniently, 1.3 p/q": by(accept=lambda p, q, s, x: min(1.0, 1.3 * ratio(p, q, s, x))),
     "accept what is typical": by(accept=typical, owed=lambda p, q, s, x: p[s]),
-    "accept by the number that drew": by(accept=drew_already),
     "residual = p": by(owed=lambda p, q, s, x: p[s]),
     "residual = p without the rejected": by(owed=without),
     "residual |p - q|": by(owed=lambda p, q, s, x: [abs(v - w) for v, w in zip(p[s], q[s])]),
@@ -106,7 +77,6 @@ WRONG = {
         owed=lambda p, q, s, x: [math.exp(v - w) for v, w in zip(p[s], q[s])]),
     "residual of the row before": by(owed=lambda p, q, s, x: residual(p, q, max(s - 1, 0), x)),
     "residual by argmax": by(owed=lambda p, q, s, x: likeliest(residual(p, q, s, x))),
-    "residual by the number that rejected": by(owed=rejected_already),
     "residual by the noise that drew": by(owed=raced_already),
     "correction = argmax p": by(owed=lambda p, q, s, x: likeliest(p[s])),
     "argmax for every draw": Sampler(p=greedy, q=greedy),
@@ -121,15 +91,10 @@ WRONG = {
     "top-k and top-p forgotten in p": Sampler(
         p=lambda row, case: filtered(row, dict(case, top_k=0, top_p=1))),
     "top-p before temperature": Sampler(p=top_p_first, q=top_p_first),
-    "top-p without the token that crosses": Sampler(
-        p=partial(filtered, crossing=False), q=partial(filtered, crossing=False)),
-    "unlikely drafts dropped unjudged": by(draft=unlikely_dropped),
+    "unlikely drafts dropped unjudged": Sampler(draft=unlikely_dropped),
     "a stop token inside is not seen": Sampler(cut=lambda emitted, stop: tuple(emitted)),
-    "block rule, residual of the token rule": Sampler(partial(
-        block_rule, owed=lambda p, q, s, x, paid: residual(p, q, s, x))),
-    "block rule, kept by the product": Sampler(partial(
-        block_rule, keep=lambda p, q, s, paid: paid)),
-    "block rule, stops at a refusal": Sampler(partial(block_rule, stops=True)),
-    "the batch's shortest row cuts all": Sampler(batch=partial(in_step, verdict=min)),
-    "row 0 judges the batch": Sampler(batch=partial(in_step, verdict=lambda each: each[0])),
+    "block rule, residual of the token rule": by(
+        block_rule, owed=lambda p, q, s, x, paid: residual(p, q, s, x)),
+    "block rule, kept by the product": by(block_rule, keep=lambda p, q, s, paid: paid),
+    "block rule, stops at a refusal": by(block_rule, stops=True),
 }
