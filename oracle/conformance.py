@@ -1,6 +1,6 @@
 """Which levels of the oracle does a program, in any language, reach?
 
-    python oracle/conformance.py --level N --program "./mine"
+    python oracle/conformance.py --level N --program "./mine" [--junit FILE]
 
 README.md says what a level asks and promises. The program reads one JSON object per line on stdin
 and answers each with one on stdout, {"skip": "why"} where it cannot. A line is printed per case.
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -179,23 +180,38 @@ def own(program: str, folder: Path) -> Iterator[Case]:
 LEVELS = (uniforms, sampler, dynamic_program, forward, loop, own)
 
 
+def junit(title: str, cases: Sequence[Case]) -> ElementTree.ElementTree:
+    """The cases as a CI reads them."""
+    suite = ElementTree.Element("testsuite", name=title, tests=str(len(cases)))
+    for verdict, name, why in cases:
+        case = ElementTree.SubElement(suite, "testcase", name=name)
+        if verdict != "ok":
+            kind = "failure" if verdict == "WRONG" else "skipped"
+            ElementTree.SubElement(case, kind, message=why)
+    return ElementTree.ElementTree(suite)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description="Run all of a level of the oracle.")
     p.error = lambda message: p.exit(2, f"conformance.py: {message} (--help lists the flags)\n")
     p.add_argument("--level", type=int, choices=range(len(LEVELS)), required=True)
     p.add_argument("--program", metavar="COMMAND", required=True)
+    p.add_argument("--junit", metavar="FILE", help="write the result as JUnit XML too")
     a = p.parse_args(argv)
-    said = Counter()
+    cases = []
     try:
         with tempfile.TemporaryDirectory() as folder:
             for verdict, name, why in LEVELS[a.level](a.program, Path(folder)):
-                said[verdict] += 1
+                cases.append((verdict, name, why))
                 print(f"{verdict:6}{name}: {why}".rstrip(": "))
     except (Refused, OSError, ValueError, KeyError) as e:
         print(f"conformance.py: {e}", file=sys.stderr)
         return 2
-    version = (HERE / "version").read_text().split()[0]
-    print(f"level {a.level} of oracle {version}: {said['ok']} right, {said['WRONG']} wrong, "
+    said = Counter(verdict for verdict, *_ in cases)
+    title = f"level {a.level} of oracle {(HERE / 'version').read_text().split()[0]}"
+    if a.junit:
+        junit(title, cases).write(a.junit, encoding="utf-8")
+    print(f"{title}: {said['ok']} right, {said['WRONG']} wrong, "
           f"{said['skip']} skipped")
     return 1 if said["WRONG"] else 0
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_a_program_in_javascript_passes_and_its_faults_are_named(right, wrong, f
     assert conformance.main(["--level", "1", "--program", program]) == bool(fault)
     assert f"WRONG all together: {fault}" in capsys.readouterr().out or not fault
     assert fault or conformance.main(["--level", "0", "--program", program]) == 0
+
+
+def test_a_ci_reads_which_cases_are_wrong_and_why(tmp_path):
+    """Rejects a wrong case that counts as passed, and a report of another form."""
+    cases = [("ok", "a", ""), ("WRONG", "b", "p < q"), ("skip", "c", "no loop")]
+    conformance.junit("level 1", cases).write(tmp_path / "it.xml")
+    suite = ElementTree.parse(tmp_path / "it.xml").getroot()
+    assert suite.tag == "testsuite" and suite.get("tests") == "3"
+    assert [(case.get("name"), *[(of.tag, of.get("message")) for of in case]) for case in suite] == [
+        ("a",), ("b", ("failure", "p < q")), ("c", ("skipped", "no loop"))]
 
 
 @pytest.mark.parametrize("answer, said", [
