@@ -129,13 +129,10 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
     kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
     token, probability, u = chance.draws[k]
     p = witness.p[r.accepted]
-    q, mass = 0.0, 1.0
-    if kind == "residual":
-        of_q = witness.q[r.accepted]
-        q = of_q[token].item()
-        mass = (p - of_q).clamp(min=0).sum().item()
-    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(), q=q,
-                      mass=mass)
+    q = witness.q[r.accepted] if kind == "residual" else torch.zeros_like(p)
+    mass = (p - q).clamp(min=0).sum().item() if kind == "residual" else 1.0
+    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(),
+                      q=q[token].item(), mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
         D, skipped = r.choice.D, r.choice.skipped
