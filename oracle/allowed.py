@@ -28,6 +28,8 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
     for off in (0, -X, X) if s.temperature > 0 and s.top_p < 1 else (0,):
         top_p = min(1.0, max(s.top_p + off / min(1, s.temperature or 1), 1e-300))
         kept = probabilities(logits, replace(s, top_p=top_p)) > 0
+        if off and kept.equal(out[0] > 0):
+            continue                                   # a cut there is the same
         edge = logits[kept].amin()                     # of the last token kept
         more = near(~kept & (logits >= edge - 4 * X))
         less = near(kept & (logits <= edge + 4 * X))

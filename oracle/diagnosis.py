@@ -74,7 +74,8 @@ def look_at(first: Departure, tally: dict[str, Tally], sampled: bool) -> str:
     if first.round == 0:                               # the prefill: nothing was drafted before
         if tally["confidence"].checked and "confidence" not in rules:
             return FILTERS + "; the drafts' logits are right"
-        return "the forward pass: compare forward dumps (dump_forward.py, compare_dumps.py)"
+        return ("the forward pass; or, if forward dumps agree (dump_forward.py, compare_dumps.py), "
+                "the filters")
     if rule == "confidence" and sampled and "q" not in fields:
         return "the confidence: the draft's highest probability, at temperature 1, unfiltered"
     if rule == "confidence" and "p" not in fields:
