@@ -93,7 +93,8 @@ class Check:
         # Below temperature 1 a difference of two logits is that much larger.
         self.slack = X / min(1, self.s.temperature or 1)
         self.text = list(self.header["prompt_ids"])
-        self.end = len(self.text) + self.s.N
+        self.start = len(self.text)
+        self.end = self.start + self.s.N
         self.cached = 0
         self.cache = model.cache(self.end + (model.cfg.L + 1) * min(self.r, self.end))
         self.table: Choice | None = None               # the last
@@ -160,13 +161,9 @@ class Check:
         self.round -= 1
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
-        self.equal("end", "emitted", line["emitted"], self.emitted)
+        self.equal("end", "emitted", line["emitted"], len(self.text) - self.start)
         self.lines.advance()
         self.equal("end", "event", self.lines.event, "")
-
-    @property
-    def emitted(self) -> int:
-        return len(self.text) - len(self.header["prompt_ids"])
 
     def check_round(self) -> None:
         self.check_begin()
@@ -423,7 +420,7 @@ class Check:
 
     def report(self, status: int) -> str:
         """What is said of a trace: its first departure, which others there are, where to look."""
-        rounds = f"{self.round + 1} rounds, {self.emitted} tokens"
+        rounds = f"{self.round + 1} rounds, {len(self.text) - self.start} tokens"
         first = self.first
         if first is None and status == 3:
             return (f"incomplete: no departure in {self.lines.number - 1} lines, and they break "

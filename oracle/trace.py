@@ -156,19 +156,13 @@ def about(folder: str | Path) -> dict[str, dict[str, str]]:
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
     """name -> SHA-256 (hex) of every file that determines the model's numbers."""
-    folder = Path(folder)
-    weights = ["model.safetensors"]
-    if not (folder / weights[0]).exists():
-        index = "model.safetensors.index.json"
-        shards = json.loads((folder / index).read_text("utf-8"))["weight_map"].values()
-        weights = [index, *sorted(set(shards))]
     out = {}
-    for name in ["config.json", *weights]:
+    for path in [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors*"))]:
         digest = hashlib.sha256()
-        with open(folder / name, "rb") as f:
+        with open(path, "rb") as f:
             while part := f.read(1 << 20):
                 digest.update(part)
-        out[name] = digest.hexdigest()
+        out[path.name] = digest.hexdigest()
     return out
 
 
