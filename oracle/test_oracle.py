@@ -233,14 +233,6 @@ def test_every_wrong_value_is_found_where_it_is(check, lively):
                                 "\nlook at: the ", out), (field, out)
 
 
-def set_to(**values):
-    return lambda lines, i: lines[i].update(values)
-
-
-def settings(**values):
-    return lambda lines, i: lines[0]["settings"].update(values)
-
-
 def interleave(lines, i):
     """Draft and verify lines taken in turn, in a round with two drafts or more."""
     k = find(lines[i - 1:], "verify")
@@ -251,17 +243,17 @@ def interleave(lines, i):
 gone = list.__delitem__
 CORRUPTIONS = [                        # rule, of which line, what is done there, how much later
     ("verdict", "verify", JUDGED, lambda x, i: x[i].update(u=x[i]["a"], accepted=True), 0),
-    ("verdict", "verify", JUDGED, set_to(u=None), 0),
-    ("verdict", "verify", UNJUDGED, set_to(u=0.5), 0),
+    ("verdict", "verify", JUDGED, lambda x, i: x[i].update(u=None), 0),
+    ("verdict", "verify", UNJUDGED, lambda x, i: x[i].update(u=0.5), 0),
     ("order", "verify", {}, gone, 0),
     ("exit", "draft", dict(step=1), interleave, 0),
     ("exit", "draft", dict(step=3), lambda x, i: x.insert(i + 1, dict(x[i])), 1),
     ("exit", "draft", dict(step=3), gone, 0),
-    ("exit", "draft", dict(step=3), settings(K=3), 0),
-    ("exit", "draft", dict(step=1), settings(exit_threshold=0.9), 0),
+    ("exit", "draft", dict(step=3), lambda x, i: x[0]["settings"].update(K=3), 0),
+    ("exit", "draft", dict(step=1), lambda x, i: x[0]["settings"].update(exit_threshold=0.9), 0),
     ("interval", "optimise", THIRD, gone, 0),
     ("interval", "emit", dict(round=1), lambda x, i: x.insert(i + 1, x[4] | dict(round=1)), 1),
-    ("interval", "optimise", {}, lambda x, i: settings(stop_ids=x[3]["tokens"])(x, i), 0),
+    ("interval", "optimise", {}, lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"]), 0),
     ("column", "optimise", THIRD, lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), 0),
     ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(4, "110"), 0),
     ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), 0),
@@ -604,8 +596,8 @@ def test_the_check_goes_on_after_departures_in_numbers_and_counts_them(check, li
     lines = copy.deepcopy(lively)
     for n in (2, 3):
         lines[find(lines, "draft", n)]["confidence"] += 1e-3
-    status, out, _ = check(lines)
-    assert status == 1 and out.startswith(f"line {i + 1}, ") and "it ends" not in out
+    out = check(lines)[1]
+    assert out.startswith(f"line {i + 1}, ") and "it ends" not in out
     assert re.search(r"departures in \d+ rounds, .*: confidence 2 of \d+; none in q, p, ", out)
     end = find(lines, "emit", -1)
     out = check(with_line(lines, end, tokens=[0]))[1]
@@ -645,9 +637,8 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     that is silently not skipped."""
     (right := tmp_path / "t").write_bytes(jsonl(*lively))
     for said, main, *arguments in (
-            ("directory", check_trace, DEMO), ("line 1", check_trace, DEMO / "config.json"),
+            ("directory", check_trace, DEMO), ("another model", check_trace, right),
             ("config.json", check_trace, right, "--model", "/no"),
-            ("another model", check_trace, right),
             ("--device", check_trace, right, "--device", "cuda:99"),
             ("--skip 6: the model has layers", dump_forward, tmp_path / "d", "--model", TINY,
              "--prompt-ids", "3", "--skip", "1,6")):
