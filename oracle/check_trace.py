@@ -136,9 +136,8 @@ class Check:
 
     def close(self, rule: str, field: str, theirs: float, ours: float, slack: float,
               **more: Any) -> None:
-        off = abs(theirs - ours)
-        self.met(rule, off)
-        if not off <= slack:
+        self.met(rule, abs(theirs - ours))
+        if not abs(theirs - ours) <= slack:
             self.depart(rule, field, theirs, ours, slack, **more)
 
     def take(self, event: str, **want: Any) -> dict:

@@ -77,15 +77,14 @@ def run(folder: Path, prompt: Sequence[int], s: Settings, seed: int, r: int = 1,
 def vector(name: str, tiny: Path = HERE / "tiny") -> list[dict]:
     """The lines of a vector."""
     prompt, s, seed = VECTORS[name]
-    if isinstance(prompt, str):
-        prompt = ids_of(prompt)
+    ids = ids_of(prompt) if isinstance(prompt, str) else prompt
     chance = None
     if name in ZERO:
         uniform = Chance(seed).uniform
         numbers = (0.0 if n == ZERO[name] else uniform() for n in itertools.count())
         chance = Recording(numbers.__next__)
     folder = tiny if name.startswith("tiny") else DEMO
-    return run(folder, prompt, s, seed, PROBE.get(name, 1), chance)
+    return run(folder, ids, s, seed, PROBE.get(name, 1), chance)
 
 
 def ids_of(text: str) -> list[int]:

@@ -8,8 +8,8 @@ import json
 import math
 import random
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -42,7 +42,7 @@ VECTORS = HERE / "vectors"
 TINY = HERE / "tiny"
 RUNS = {p.stem: [json.loads(line) for line in p.read_text().splitlines()]
         for p in sorted(VECTORS.glob("*.jsonl"))}
-S = Settings(temperature=0.2, top_k=20, top_p=0.9, N=20, K=4, M=2, exit_threshold=0.05, interval=2)
+S = Settings(temperature=0.2, top_k=20, top_p=0.9, N=14, K=4, M=2, exit_threshold=0.05, interval=2)
 
 
 def jsonl(*lines):
@@ -139,9 +139,9 @@ OPEN = ("--prompt-ids", "3,41,7", "--max-new-tokens", 60, "--temperature", 0.2)
 
 
 @pytest.mark.parametrize("flags", [
-    OPEN, (*OPEN, "--skip-layers", 0), (*OPEN, "--skip-layers", 5, "--probe", 5, "--interval", 1),
+    OPEN, (*OPEN, "--skip-layers", 0), (*OPEN, "--skip-layers", 5, "--probe", 5, "--interval", 3),
     ("--prompt-ids", "3,41,7," * 200, "--max-new-tokens", 4, "--skip-layers", 5, "--probe", 64),
-    *map(any_flags, range(5))], ids=lambda flags: " ".join(map(str, flags))[-60:])
+    *map(any_flags, range(4))], ids=lambda flags: " ".join(map(str, flags))[-60:])
 def test_own_traces_check_clean_at_every_setting(flags, check, traced, random_model):
     """Rejects a rule that is too strict for some sampler, policy, dtype or long prompt, and a cache
     without room for the candidates of a probe of several tokens. With `--skip-layers 0` a policy
@@ -336,8 +336,8 @@ def test_what_a_float32_program_writes_and_its_times_are_read(check, lively):
     config = {k: torch.tensor(v).item() if type(v) is float else v
               for k, v in lively[0]["config"].items()}
     assert config != lively[0]["config"] and check(with_line(lively, 0, config=config))[0] == 0
-    rounded = dict(probability=1 + 1e-10, p=1 + 1e-10)
-    assert check(with_line(RUNS["tiny-greedy"], 2, **rounded), model=TINY)[0] == 0
+    rounded = with_line(RUNS["tiny-greedy"], 2, probability=1 + 1e-10, p=1 + 1e-10)
+    assert check(rounded, model=TINY)[0] == 0
     for fields, status in (dict(), 0), (dict(draft=-1.0), 2), (dict(round=1), 1):
         times = dict(event="times", round=0, draft=0.0, verify=0.1, optimise=0.0) | fields
         assert check([*lively[:5], times, *lively[5:]])[0] == status
@@ -454,7 +454,7 @@ def throwing_away(*how):
     return drafted[:k], q[:k], confidence[:k]
 
 
-HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=120)
+HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=100)
 CHANCES = {        # the generator of a lossy program
     "one number draws and judges": lambda source: Numbers(source, lambda u: u),
     "a verdict by the mirrored number": lambda source: Numbers(source, lambda u: 1 - u),
@@ -468,8 +468,6 @@ PLANTED = {        # a change by name: where the first message must send
         "*cache.layers[i - sum(skip[:i])], self.cfg, self.eps)")), "the draft"),
     "no final norm": (put(Llama, "head", lambda self, x: (x @ self.lm_head.T)), "the forward pass"),
     "no upper limit": (put(speculative, "acceptance", lambda p, q: p.double() / q), "the verdict"),
-    "the wrong way up": (put(speculative, "acceptance", lambda p, q: (q.double() / p).clamp(max=1)),
-                         "the verdict"),
     "|p - q|": (put(speculative, "residual", lambda p, q: (p - q).abs() / (p - q).abs().sum()),
                 "the residual"),
     "the row before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
@@ -558,7 +556,7 @@ def test_drafted_tokens_that_were_thrown_away_are_missed(check):
 def test_a_wrong_residual_is_found_in_bfloat16_too(check):
     """Rejects a residual that is compared with the replay alone, of which little is known there."""
     with running("residual = p"):
-        lines = run(TINY, [3, 41, 7], replace(HOT, temperature=1.0), 0, dtype=torch.bfloat16)
+        lines = run(TINY, [3, 41, 7], replace(HOT, temperature=1.0, N=40), 0, dtype=torch.bfloat16)
     out = check(lines, model=TINY)[1]
     assert "rule residual" in out and "look at: the residual" in out, out
 
@@ -655,16 +653,17 @@ def test_a_trace_that_breaks_off_is_checked_as_far_as_it_goes(check, lively):
     assert check([*lively[:2], lively[2] | dict(token=0), lively[3]])[0] == 1
 
 
-def test_each_script_starts_from_another_folder_and_names_a_wrong_flag(tmp_path):
-    """Rejects a script that finds its own folder alone, a status that is lost on the way, and the
-    whole usage for a slip."""
-    trick = "sys.path[0] = str(Path(__file__).resolve().parent.parent)"
-    for name in ("check_trace", "compare_dumps", "dump_forward", "make_vectors"):
-        assert trick in (HERE / f"{name}.py").read_text()
-    p = subprocess.run([sys.executable, "-W", "ignore", HERE / "check_trace.py", "x", "--no-flag"],
-                       cwd=tmp_path, capture_output=True, text=True)
-    assert (p.returncode, p.stdout, p.stderr.count("\n")) == (2, "", 1), p
-    assert p.stderr.startswith("check_trace.py: unrecognized arguments: --no-flag"), p
+@pytest.mark.parametrize("name", ["check_trace", "compare_dumps", "dump_forward", "make_vectors"])
+def test_a_script_looks_in_the_right_folder_and_names_a_wrong_flag(name, monkeypatch, capsys):
+    """Rejects a script that finds its own folder alone, whose trace.py is not Python's; a status
+    that is lost on the way, and the whole usage for a slip."""
+    script = str(HERE / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, "--no-flag"])
+    monkeypatch.setattr(sys, "path", [str(HERE), *sys.path])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert (end.value.code, sys.path[0]) == (2, str(ROOT))
+    assert re.fullmatch(rf"{name}.py: .*\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- forward dumps
