@@ -257,7 +257,7 @@ class Check:
         best = options[off.index(min(off))]
         rule = "own" if self.lines.event == "own" else field
         note = ""
-        if rule == "q" or line.get("kind") in ("plain", "bonus"):
+        if min(off) > self.slack and (rule == "q" or line.get("kind") in ("plain", "bonus")):
             note = f"ours draws token {drawn_by(best, line['u'])} by this u"
         self.close(rule, field, line[field], best[token].item(), self.slack, note=note)
         return best, [each for each, d in zip(options, off) if d <= self.slack]
