@@ -1,8 +1,6 @@
-"""Is this trace what CLaSp does? Replays traces, written by any implementation, against this one.
+"""Is this trace what CLaSp does? Replays a trace, written by any implementation, against this one.
 
-    python oracle/check_trace.py FILE ... [--model DIR] [--dtype D] [--device DEVICE]
-    python oracle/check_trace.py FILE --rounds 10-20
-    python oracle/check_trace.py FILE --dump-at ROUND[,STEP] --out DUMP
+    python oracle/check_trace.py FILE [--model DIR] [--dtype D] [--device DEVICE] [--tolerance X]
 
 The replay is *teacher-forced*: every pass reads the tokens that the trace names, skips the layers
 that it names and hands on the states that its table names. So one step at a time is compared, and
@@ -10,9 +8,6 @@ the first departure reported is the first error, not what an earlier rounding ma
 goes on behind departures in numbers, since their pattern tells where to look. TRACE.md says what
 each line must hold; `RULES` names what is checked, and each method of `Check` checks one kind
 of line, in the order in which they come.
-
---rounds checks a part; the text before it is read in one pass. --dump-at writes what the replay has
-there as a forward dump: after a step's draft, or a round's verify.
 
 Exit status: 0 no departure, 1 departure, 2 not a trace that can be checked, 3 no departure in a
 trace that breaks off before its `end`.
@@ -29,17 +24,17 @@ import functools  # noqa: E402
 import itertools  # noqa: E402
 import math  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from dataclasses import asdict, replace  # noqa: E402
+from dataclasses import asdict  # noqa: E402
 from typing import Any  # noqa: E402
 
-from command.cli import Parser, UsageError, answer, number, numbers  # noqa: E402
+from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.flags import DEMO, DTYPES  # noqa: E402
+from dp_layer_skip import Choice  # noqa: E402
 from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
 from oracle import diagnosis, trace  # noqa: E402
-from oracle.allowed import allowed, distance, distribution, drawn_by, owed  # noqa: E402
-from oracle.compare_dumps import save_dump  # noqa: E402
+from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
 from oracle.diagnosis import RULES, Departure, Tally  # noqa: E402
-from oracle.trace import Invalid, Lines, short  # noqa: E402
+from oracle.trace import Invalid, Lines, indices, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Settings, read  # noqa: E402
 
@@ -63,10 +58,6 @@ class Incomplete(Exception):
     """The file ends, in whole lines, before the trace does."""
 
 
-class Reached(Exception):
-    """The replay has come to the place of --dump-at and written what it has there."""
-
-
 def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], Tensor], M: int,
          near: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[dict[str, float]]]:
     """The recurrence of dp_layer_skip.table, row by row, but its choices are `skipped`. Of each
@@ -84,23 +75,12 @@ def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], T
         g = torch.stack([h[i], *states])
 
 
-def way_back(skipped: Sequence[str], j: int) -> list[int]:
-    """The set that a table has for budget j: the layers left out."""
-    left_out = []
-    for i in range(len(skipped) - 1, 0, -1):
-        if skipped[i][j] == "1":
-            left_out.append(i - 1)
-            j -= 1
-    return left_out[::-1]
-
-
 class Check:
     """This implementation, led along the trace. Its names are those of speculative.generate."""
 
-    def __init__(self, lines: Lines, model: Llama, header: dict, X: float, a: argparse.Namespace
-                 ) -> None:
-        said = header["settings"]
-        self.header = header
+    def __init__(self, lines: Lines, model: Llama, X: float) -> None:
+        self.header = lines.now
+        said = self.header["settings"]
         self.lines = lines
         self.model = model
         self.s = Settings(said["temperature"], said["top_k"], said["top_p"], said["N"],
@@ -109,21 +89,20 @@ class Check:
             said[name] for name in ("K", "M", "exit_threshold", "interval", "r")]
         # What the settings leave open a policy decides; it may be any.
         self.free = None in (self.K, self.M, self.threshold, self.interval)
-        self.a = a
         self.X = X
         # Below temperature 1 a difference of two logits is that much larger.
         self.slack = X / min(1, self.s.temperature or 1)
-        self.text = list(header["prompt_ids"])
-        self.end = len(self.text) + self.s.N
+        self.text = list(self.header["prompt_ids"])
+        self.start = len(self.text)
+        self.end = self.start + self.s.N
         self.cached = 0
         self.cache = model.cache(self.end + (model.cfg.L + 1) * min(self.r, self.end))
-        self.skipped: list[str] | None = None          # of the last table
+        self.table: Choice | None = None               # the last
         self.round = 0
         self.step: int | None = None
         self.reason = ""                               # why the text has ended
         self.tally = {rule: Tally() for rule in RULES}
         self.first: Departure | None = None
-        self.outcomes: dict[int, tuple[int, int]] = {}             # round: drafted, accepted
         self.uniforms: list[float] = []
         self.pairs: list[tuple[float, float]] = []     # a draw's number, its verdict's
         self.corrections: list[tuple[float, float]] = []           # a rejection's, its correction's
@@ -138,8 +117,8 @@ class Check:
         said = (f"line {self.lines.number}, round {self.round}{step}: {field}: "
                 f"trace {short(theirs)}, ours {short(ours)}" + (f" ({notes})" if notes else ""))
         kind = self.lines.now.get("kind", self.lines.event)
-        departure = Departure(rule, field, self.lines.number, self.round, self.step, kind, slack,
-                              said, hint)
+        departure = Departure(rule, field, self.lines.number, self.round, self.step, kind, said,
+                              hint)
         self.first = self.first or departure
         self.tally[rule].departed.append(departure)
         if final or rule not in NUMERIC:
@@ -150,27 +129,16 @@ class Check:
         if theirs != ours:
             self.depart(rule, field, theirs, ours, **more)
 
-    def close(self, rule: str, field: str, theirs: float, ours: float, slack: float,
-              note: str = "", hint: str = "") -> None:
-        off = abs(theirs - ours)
-        tally = self.tally[rule]
-        tally.checked += 1
-        tally.largest = max(tally.largest, off)
-        if not off <= slack:
-            self.depart(rule, field, theirs, ours, slack, note, hint=hint)
+    def met(self, rule: str, off: float) -> None:
+        """A number has been compared, and was so far off."""
+        self.tally[rule].checked += 1
+        self.tally[rule].largest = max(self.tally[rule].largest, off)
 
-    def drawn(self, p: Tensor, q: Tensor | None, others: list[tuple[Tensor, Tensor | None]]
-              ) -> None:
-        """The line looked at has drawn its token by its u from (p, q), or from one of the others
-        that rounding allows."""
-        token, u = self.lines.now["token"], self.lines.now["u"]
-        self.uniforms.append(u)
-        slack = self.slack if q is None else 2 * self.slack
-        off = min(distance(*each, token, u) for each in [(p, q), *others])
-        self.tally["draw"].checked += 1
-        self.tally["draw"].largest = max(self.tally["draw"].largest, off)
-        if off > slack:
-            self.depart("draw", "token", token, drawn_by(owed(p, q), u), slack)
+    def close(self, rule: str, field: str, theirs: float, ours: float, slack: float,
+              **more: Any) -> None:
+        self.met(rule, abs(theirs - ours))
+        if not abs(theirs - ours) <= slack:
+            self.depart(rule, field, theirs, ours, slack, **more)
 
     def take(self, event: str, **want: Any) -> dict:
         """The line looked at, which must be of this kind and hold this."""
@@ -186,34 +154,15 @@ class Check:
             if not alike(value, theirs):
                 self.depart("header", f"config.{name}", theirs, value)
         self.lines.advance()
-        last = math.inf
-        if self.a.rounds:
-            first, last = self.a.rounds
-            self.pass_over(first)
-        while not self.reason and self.round <= last:
+        while not self.reason:
             self.check_round()
             self.round += 1
-        self.step = None
         self.round -= 1
-        if self.reason:
-            self.check_end()
-
-    def pass_over(self, first: int) -> None:
-        """Read the rounds before this one, but for their text and their sets check nothing."""
-        now = self.lines.now
-        while now.get("round", first) < first and len(self.text) < self.end:
-            if now["event"] == "emit":
-                self.text += now["tokens"]
-            if now["event"] == "optimise":
-                self.check_shape(now)
-            self.lines.advance()
-            now = self.lines.now
-        if now.get("event") != "round" or now["round"] != first or len(self.text) >= self.end:
-            raise Invalid(f"line {self.lines.number}: no round {first} follows")
-        if first > 0:
-            self.cached = len(self.text) - 1
-            read(self.model, self.text[:-1], 0, self.cache)
-        self.round = first
+        line = self.take("end")
+        self.equal("end", "reason", line["reason"], self.reason)
+        self.equal("end", "emitted", line["emitted"], len(self.text) - self.start)
+        self.lines.advance()
+        self.equal("end", "event", self.lines.event, "")
 
     def check_round(self) -> None:
         self.check_begin()
@@ -223,11 +172,8 @@ class Check:
         h = read(self.model, self.text[self.cached:] + drafted, self.cached, self.cache)
         h = torch.stack([x[-(k + 1):] for x in h])                          # (L+1, k+1, D)
         self.logits = self.model.head(h[-1])                                # (k+1, V)
-        if self.a.dump_at == [self.round]:
-            self.dump(drafted, self.logits, h, [])
         accepted = self.check_verdicts(drafts)
         own = self.check_own(drafts, accepted)
-        self.outcomes[self.round] = k, accepted
         self.check_emit([*drafted[:accepted], own])
         self.check_table(h[:, accepted])
         if self.lines.event == "times":
@@ -235,7 +181,6 @@ class Check:
             self.lines.advance()
 
     def check_begin(self) -> None:
-        self.step = None
         self.begin = self.take("round", round=self.round)
         self.equal("start", "start", self.begin["start"], len(self.text))
         skip = self.begin["skip"]
@@ -244,80 +189,32 @@ class Check:
 
     def set_of(self, j: int) -> list[int]:
         """The set for budget j by the last table."""
-        if self.skipped is None:
+        if self.table is None:
             return []
-        return way_back(self.skipped, min(j, len(self.skipped[-1]) - 1))
+        return indices(self.table.skip(min(j, len(self.table.skipped[-1]) - 1)))
 
     def check_drafts(self) -> list[dict]:
         """-> the draft's lines. Keeps the logits (V,) that each token was drawn from."""
-        skip = self.begin["skip"]
-        left_out = [i in skip for i in range(self.model.cfg.L)]
+        left_out = [i in self.begin["skip"] for i in range(self.model.cfg.L)]
         drafts: list[dict] = []
         self.draft_logits: list[Tensor] = []
         while self.goes_on(drafts):
             line = self.take("draft", round=self.round, step=self.step)
-            drafted = [d["token"] for d in drafts]
+            last = drafts[-1]["token"] if drafts else self.text[-1]
+            ids = torch.tensor([last], device=self.model.device)
             rows = self.cache.sequence(len(self.text) - 1 + self.step, 1)
-            ids = torch.tensor((self.text + drafted)[-1:], device=self.model.device)
-            h = self.model.forward(ids, rows, self.cache, left_out)
-            logits = self.model.head(h[-1])
-            if self.a.dump_at == [self.round, self.step]:
-                self.dump(drafted, logits, torch.stack(h), skip)
-            confidence = logits[0].softmax(-1).amax().item()
-            self.close("confidence", "confidence", line["confidence"], confidence, self.X,
-                       self.context("confidence"))
-            q, others = self.nearest(logits[0], "q", [])
-            self.drawn(q, None, [(each, None) for each in others])
+            logits = self.model.head(self.model.forward(ids, rows, self.cache, left_out)[-1])[0]
+            self.close("confidence", "confidence", line["confidence"],
+                       logits.softmax(-1).amax().item(), self.X)
+            q, others = self.nearest(logits, "q")
+            self.check_draw([(each, None) for each in (q, *others)], self.slack)
             if q[line["token"]] > 0:
                 self.surprises.append(diagnosis.surprise(q, line["token"]))
             drafts.append(line)
-            self.draft_logits.append(logits[0])
+            self.draft_logits.append(logits)
             self.lines.advance()
+        self.step = None
         return drafts
-
-    def nearest(self, logits: Tensor, field: str, about: Sequence[int]
-                ) -> tuple[Tensor, list[Tensor]]:
-        """Of the distributions that rounding allows the one whose probability of the token is the
-        nearest to what the line says in p or q, and those that are near enough."""
-        line = self.lines.now
-        token = line["token"]
-        options = allowed(logits, self.s, self.X, [token, *about])
-        off = [abs(line[field] - each[token].item()) for each in options]
-        best = options[off.index(min(off))]
-        rule = "own" if self.lines.event == "own" else field
-        note = hint = ""
-        if min(off) > self.slack and self.first is None:
-            note = self.context(rule)
-            hint = self.guess(logits, line[field], token)
-            ours = drawn_by(best, line["u"] or 0.0)
-            if ours != token and line.get("kind") != "residual" and rule != "p":
-                note += f"; ours draws token {ours} by this u"
-        self.close(rule, field, line[field], best[token].item(), self.slack, note, hint)
-        return best, [each for each, d in zip(options, off) if d <= self.slack]
-
-    def context(self, rule: str) -> str:
-        """What came before this pass, should it be the first that departs."""
-        since = diagnosis.since(self.step, self.outcomes.get(self.round - 1))
-        return f"{since}; {self.tally[rule].checked} before it agree"
-
-    def guess(self, logits: Tensor, value: float, token: int) -> str:
-        """Where to look if a probability is one that another row gives, or another filter."""
-        def fits(x: Tensor, s: Settings) -> bool:
-            return abs(distribution(x, s)[token].item() - value) <= self.slack
-
-        if not 1e-6 < value < 1 - 1e-6:                # too many would fit
-            return ""
-        s = self.s
-        for what, other in (("top-k", replace(s, top_k=0)), ("top-p", replace(s, top_p=1.0)),
-                            ("the temperature", replace(s, temperature=1.0)),
-                            ("top-k and top-p", replace(s, top_k=0, top_p=1.0)),
-                            ("any of them", Settings(temperature=1.0))):
-            if fits(logits, other):
-                return f"the filters: this is the number without {what}"
-        for row, x in enumerate(self.logits if self.lines.event != "draft" else []):
-            if fits(x, s):
-                return f"the verify's rows: row {row} has this number"
-        return ""
 
     def goes_on(self, drafts: list[dict]) -> bool:
         """Is the line looked at one more draft, and should it be? And is what ended it said?"""
@@ -332,23 +229,47 @@ class Check:
                     confidence=True if above < -self.X else None if above < self.X else False,
                     policy=None if self.free and self.round > 0 else False)
         reasons = [name for name, so in ends.items() if so is not False]
-        state = f"{k} of at most {left if self.K is None else min(self.K, left)} drafted"
-        if drafts:
-            state += f", confidence {last['confidence']:.3g}, threshold {self.threshold}"
+        note = (f"{k} of at most {left if self.K is None else min(self.K, left)} drafted, "
+                f"confidence {last['confidence']:.3g}, threshold {self.threshold}")
         event = self.lines.event
         if event == "draft":
             if True in ends.values():
-                self.depart("exit", "event", event, "the end of the draft", note=state)
+                self.depart("exit", "event", event, "the end of the draft", note=note)
             return True
         if not self.lines.now:
             raise Incomplete
         if not reasons:
-            self.depart("exit", "event", event, "draft", note=state)
+            self.depart("exit", "event", event, "draft", note=note)
         if self.begin["ended"] not in reasons:
             self.step = None
             self.lines.number -= k + 1                 # the round's line
-            self.depart("exit", "ended", self.begin["ended"], " or ".join(reasons), note=state)
+            self.depart("exit", "ended", self.begin["ended"], " or ".join(reasons), note=note)
         return False
+
+    def nearest(self, logits: Tensor, field: str, about: Sequence[int] = ()
+                ) -> tuple[Tensor, list[Tensor]]:
+        """Of the distributions that rounding allows the one whose probability of the token is the
+        nearest to what the line says in p or q, and those that are near enough."""
+        line = self.lines.now
+        token = line["token"]
+        options = allowed(logits, self.s, self.X, [token, *about])
+        off = [abs(line[field] - each[token].item()) for each in options]
+        best = options[off.index(min(off))]
+        rule = "own" if self.lines.event == "own" else field
+        note = ""
+        if min(off) > self.slack and (rule == "q" or line.get("kind") in ("plain", "bonus")):
+            note = f"ours draws token {drawn_by(best, line['u'])} by this u"
+        self.close(rule, field, line[field], best[token].item(), self.slack, note=note)
+        return best, [each for each, d in zip(options, off) if d <= self.slack]
+
+    def check_draw(self, options: list[tuple[Tensor, Tensor | None]], slack: float) -> None:
+        """The line looked at has drawn its token by its u from one of these (p, q)."""
+        token, u = self.lines.now["token"], self.lines.now["u"]
+        self.uniforms.append(u)
+        off = min(distance(*each, token, u) for each in options)
+        self.met("draw", off)
+        if off > slack:
+            self.depart("draw", "token", token, drawn_by(owed(*options[0]), u), slack)
 
     def check_verdicts(self, drafts: list[dict]) -> int:
         """-> how many of the drafted tokens were accepted."""
@@ -357,7 +278,7 @@ class Check:
         for self.step, d in enumerate(drafts):
             line = self.take("verify", round=self.round, step=self.step, token=d["token"])
             p, q, a, u = (line[name] for name in "pqau")
-            self.nearest(self.logits[self.step], "p", [])
+            self.nearest(self.logits[self.step], "p")
             self.equal("ratio", "q", q, d["q"],
                        hint="the verdict: a token is judged by the q that it was drawn from")
             self.close("ratio", "a", a, min(1.0, p / q) if q else math.inf, EXACT,
@@ -376,10 +297,9 @@ class Check:
     def check_own(self, drafts: list[dict], accepted: int) -> int:
         """-> the full model's own token."""
         line = self.take("own", round=self.round)
-        k = len(drafts)
-        rejected = accepted < k
+        rejected = accepted < len(drafts)
         self.equal("kind", "kind", line["kind"],
-                   "residual" if rejected else "bonus" if k > 0 else "plain")
+                   "residual" if rejected else "bonus" if drafts else "plain")
         about = [drafts[accepted]["token"]] if rejected else []
         p, of_p = self.nearest(self.logits[accepted], "p", about)
         q, of_q = None, [None]
@@ -388,12 +308,13 @@ class Check:
             self.corrections.append((self.uniforms[-1], line["u"]))
         else:
             self.equal("own", "q", line["q"], 0)
-        pairs = [(p, q), *itertools.product(of_p, of_q)]
-        masses = [1.0 if q is None else owed(p, q).sum().item() for p, q in pairs]
+        options = [(p, q), *itertools.product(of_p, of_q)]
+        masses = [1.0 if q is None else owed(p, q).sum().item() for p, q in options]
         mass = min(masses, key=lambda mass: abs(mass - line["mass"]))
-        self.close("own", "mass", line["mass"], mass, 2 * self.slack if rejected else 0.0)
+        slack = 2 * self.slack if rejected else 0.0
+        self.close("own", "mass", line["mass"], mass, slack)
         self.check_probability(line)
-        self.drawn(p, q, pairs)
+        self.check_draw(options, slack or self.slack)
         self.lines.advance()
         return line["token"]
 
@@ -402,6 +323,8 @@ class Check:
         p, q, mass, probability = (line[name] for name in ("p", "q", "mass", "probability"))
         ours = (p - q) / mass if mass > 0 else p
         hint = "the residual: the token was drawn from p" if probability == p else ""
+        if line["kind"] != "residual":
+            hint = f"the {line['kind']} token: from which row of p it is drawn"
         slack = ROUNDED * (p + q) / (mass or 1.0)
         self.close("residual", "probability", probability, ours, slack, hint=hint)
         if mass > 0 and q >= p:
@@ -450,7 +373,8 @@ class Check:
                 ways = "0" if j == 0 else "1" if j == i else "01"       # nothing, or all skipped
                 if bit not in ways:
                     self.depart("choice", f"skipped[{i}][{j}]", bit, ways, final=True)
-        self.skipped = line["skipped"]
+        skipped = [[bit == "1" for bit in row] for row in line["skipped"]]
+        self.table = Choice(line["D"], skipped, torch.empty(0))
         return M
 
     def check_cells(self, ways: list[list[dict[str, float]]], line: dict) -> None:
@@ -469,26 +393,13 @@ class Check:
                 wrong.append(("choice", f"skipped[{i}][{j}]", bit, best, slack,
                               f"cosines {near[bit]:.9g} and {near[best]:.9g}"))
             rule = "table" if j > 0 else "column"
-            tally = self.tally[rule]
-            tally.checked += 1
-            tally.largest = max(tally.largest, abs(D - near[bit]))
+            self.met(rule, abs(D - near[bit]))
             if not abs(D - near[bit]) <= slack:
                 off[i, j] = abs(D - near[bit])
                 wrong.append((rule, f"D[{i}][{j}]", D, near[bit], slack))
-        hint = diagnosis.of_table(off, len(ways) - 1, self.r)
+        hint = diagnosis.of_table(off, len(ways) - 1)
         for departure in wrong:
             self.depart(*departure, hint=hint)
-
-    def check_end(self) -> None:
-        line = self.take("end")
-        self.equal("end", "reason", line["reason"], self.reason)
-        self.equal("end", "emitted", line["emitted"], self.emitted)
-        self.lines.advance()
-        self.equal("end", "event", self.lines.event, "")
-
-    @property
-    def emitted(self) -> int:
-        return len(self.text) - len(self.header["prompt_ids"])
 
     def check_whole(self) -> None:
         """What no line shows: are the uniform numbers independent, and all drafts judged?"""
@@ -502,77 +413,32 @@ class Check:
                             ("neighbours", list(itertools.pairwise(self.uniforms)))):
             self.close("independent", f"correlation of numbers, {what}",
                        round(diagnosis.correlated(pairs), 2), 0.0, SIGMAS, note="its sigmas")
-        self.close("kept", "surprise of drafted tokens",
-                   min(0.0, round(diagnosis.surprised(self.surprises), 2)), 0.0, SIGMAS,
-                   note="its sigmas")
+        off, variance = map(sum, zip((0, 1e-300), *self.surprises))
+        self.close("kept", "surprise of drafted tokens", min(0.0, round(off / variance ** 0.5, 2)),
+                   0.0, SIGMAS, note="its sigmas")
 
-    def dump(self, drafted: list[int], logits: Tensor, h: Tensor, skip: list[int]) -> None:
-        """The pass just made as a forward dump, up to its last token, and no further."""
-        t = len(self.text) - 1
-        ids = torch.tensor(self.text + drafted)
-        entries = {}
-        for name, x in dict(keys=self.cache.k, values=self.cache.v).items():
-            entries[name] = x[:, :, :len(ids)].transpose(1, 2).clone()      # (L, T, G, hd)
-            # What a verify has not filled yet, an earlier pass may have.
-            entries[name][skip, t:] = 0
-        place = f"step {self.step}" if self.a.dump_at[1:] else "its verify"
-        said = save_dump(self.a.out, self.model, trace.about(self.a.model), skip, prompt_ids=ids,
-                         logits=logits, hidden=h, **entries)
-        raise Reached(f"round {self.round}, {place}: {said}")
-
-    def report(self, status: int) -> list[str]:
+    def report(self, status: int) -> str:
         """What is said of a trace: its first departure, which others there are, where to look."""
-        rounds = f"{self.round + 1} rounds, {self.emitted} tokens"
-        if self.a.rounds:
-            rounds = f"rounds {self.a.rounds[0]} to {self.round}"
-        if self.first is None:
-            if status == 3:
-                return [f"incomplete: no departure in {self.lines.number - 1} lines, and they "
-                        f"break off in round {self.round}"]
-            seen = [f"{rule} {self.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
-            return [f"no departure in {rounds}; largest difference in {', '.join(seen)}"]
+        rounds = f"{self.round + 1} rounds, {len(self.text) - self.start} tokens"
         first = self.first
-        before = self.outcomes.get(first.round - 1)
+        if first is None and status == 3:
+            return (f"incomplete: no departure in {self.lines.number - 1} lines, and they break "
+                    f"off in round {self.round}")
+        if first is None:
+            seen = [f"{rule} {self.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
+            return f"no departure in {rounds}; largest difference in {', '.join(seen)}"
         tally = {rule: t for rule, t in self.tally.items() if rule in NUMERIC and t.checked}
         counts = [f"{rule} {len(t.departed)} of {t.checked}" for rule, t in tally.items()
                   if t.departed]
         right = [rule for rule, t in tally.items() if not t.departed]
         said = [first.said, f"rule {first.rule}: {RULES[first.rule][1]}",
-                "look at: " + diagnosis.look_at(first, self.tally, before, self.s.temperature > 0)]
+                f"look at: {diagnosis.look_at(first, self.tally, self.s.temperature > 0)}"]
         if counts:
             said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
-        last = self.lines.number
-        if status == 1 and last != first.line:
-            said.append(f"it ends in line {last}: from there it is not known how the trace goes on")
-        return said
-
-
-def prepare(lines: Lines, a: argparse.Namespace, fingerprint: Callable[[], dict],
-            load: Callable[[torch.dtype], Llama]) -> Check:
-    """The header: is this a trace of the model at hand, of a size it can have?"""
-    h = lines.header()
-    cfg = Config.load(a.model)
-    prompt, said = h["prompt_ids"], h["settings"]
-    dtype = a.dtype or h["dtype"]
-    X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])
-    T = said["temperature"]
-    for wrong, what in (
-            ((said["M"] or 0) > cfg.L, f"M is {said['M']}; the model has {cfg.L} layers"),
-            (not prompt or max(prompt) >= cfg.V, f"prompt_ids: one or more below {cfg.V} wanted"),
-            (len(prompt) + said["N"] > cfg.context, f"{len(prompt)} prompt tokens and N = "
-             f"{said['N']} exceed the model's context of {cfg.context}"),
-            (0 < T < 2 * X, f"at temperature {T} a tolerance of {X:g} is one of {X / (T or 1):g}, "
-             "which checks nothing; trace at 0, or in float64")):
-        if wrong:
-            raise Invalid(f"line 1: {what}")
-    ours = fingerprint()
-    if h["model"] != ours:
-        differ = [name for name in ours if h["model"].get(name) != ours[name]]
-        raise Invalid(f"line 1: a trace of another model than {a.model}, which --model names: "
-                      f"SHA-256 of {', '.join(differ)}")
-    if cfg.L * cfg.D * cfg.ffn < 1e7:
-        torch.set_num_threads(1)                       # as the command: a second one costs more
-    return Check(lines, load(DTYPES[dtype]), h, X, a)
+        if status == 1 and self.lines.number != first.line:
+            said.append(f"it ends in line {self.lines.number}: from there it is not known how the "
+                        "trace goes on")
+        return "\n".join(said)
 
 
 def alike(ours: Any, theirs: Any) -> bool:
@@ -582,74 +448,69 @@ def alike(ours: Any, theirs: Any) -> bool:
     return math.isclose(ours, theirs, rel_tol=1e-6) if isinstance(ours, float) else ours == theirs
 
 
+def prepare(lines: Lines, a: argparse.Namespace) -> Check:
+    """The header: is this a trace of the model at hand, of a size it can have?"""
+    h = lines.header()
+    cfg = Config.load(a.model)
+    prompt, said = h["prompt_ids"], h["settings"]
+    dtype = a.dtype or h["dtype"]
+    X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])
+    T = said["temperature"]
+    ours = trace.fingerprint(a.model)
+    differ = [name for name in ours if h["model"].get(name) != ours[name]]
+    for wrong, what in (
+            ((said["M"] or 0) > cfg.L, f"M is {said['M']}; the model has {cfg.L} layers"),
+            (not prompt or max(prompt) >= cfg.V, f"prompt_ids: one or more below {cfg.V} wanted"),
+            (len(prompt) + said["N"] > cfg.context, f"{len(prompt)} prompt tokens and N = "
+             f"{said['N']} exceed the model's context of {cfg.context}"),
+            (0 < T < 2 * X, f"at temperature {T} a tolerance of {X:g} is one of {X / (T or 1):g}, "
+             "which checks nothing; trace at 0, or in float64"),
+            (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
+             f"SHA-256 of {', '.join(differ)}")):
+        if wrong:
+            raise Invalid(f"line 1: {what}")
+    if cfg.L * cfg.D * cfg.ffn < 1e7:
+        torch.set_num_threads(1)                       # as the command: a second one costs more
+    return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X)
+
+
 @torch.inference_mode()
-def check_file(path: str, a: argparse.Namespace, *model: Callable) -> tuple[int, str]:
-    """-> exit status and report. The model is read once for all files."""
-    with open(path, "rb") as file:
-        check = prepare(Lines(file), a, *model)
+def check_file(a: argparse.Namespace) -> tuple[int, str]:
+    """-> exit status and report."""
+    with open(a.file, "rb") as file:
+        check = prepare(Lines(file), a)
         status = 0
         try:
             check.run()
-        except Reached as e:
-            return 0, str(e)
         except Ended:
             status = 1
         except Incomplete:
             status = 3
     check.check_whole()
-    said = check.report(status)
-    if a.dump_at:
-        raise Invalid("the replay does not come to round " + ", step ".join(map(str, a.dump_at))
-                      + "".join(f"; {line}" for line in said[:2 * (status == 1)]))
-    return 1 if check.first else status, "\n".join(said)
-
-
-def span(text: str) -> tuple[int, int]:
-    """A type for argparse: two rounds."""
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} are not two rounds such as 10-20")
-    return int(first), int(last)
-
-
-def add_model(p: Parser) -> None:
-    """The flags that say which model is asked, and where it runs."""
-    p.add_argument("--model", metavar="DIR", default=str(DEMO),
-                   help="its Hugging Face folder (default: the demo)")
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    p.add_argument("--device", default="cpu", choices=["cpu", *["cuda"][:len(gpus)], *gpus],
-                   help="(cpu)")
+    return 1 if check.first else status, check.report(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check traces of CLaSp "
+        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
                    "against this implementation (oracle/TRACE.md).")
-        p.add_argument("files", metavar="FILE", nargs="+")
-        add_model(p)
+        p.add_argument("file", metavar="FILE")
+        p.add_argument("--model", metavar="DIR", default=str(DEMO),
+                       help="its Hugging Face folder (default: the demo)")
+        gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+        p.add_argument("--device", default="cpu", choices=["cpu", *gpus], help="(cpu)")
         p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
                        type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
-        p.add_argument("--rounds", type=span, metavar="A-B", help="check these alone")
-        p.add_argument("--dump-at", type=numbers, metavar="ROUND[,STEP]", help="cache, states "
-                       "and logits of the pass that drafts this step, or of the round's verify")
-        p.add_argument("--out", metavar="DUMP", help="the file that --dump-at writes")
         a = p.parse_args(argv)
-        if (a.dump_at is None) != (a.out is None) or a.dump_at and len(a.dump_at) > 2:
-            raise UsageError("--dump-at ROUND,STEP (or ROUND) goes with --out FILE")
-        fingerprint = functools.cache(functools.partial(trace.fingerprint, a.model))
-        load = functools.lru_cache(1)(functools.partial(Llama.load, a.model, a.device))
-        found = []
-        for path in a.files:
-            try:
-                status, said = check_file(path, a, fingerprint, load)
-            except (Invalid, ModelError) as e:
-                raise UsageError(f"{path}: {e}") from None
-            except OSError as e:                       # 1 is a departure, and this is none
-                raise UsageError(f"{e.filename}: {e.strerror}") from None
-            print(f"{path}: {said}")
-            found.append(status)
-        return 1 if 1 in found else max(found)
+        try:
+            status, said = check_file(a)
+        except (Invalid, ModelError) as e:
+            raise UsageError(f"{a.file}: {e}") from None
+        except OSError as e:                           # 1 is a departure, and this is none
+            raise UsageError(f"{e.filename}: {e.strerror}") from None
+        print(f"{a.file}: {said}")
+        return status
     return answer(work)
 
 

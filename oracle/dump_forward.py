@@ -10,15 +10,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
+import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from dataclasses import asdict  # noqa: E402
 
 from command.cli import UsageError, answer, numbers  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from llama import Llama, torch  # noqa: E402
-from oracle.compare_dumps import save_dump  # noqa: E402
-from oracle.trace import about  # noqa: E402
+from oracle.compare_dumps import TENSORS  # noqa: E402
+from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
 from speculative import CHUNK  # noqa: E402
+from text.safetensors_file import save  # noqa: E402
 
 
 @torch.inference_mode()
@@ -32,9 +35,15 @@ def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path:
         ids = torch.tensor(prompt[t:t + CHUNK], device=model.device)
         parts.append(model.forward(ids, cache.sequence(t, len(ids)), cache, left_out))
     hidden = torch.stack([torch.cat(each) for each in zip(*parts)])         # (L+1, T, D)
-    return save_dump(path, model, about, skip, prompt_ids=torch.tensor(prompt), hidden=hidden,
-                     logits=model.head(hidden[-1]), keys=cache.k.transpose(1, 2),
-                     values=cache.v.transpose(1, 2))
+    tensors = dict(prompt_ids=torch.tensor(prompt), hidden=hidden, logits=model.head(hidden[-1]),
+                   keys=cache.k.transpose(1, 2), values=cache.v.transpose(1, 2))
+    meta = dict(version=VERSION, program=PROGRAM, tensors=TENSORS, skip=sorted(skip),
+                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."), **about)
+    # One entry: several would come in any order, and the same dump not be the same bytes.
+    save({name: x.cpu().contiguous() for name, x in tensors.items()}, path,
+         {"clasp-forward": json.dumps(meta)})
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    return f"{path}: {shapes}, {Path(path).stat().st_size / 1e6:.1f} MB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

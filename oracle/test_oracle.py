@@ -3,14 +3,13 @@ vectors show what TRACE.md says they do. Most traces are of a random model of fi
 tiny one that ships.
 """
 import copy
-import io
 import itertools
 import json
 import math
 import random
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -23,29 +22,27 @@ import clasp_mini
 import dp_layer_skip
 import llama
 import speculative
-from command.flags import DTYPES
-from llama import Config, Llama
-from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
+from command.flags import DEMO, DTYPES
+from llama import Cache, Config, Llama
+from oracle import allowed, check_trace, compare_dumps, dump_forward, make_vectors, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
-from oracle.make_vectors import by_round, policy_of
+from oracle.make_vectors import run, vector
 from oracle.trace import Recording, write_trace
 from policy import probe
-from speculative import Chance, Settings
-from tests.slow_llama import INDEX, random_checkpoint, reference, same
-from tests.wrong_programs import WRONG, put, running
+from speculative import Chance, Paper, Settings
+from tests.helpers import full_model
+from tests.slow_llama import random_checkpoint
+from tests.wrong_programs import WRONG, edit, put, running
 from text.safetensors_file import save
 
-torch.set_num_threads(1)
 HERE = Path(trace.__file__).resolve().parent
 ROOT = HERE.parent
-DEMO = ROOT / "demo"
 VECTORS = HERE / "vectors"
 TINY = HERE / "tiny"
 RUNS = {p.stem: [json.loads(line) for line in p.read_text().splitlines()]
         for p in sorted(VECTORS.glob("*.jsonl"))}
-SOURCE = {name: TINY if name.startswith("tiny") else DEMO for name in RUNS}
-S = Settings(temperature=0.2, top_k=20, top_p=0.9, N=20, K=4, M=2, exit_threshold=0.05, interval=2)
+S = Settings(temperature=0.2, top_k=20, top_p=0.9, N=14, K=4, M=2, exit_threshold=0.05, interval=2)
 
 
 def jsonl(*lines):
@@ -72,10 +69,6 @@ def check(capsys, random_model, tmp_path):
     return call
 
 
-def untimed(text):
-    return [line for line in map(json.loads, text.splitlines()) if line["event"] != "times"]
-
-
 @pytest.fixture
 def traced(tmp_path):
     """traced(model, *flags) -> the lines that the command writes, told these costs."""
@@ -85,19 +78,9 @@ def traced(tmp_path):
         costs.write_text(json.dumps(dict(draft=[1] + [0.1] * L, verify=[1] * 14, optimise=0)))
         assert clasp_mini.main(["--model", str(folder), "--device", "cpu", "--trace", str(path),
                                 "--costs", str(costs), *map(str, flags)]) == 0
-        return untimed(path.read_text())
+        lines = map(json.loads, path.read_text().splitlines())
+        return [line for line in lines if line["event"] != "times"]
     return call
-
-
-def trace_of(folder, prompt, s, chance=None, seed=0, r=1, dtype=None):
-    """The lines of a run by the paper's numbers, of the program as it is now."""
-    out = io.StringIO()
-    model = Llama.load(folder, dtype=dtype)
-    chance = chance or Recording(Chance(seed).uniform)
-    for _ in write_trace(out, model, prompt, s, chance, dp_layer_skip.choose_skip,
-                         policy_of(s, model.cfg.L, r), trace.about(folder), dict(r=r, seed=seed)):
-        pass
-    return untimed(out.getvalue())
 
 
 def find(lines, event, n=0, **want):
@@ -105,6 +88,12 @@ def find(lines, event, n=0, **want):
     fit = [i for i, line in enumerate(lines) if line["event"] == event and all(
         w(line[k]) if callable(w) else line[k] == w for k, w in want.items())]
     return fit[n] if fit[n:] else None
+
+
+def confidences(lines, event):
+    """Of the drafts behind which such a line stands."""
+    return [line["confidence"] for line, then in zip(lines, lines[1:])
+            if line["event"] == "draft" and then["event"] == event]
 
 
 def with_line(lines, i, **changes):
@@ -118,18 +107,17 @@ def with_settings(lines, **changes):
 LIVELY = replace(S, N=24, interval=3, temperature=0.5, top_k=0, top_p=1.0)
 JUDGED = dict(accepted=lambda v: v is not None, a=lambda a: a < 0.9)
 UNJUDGED = dict(accepted=None)
+THIRD = dict(round=3)                  # has a table
 
 
 @pytest.fixture(scope="module")
 def lively(random_model):
     """The lines of a sampled trace in which everything happens."""
     situations = [("own", dict(kind="residual")), ("own", dict(kind="bonus")), ("verify", JUDGED),
-                  ("optimise", dict(round=3)), ("verify", UNJUDGED), ("draft", dict(step=3))]
-    for seed in range(50):
-        lines = trace_of(random_model, [3, 41, 7], LIVELY, seed=seed)
-        if all(find(lines, event, **want) is not None for event, want in situations):
-            return lines
-    raise AssertionError("50 seeds without a lively run")
+                  ("optimise", THIRD), ("verify", UNJUDGED), ("draft", dict(step=3))]
+    runs = (run(random_model, [3, 41, 7], LIVELY, seed, dtype=torch.float32) for seed in range(50))
+    return next(lines for lines in runs if all(
+        find(lines, event, **want) is not None for event, want in situations))
 
 
 # ---------------------------------------------------------------- what is right passes
@@ -151,9 +139,9 @@ OPEN = ("--prompt-ids", "3,41,7", "--max-new-tokens", 60, "--temperature", 0.2)
 
 
 @pytest.mark.parametrize("flags", [
-    OPEN, (*OPEN, "--skip-layers", 0), (*OPEN, "--skip-layers", 5, "--probe", 5, "--interval", 1),
+    OPEN, (*OPEN, "--skip-layers", 0), (*OPEN, "--skip-layers", 5, "--probe", 5, "--interval", 3),
     ("--prompt-ids", "3,41,7," * 200, "--max-new-tokens", 4, "--skip-layers", 5, "--probe", 64),
-    *map(any_flags, range(8))], ids=lambda flags: " ".join(map(str, flags))[-60:])
+    *map(any_flags, range(4))], ids=lambda flags: " ".join(map(str, flags))[-60:])
 def test_own_traces_check_clean_at_every_setting(flags, check, traced, random_model):
     """Rejects a rule that is too strict for some sampler, policy, dtype or long prompt, and a cache
     without room for the candidates of a probe of several tokens. With `--skip-layers 0` a policy
@@ -171,13 +159,14 @@ def test_a_trace_has_whole_rounds_whenever_it_is_broken_off(random_model, tmp_pa
     `end` that was not reached."""
     path = tmp_path / "t"
     with open(path, "w") as out:
-        run = write_trace(out, Llama.load(random_model), [3], LIVELY, Recording(Chance(0).uniform),
-                          dp_layer_skip.choose_skip, policy_of(LIVELY, 5, 1), {}, dict(r=1, seed=0))
+        rounds = write_trace(out, Llama.load(random_model), [3], LIVELY,
+                             Recording(Chance(0).uniform), dp_layer_skip.choose_skip,
+                             Paper(LIVELY, 5), {}, dict(r=1, seed=0))
         for n in range(4):
-            next(run)
+            next(rounds)
             last = json.loads(path.read_text().splitlines()[-1])
             assert (last["event"], last["round"]) == ("times", n)
-        run.close()
+        rounds.close()
     assert json.loads(path.read_text().splitlines()[-1]) == last
 
 
@@ -190,10 +179,9 @@ def test_what_a_policy_says_must_be_so_and_what_the_settings_name_holds(check, t
                                ("exit", "ended", "confidence"), ("exit", "ended", "stop")):
         said = check(with_line(lines, i, **{field: value}), model=TINY)[1]
         assert f"line {i + 1}, " in said and f"rule {rule}" in said, said
-    rounds = by_round(lines)
-    k = max(len(r["draft"]) for r in rounds)
-    least = min(d["confidence"] for r in rounds for d in r["draft"][:-1])
-    for rule, field, value in (("exit", "K", k - 1), ("exit", "exit_threshold", least + 1e-3),
+    k = max(line.get("step", 0) for line in lines)
+    least = min(confidences(lines, "draft"))
+    for rule, field, value in (("exit", "K", k), ("exit", "exit_threshold", least + 1e-3),
                                ("(skip|table)", "M", 5), ("interval", "interval", 50)):
         said = check(with_settings(lines, **{field: value}), model=TINY)[1]
         assert re.search(f"rule {rule}", said), (field, said)
@@ -232,10 +220,10 @@ def other(field, value):
 def test_every_wrong_value_is_found_where_it_is(check, lively):
     """Rejects a checker that overlooks a field, blames another line, or another rule."""
     for event, wheres in dict(
-            round=[dict(round=2), dict(round=3)], draft=[dict(step=0), dict(step=1)],
+            round=[dict(round=2)], draft=[dict(step=0), dict(step=1)],
             verify=[JUDGED, UNJUDGED, dict(a=1.0)], emit=[dict(round=2)], end=[{}],
             own=[dict(kind=kind) for kind in ("plain", "residual", "bonus")],
-            optimise=[dict(round=0), dict(round=3)]).items():
+            optimise=[dict(round=3)]).items():
         for i in [find(lively, event, **where) for where in wheres]:
             for field, rule in RULE_OF[event].items():
                 value = other(field, lively[i][field])
@@ -243,23 +231,6 @@ def test_every_wrong_value_is_found_where_it_is(check, lively):
                 assert (status, err) == (1, "")
                 assert re.match(rf"line {i + 1}, round \d+.*: .*: trace .*, ours .*\nrule {rule}:.*"
                                 "\nlook at: the ", out), (field, out)
-
-
-def at(event, action, n=0, **where):
-    """A corruption by action(lines, i) of the n-th such line. -> the number of the line where it
-    shows: this one, or so many later as the action returns."""
-    def harm(lines):
-        i = find(lines, event, n, **where)
-        return i + 1 + (action(lines, i) or 0)
-    return harm
-
-
-def set_to(**values):
-    return lambda lines, i: lines[i].update(values)
-
-
-def settings(**values):
-    return lambda lines, i: lines[0]["settings"].update(values)
 
 
 def interleave(lines, i):
@@ -270,42 +241,36 @@ def interleave(lines, i):
 
 
 gone = list.__delitem__
-THIRD = dict(round=3)                  # has a table
-CORRUPTIONS = [                        # rule, what is done to the lines, what else is said
-    ("verdict", at("verify", lambda x, i: x[i].update(u=x[i]["a"], accepted=True), **JUDGED), ""),
-    ("verdict", at("verify", set_to(u=None), **JUDGED), ""),
-    ("verdict", at("verify", set_to(u=0.5), **UNJUDGED), ""),
-    ("q", at("draft", lambda x, i: x[i].update(token=(x[i]["token"] + 1) % 50)),
-     r"ours 0\.\d+ \(tolerance 4e-05; the first drafted; 0 before it agree; ours draws token "),
-    ("residual", at("own", lambda x, i: x[i].update(probability=x[i]["p"]), kind="residual"),
-     "look at: .*drawn from p"),
-    ("skip", at("round", lambda x, i: gone(x[i]["skip"], 0), round=2), ""),     # another budget's
-    ("order", at("verify", gone), ""), ("exit", at("draft", interleave, step=1), ""),
-    ("exit", at("draft", lambda x, i: x.insert(i + 1, dict(x[i])) or 1, step=3), ""),
-    ("exit", at("draft", gone, step=3), r"trace 'verify', ours 'draft' \(3 of at most 4 drafted, "
-     r"confidence 0\.\d+, threshold 0.05\)"),
-    ("interval", at("optimise", gone, 1), ""),
-    ("interval", at("emit", lambda x, i: x.insert(i + 1, x[4] | dict(round=1)) or 1, round=1), ""),
-    ("column", at("optimise", lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), **THIRD), ""),
-    ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(4, "110"), **THIRD), ""),
-    ("choice", at("optimise", lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), **THIRD), ""),
-    ("end", at("end", lambda x, i: x.append(x[1]) or 1), ""),
-    ("own", at("own", settings(temperature=0.6)), ""),
-    ("exit", at("draft", settings(K=3), step=3), ""),
-    ("exit", at("draft", settings(exit_threshold=0.9), step=1), ""),
-    ("interval", at("optimise", lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"])), ""),
-    ("header", at("header", lambda x, i: x[0]["config"].update(eps=1.00001e-5)), ""),
+CORRUPTIONS = [                        # rule, of which line, what is done there, how much later
+    ("verdict", "verify", JUDGED, lambda x, i: x[i].update(u=x[i]["a"], accepted=True), 0),
+    ("verdict", "verify", JUDGED, lambda x, i: x[i].update(u=None), 0),
+    ("verdict", "verify", UNJUDGED, lambda x, i: x[i].update(u=0.5), 0),
+    ("order", "verify", {}, gone, 0),
+    ("exit", "draft", dict(step=1), interleave, 0),
+    ("exit", "draft", dict(step=3), lambda x, i: x.insert(i + 1, dict(x[i])), 1),
+    ("exit", "draft", dict(step=3), gone, 0),
+    ("exit", "draft", dict(step=3), lambda x, i: x[0]["settings"].update(K=3), 0),
+    ("exit", "draft", dict(step=1), lambda x, i: x[0]["settings"].update(exit_threshold=0.9), 0),
+    ("interval", "optimise", THIRD, gone, 0),
+    ("interval", "emit", dict(round=1), lambda x, i: x.insert(i + 1, x[4] | dict(round=1)), 1),
+    ("interval", "optimise", {}, lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"]), 0),
+    ("column", "optimise", THIRD, lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), 0),
+    ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(4, "110"), 0),
+    ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), 0),
+    ("end", "end", {}, lambda x, i: x.append(x[1]), 1),
+    ("header", "header", {}, lambda x, i: x[0]["config"].update(eps=1.00001e-5), 0),
 ]
 
 
-@pytest.mark.parametrize("rule, corrupt, said", CORRUPTIONS, ids=lambda x: str(x)[:20])
-def test_every_corruption_is_found_where_it_is(rule, corrupt, said, check, lively):
-    """Rejects a checker that overlooks what is missing, too much or against the settings, or does
-    not say what is needed to understand it."""
-    where = corrupt(lines := copy.deepcopy(lively))
+@pytest.mark.parametrize("n", range(len(CORRUPTIONS)))
+def test_every_corruption_is_found_where_it_is(n, check, lively):
+    """Rejects a checker that overlooks what is missing, too much or against the settings."""
+    rule, event, where, harm, later = CORRUPTIONS[n]
+    i = find(lively, event, **where)
+    harm(lines := copy.deepcopy(lively), i)
     status, out, err = check(lines)
     assert (status, err) == (1, "")
-    assert re.match(rf"line {where}, .*\nrule {rule}:", out) and re.search(said, out), out
+    assert re.match(rf"line {i + 1 + later}, .*\nrule {rule}:", out), out
 
 
 # ---------------------------------------------------------------- tolerances, from both sides
@@ -327,38 +292,42 @@ def nudged(lines, rule, by):
         line = lines[find(lines, "own", kind="plain")]
         line["p"] += by * (rule == "own")
         line["probability"] = line["p"] + by * (rule == "residual")
-        line["u"] = dict(draw=line["end"] + by, draw_before=line["begin"] - by).get(rule, line["u"])
-    return [{k: v for k, v in line.items() if k not in ("begin", "end")} for line in lines]
+    return lines
 
 
-@pytest.mark.parametrize("dtype, X, temperature", [("float64", 1e-9, 0.5), ("float32", 2e-5, 0.5),
-                                                   ("float32", 2e-5, 2.0)])
-def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, random_model,
-                                                  tmp_path):
+@pytest.mark.parametrize("dtype, X, temperature", [("float64", 1e-9, 0.5), ("float32", 2e-5, 2.0)])
+def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, random_model):
     """Rejects a tolerance four times too wide or too narrow, one that does not grow below
     temperature 1, one that shrinks above it, and one that --tolerance does not set."""
     s = replace(LIVELY, temperature=temperature, M=4)
-    for seed in range(50):
-        lines = trace_of(random_model, [3, 41, 7], s, seed=seed, dtype=DTYPES[dtype])
-        if find(lines, "verify", accepted=None, a=lambda a: a < 1):
-            break
-    line = lines[find(lines, "own")]       # where in the running sum its token is, slowly
-    w = random_checkpoint(tmp_path / "m", dict(num_hidden_layers=5))
-    p = (reference(*w, torch.tensor([3, 41, 7]))[0][-1] / temperature).softmax(-1)
-    line["end"] = p[:line["token"] + 1].sum().item()
-    line["begin"] = line["end"] - p[line["token"]].item()
-    slack = dict.fromkeys(("q", "p", "own", "draw", "draw_before"), X / min(1, temperature))
+    runs = (run(random_model, [3, 41, 7], s, seed, dtype=DTYPES[dtype]) for seed in range(50))
+    lines = next(x for x in runs if find(x, "verify", accepted=None, a=lambda a: a < 1))
+    slack = dict.fromkeys(("q", "p", "own"), X / min(1, temperature))
     slack |= dict(confidence=X, column=X / 4, table=X / 4, ratio=1e-9)
-    slack["residual"] = 1e-6 * line["p"]
+    slack["residual"] = 1e-6 * lines[find(lines, "own")]["p"]
     for rule, most in slack.items():
         for by, status in ((0.9, 0), (1.1, 1)):
             got, out, err = check(nudged(lines, rule, by * most))
-            named = f"rule {rule.partition('_')[0]}:"
-            assert (got, err) == (status, "") and (got == 0 or named in out), out
-            small = dtype == "float64" and rule in ("draw", "draw_before")
-            assert ("a running sum in float32" in out) == (small and status == 1)
+            assert (got, err) == (status, "") and (got == 0 or f"rule {rule}:" in out), out
+    i = find(lines, "own")
+    logits = full_model(Llama.load(random_model, dtype=DTYPES[dtype]), [3, 41, 7])
+    end = speculative.probabilities(logits, s)[:lines[i]["token"] + 1].sum().item()
+    for by, status in ((0.9, 0), (1.1, 1)):
+        assert check(with_line(lines, i, u=end + by * slack["q"]))[0] == status
     for tolerance, status in ((1.2 * X, 0), (X, 1), (0, 2)):
         assert check(nudged(lines, "q", 1.1 * slack["q"]), "--tolerance", tolerance)[0] == status
+
+
+def test_how_far_a_draw_is_off_is_seen_from_both_sides():
+    """Rejects a distance from one end of the token's interval, of a residual that is normalised, or
+    of a token that has no probability."""
+    p = torch.tensor([0.2, 0.3, 0.0, 0.5])
+    q = torch.tensor([0.0, 0.7, 0.0, 0.3])
+    for u, of_q, token, off in ((0.1, None, 1, 0.1), (0.3, None, 1, 0), (0.6, None, 1, 0.1),
+                                (0.2, None, 1, 0), (0.6, None, 2, math.inf), (0.25, q, 0, 0),
+                                (0.75, q, 0, 0.1), (0.25, q, 3, 0.1), (0.75, q, 3, 0)):
+        assert allowed.distance(p, of_q, token, u) == pytest.approx(off)
+        assert (allowed.drawn_by(allowed.owed(p, of_q), u) == token) == (off == 0)
 
 
 def test_what_a_float32_program_writes_and_its_times_are_read(check, lively):
@@ -367,8 +336,8 @@ def test_what_a_float32_program_writes_and_its_times_are_read(check, lively):
     config = {k: torch.tensor(v).item() if type(v) is float else v
               for k, v in lively[0]["config"].items()}
     assert config != lively[0]["config"] and check(with_line(lively, 0, config=config))[0] == 0
-    rounded = dict(probability=1 + 1e-10, p=1 + 1e-10)
-    assert check(with_line(RUNS["tiny-greedy"], 2, **rounded), model=TINY)[0] == 0
+    rounded = with_line(RUNS["tiny-greedy"], 2, probability=1 + 1e-10, p=1 + 1e-10)
+    assert check(rounded, model=TINY)[0] == 0
     for fields, status in (dict(), 0), (dict(draft=-1.0), 2), (dict(round=1), 1):
         times = dict(event="times", round=0, draft=0.0, verify=0.1, optimise=0.0) | fields
         assert check([*lively[:5], times, *lively[5:]])[0] == status
@@ -382,16 +351,15 @@ def test_a_tie_decided_the_other_way_is_no_departure(check, tmp_path):
         if re.search(r"layers\.[23]\..*(o_proj|down_proj)", name):
             w[name].zero_()
     save({name: x.float() for name, x in w.items()}, tmp_path / "tied" / "model.safetensors", {})
-    right = trace_of(tmp_path / "tied", [3, 41, 7], S)
+    right = run(tmp_path / "tied", [3, 41, 7], S, 0)
     with running("ties are run"):
-        other = trace_of(tmp_path / "tied", [3, 41, 7], S)
+        other = run(tmp_path / "tied", [3, 41, 7], S, 0)
     i = find(right, "optimise")
     assert right[i]["skipped"] != other[i]["skipped"]
     assert check(other, model=tmp_path / "tied")[::2] == (0, "")
 
 
-@pytest.mark.parametrize("M", [0, 1])
-def test_a_rejection_that_only_rounding_explains_is_no_departure(M, check, random_model):
+def test_a_rejection_that_only_rounding_explains_is_no_departure(check, random_model):
     """Rejects a residual compared as if it were exact: here next to nothing is owed, and which
     token it falls to differs with the precision."""
     class Unlucky(Recording):
@@ -402,31 +370,11 @@ def test_a_rejection_that_only_rounding_explains_is_no_departure(M, check, rando
             self.verdicts.append((a, u, u < a))
             return u < a
 
-    lines = trace_of(random_model, [3, 41, 7], replace(LIVELY, M=M), Unlucky(Chance(0).uniform))
-    assert find(lines, "own", kind="residual")
-    for dtype in ("float32", "float64"):
+    for M, dtype in itertools.product((0, 1), ("float32", "float64")):
+        chance = Unlucky(Chance(0).uniform)
+        lines = run(random_model, [3, 41, 7], replace(LIVELY, M=M), 0, 1, chance, torch.float32)
+        assert find(lines, "own", kind="residual")
         assert check(lines, "--dtype", dtype)[::2] == (0, "")
-
-
-def test_the_checkers_own_filters_are_those_of_the_program():
-    """Rejects a checker that judges by other filters, residuals or draws than the program's, at
-    logits that tie and at any settings. (It has its own, so as not to judge by what it judges.)"""
-    generator = torch.Generator().manual_seed(0)
-    for n, (T, top_k, top_p) in enumerate(itertools.product(
-            (0, 1e-3, 0.7, 1, 9), (0, 1, 3, 60), (1e-9, 0.5, 0.9, 1))):
-        logits = torch.randn(2, 40, generator=generator, dtype=torch.float64)
-        logits[:, 20:] = logits[:, :20]
-        s = Settings(temperature=T, top_k=top_k, top_p=top_p)
-        p = speculative.probabilities(logits, s)
-        ours = torch.stack([allowed.distribution(x, s) for x in logits])
-        assert torch.equal(p > 0, ours > 0) and torch.allclose(p, ours, 1e-12, 0)
-        owed = speculative.residual(*p)
-        mass = allowed.owed(*ours).sum()
-        assert torch.allclose(mass * owed, allowed.owed(*ours), 1e-9, 1e-15)
-        for of_p, of_q, dist in ((ours[0], None, p[0]), (*ours, owed)):
-            token = int(Recording(Chance(n).uniform).draw(dist))
-            assert allowed.distance(of_p, of_q, token, Chance(n).uniform()) == 0
-            assert allowed.drawn_by(dist, Chance(n).uniform()) == token
 
 
 def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
@@ -435,7 +383,7 @@ def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
     def kept(p, s, about=(), X=1e-6):
         logits = torch.tensor(p, dtype=torch.float64).log()
         options = allowed.allowed(logits, s, X, about)
-        assert torch.equal(options[0], allowed.distribution(logits, s))
+        assert torch.equal(options[0], speculative.probabilities(logits, s))
         return {tuple((q > 0).nonzero()[:, 0].tolist()) for q in options}
 
     hot = Settings(temperature=1.0)
@@ -452,10 +400,9 @@ def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
 
 def test_a_confidence_within_the_tolerance_of_the_threshold_may_go_either_way(check, lively):
     """Rejects a threshold taken more exactly than confidences are known, and one not taken."""
-    low = min(x["confidence"] for x, then in zip(lively, lively[1:])
-              if x["event"] == then["event"] == "draft")
-    high = max(r["draft"][-1]["confidence"] for r in by_round(lively)
-               if r["round"][0]["ended"] == "confidence")
+    ended = {line["round"] for line in lively if line.get("ended") == "confidence"}
+    low = min(confidences(lively, "draft"))
+    high = max(confidences([x for x in lively if x.get("round") in ended], "verify"))
     for threshold, status in ((low + 1e-6, 0), (low + 1e-3, 1), (high - 1e-6, 0), (high - 1e-3, 1)):
         got, out, _ = check(with_settings(lively, exit_threshold=threshold))
         assert got == status and (got == 0 or "rule exit" in out)
@@ -475,39 +422,28 @@ def test_a_greedy_trace_needs_no_uniforms_but_the_right_tokens(check):
 # ---------------------------------------------------------------- wrong programs
 
 class Numbers(Recording):
-    """Uniform numbers of which some are made of others: a verdict's of its draft's, or a
-    correction's of the one that rejected."""
+    """A verdict's number is made of its draft's, or a correction's of the one that rejected."""
 
-    def __init__(self, source, verdict=None, correction=None):
+    def __init__(self, source, of_draw=None, of_verdict=None):
         super().__init__(source)
-        self.of_verdict = verdict
-        self.of_correction = correction
-        self.judging = False
+        self.fresh = source
+        self.of_draw = of_draw
+        self.of_verdict = of_verdict
 
     def accept(self, a):
-        self.judging = True
+        if self.of_draw:
+            self.source = lambda: self.of_draw(self.draws[len(self.verdicts)][2])
         return super().accept(a)
 
-    def uniform(self):
-        u = super().uniform()
-        if self.judging and self.of_verdict:
-            u = self.of_verdict(self.draws[len(self.verdicts)][2])
-        if not self.judging and self.of_correction and self.verdicts and not self.verdicts[-1][2]:
-            u = self.of_correction(self.verdicts[-1][1])
-        self.judging = False
-        self.last = u
-        return u
+    def draw(self, p):
+        self.source = self.fresh
+        if self.of_verdict and self.verdicts and not self.verdicts[-1][2]:
+            self.source = lambda: self.of_verdict(self.verdicts[-1][1])
+        return super().draw(p)
 
 
-right = types.SimpleNamespace(
-    draft=speculative.draft, judge=speculative.judge, draw=Chance.draw, norm=llama.rms_norm,
-    forward=Llama.forward, cosine=dp_layer_skip.cosine, candidates=llama.Cache.candidates,
-    sequence=llama.Cache.sequence, probabilities=speculative.probabilities)
-
-
-def blind(bias, t):
-    bias[..., t - 1] = -math.inf
-    return bias
+right = types.SimpleNamespace(draft=speculative.draft, judge=speculative.judge, draw=Chance.draw,
+                              cosine=dp_layer_skip.cosine, probabilities=speculative.probabilities)
 
 
 def throwing_away(*how):
@@ -518,35 +454,20 @@ def throwing_away(*how):
     return drafted[:k], q[:k], confidence[:k]
 
 
-def cached_by_turn(self, ids, rows, cache, skip=()):
-    """A draft whose layers have their caches in the order in which they run."""
-    own = cache.layers
-    if any(skip):
-        order = sorted(range(len(skip)), key=lambda i: skip[i])
-        cache.layers = [own[order.index(i)] for i in range(len(skip))]
-    h = right.forward(self, ids, rows, cache, skip)
-    cache.layers = own
-    return h
-
-
-HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=60)
+HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=100)
 CHANCES = {        # the generator of a lossy program
-    "one number draws and judges": lambda source: Numbers(source, verdict=lambda u: u),
-    "a verdict by the mirrored number": lambda source: Numbers(source, verdict=lambda u: 1 - u),
-    "a rejected number draws": lambda source: Numbers(source, correction=lambda u: u),
-    "a rejected number draws mirrored": lambda source: Numbers(source, correction=lambda u: 1 - u),
+    "one number draws and judges": lambda source: Numbers(source, lambda u: u),
+    "a verdict by the mirrored number": lambda source: Numbers(source, lambda u: 1 - u),
+    "a rejected number draws": lambda source: Numbers(source, None, lambda u: u),
+    "a rejected number draws mirrored": lambda source: Numbers(source, None, lambda u: 1 - u),
     "numbers begin again": lambda source: Recording(
         itertools.cycle([source() for _ in range(9)]).__next__)}
 PLANTED = {        # a change by name: where the first message must send
-    "another set": (put(Llama, "forward", lambda self, ids, rows, cache, skip=():
-                        right.forward(self, ids, rows, cache, skip[::-1])), "the draft"),
-    "caches by turn": (put(Llama, "forward", cached_by_turn), "the draft"),
-    "a larger eps": (put(llama, "rms_norm", lambda x, w, eps: right.norm(x, w, 100 * eps)),
-                     "the forward pass"),
+    "caches by turn": (edit(Llama, "forward", (
+        "self.layer(i, h[i], rows, cache)", "self.block(self.layers[i], h[i], rows, "
+        "*cache.layers[i - sum(skip[:i])], self.cfg, self.eps)")), "the draft"),
     "no final norm": (put(Llama, "head", lambda self, x: (x @ self.lm_head.T)), "the forward pass"),
     "no upper limit": (put(speculative, "acceptance", lambda p, q: p.double() / q), "the verdict"),
-    "the wrong way up": (put(speculative, "acceptance", lambda p, q: (q.double() / p).clamp(max=1)),
-                         "the verdict"),
     "|p - q|": (put(speculative, "residual", lambda p, q: (p - q).abs() / (p - q).abs().sum()),
                 "the residual"),
     "the row before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
@@ -556,12 +477,10 @@ PLANTED = {        # a change by name: where the first message must send
         "the verify's rows"),
     "cosines of bfloat16": (put(dp_layer_skip, "cosine", lambda a, b: right.cosine(
         a.bfloat16(), b.bfloat16())), "the table: how near"),
-    "a mask without the token before": (put(llama.Cache, "candidates", lambda self, t, J:
-        right.candidates(self, t, J)._replace(bias=blind(right.candidates(self, t, J).bias, t))),
-        "the candidates"),
-    "no causal mask": (put(llama.Cache, "sequence", lambda self, t, T:
-        right.sequence(self, t, T)._replace(bias=self.cos.new_zeros(T, self.R, t + T))),
-        "the forward pass"),
+    "a mask without the token before": (
+        edit(Cache, "candidates", ("slot < t", "slot < t - 1")), "the candidates"),
+    "no causal mask": (edit(Cache, "sequence", (
+        "<= slots[:, None]", "<= slots[-1] + 0 * slots[:, None]")), "the forward pass"),
     "draws from the last id on": (put(
         Chance, "draw", lambda self, p: len(p) - 1 - right.draw(self, p.flip(0))), "the draw"),
     "the q before": (put(
@@ -580,29 +499,28 @@ UNSEEN = {
     "a skipped layer writes", "a call for every cell", "g[i,0] is computed again",
     "the host waits for every layer", "the stars stand one row early",
     "the printed case is another", "the verify's seconds are the draft's too",
-    "a stop in a draft is told twice",
-    "the cosine is as wide as the states", "norms in bfloat16", "rotary tables in bfloat16",
-    "errors ride along in the states' dtype", "the running sum is float32",
-    "accepts at u = a", "draws at u = the running sum", "drafting ends at the threshold",
-    "top-p keeps one more where the mass is reached", "a residual of no mass is no number",
-    "a zero state has no cosine", "a row at a time runs what is no number",
-    "infinite logits are numbers", "only the prompt's logits are looked at",
-    "the prompt's logits are not looked at", "Transformers 5 not understood",
-    "one token is compared as several are",
+    "a stop in a draft is told twice", "the cosine is as wide as the states", "norms in bfloat16",
+    "rotary tables in bfloat16", "errors ride along in the states' dtype",
+    "the running sum is float32", "accepts at u = a", "draws at u = the running sum",
+    "drafting ends at the threshold", "top-p keeps one more where the mass is reached",
+    "a residual of no mass is no number", "a zero state has no cosine",
+    "a row at a time runs what is no number", "infinite logits are numbers",
+    "only the prompt's logits are looked at", "the prompt's logits are not looked at",
+    "Transformers 5 not understood", "one token is compared as several are",
     "argmax draft scored with a softmax q", "a cache begins uninitialised",
     "a probe longer than the text", "the correction is drawn with the uniform that rejected"}
 
 
 def first_message(wrong, check):
     """What the checker says of the trace of a wrong program, on the first of forty prompts on which
-    it says anything."""
+    it says anything. (From 20 on rare tokens come soon.)"""
     change, _ = PLANTED.get(wrong, (wrong, None))
     numbers = CHANCES.get(wrong, Recording)
-    for seed in range(40):
+    for seed in range(20, 60):
         s = replace(S, exit_threshold=0.05 * (seed % 2), stop_ids=tuple(range(40, 46 + seed % 9)))
         with running(*[change] * (wrong not in CHANCES)):
-            lines = trace_of(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s,
-                             numbers(Chance(seed).uniform), seed, (1, 2, 9)[seed % 3])
+            lines = run(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s, seed,
+                        (1, 2, 9)[seed % 3], numbers(Chance(seed).uniform))
         status, said, err = check(lines, model=TINY)
         assert err == "" and status in (0, 1)
         if status == 1:
@@ -628,32 +546,20 @@ def test_drafted_tokens_that_were_thrown_away_are_missed(check):
     and one that suspects a policy that ends a draft early."""
     for changes, status in (([], 0), ([put(speculative, "draft", throwing_away)], 1)):
         with running(*changes):
-            lines = trace_of(TINY, [3, 41, 7], replace(HOT, N=150, exit_threshold=0.0, K=3))
-        for line in lines:
-            if line.get("ended") in ("K", "policy"):
-                line["ended"] = "policy"
-        lines = with_settings(lines, K=None)
+            lines = run(TINY, [3, 41, 7], replace(HOT, N=150, exit_threshold=0.0, K=3), 0)
+        lines = [line | dict(ended="policy") if line.get("ended") == "K" else line
+                 for line in with_settings(lines, K=None)]
         got, out, _ = check(lines, model=TINY)
         assert got == status and (got == 0 or "rule kept" in out), out
 
 
-IN_BFLOAT16 = {
-    "residual = p": lambda p, q: p,
-    "|p - q|": lambda p, q: (p - q).abs() / (p - q).abs().sum(),
-    "a softmax": lambda p, q: (p - q).softmax(-1),
-    "not normalised": lambda p, q: (p - q).clamp(0)}
-
-
-@pytest.mark.parametrize("wrong", IN_BFLOAT16)
-def test_a_wrong_residual_is_found_in_bfloat16_too(wrong, check):
+def test_a_wrong_residual_is_found_in_bfloat16_too(check):
     """Rejects a residual that is compared with the replay alone, of which little is known there."""
-    with running(put(speculative, "residual", IN_BFLOAT16[wrong])):
-        lines = trace_of(TINY, [3, 41, 7], replace(HOT, temperature=1.0), dtype=torch.bfloat16)
+    with running("residual = p"):
+        lines = run(TINY, [3, 41, 7], replace(HOT, temperature=1.0, N=40), 0, dtype=torch.bfloat16)
     out = check(lines, model=TINY)[1]
     assert "rule residual" in out and "look at: the residual" in out, out
 
-
-# ---------------------------------------------------------------- the numbers of a whole trace
 
 def test_repeated_uniforms_are_told_from_chance():
     """Rejects an alarm for the repeats that float32's 2^24 numbers, or 2^32, must have in a long
@@ -688,53 +594,21 @@ def test_the_check_goes_on_after_departures_in_numbers_and_counts_them(check, li
     lines = copy.deepcopy(lively)
     for n in (2, 3):
         lines[find(lines, "draft", n)]["confidence"] += 1e-3
-    k = sum(line["event"] == "draft" for line in lines)
-    status, out, _ = check(lines)
-    assert status == 1 and out.startswith(f"line {i + 1}, ") and "2 before it agree" in out
-    assert re.search(rf"departures in \d+ rounds, .*: confidence 2 of {k}; none in q, p, ", out)
-    assert "the confidence: the draft's highest probability" in out and "it ends" not in out
+    out = check(lines)[1]
+    assert out.startswith(f"line {i + 1}, ") and "it ends" not in out
+    assert re.search(r"departures in \d+ rounds, .*: confidence 2 of \d+; none in q, p, ", out)
     end = find(lines, "emit", -1)
     out = check(with_line(lines, end, tokens=[0]))[1]
     assert out.startswith(f"line {i + 1}, ") and f"it ends in line {end + 1}" in out
-
-
-def test_several_traces_have_one_status(lively, random_model, tmp_path, capsys):
-    """Rejects the status of the last alone, and one that hides a departure behind another."""
-    files = dict(right=lively, short=lively[:9], wrong=[*lively[:2], lively[2] | dict(p=0.9)])
-    for name, lines in files.items():
-        (tmp_path / name).write_bytes(jsonl(*lines))
-    for names, status in (("right right", 0), ("short right", 3), ("wrong short right", 1)):
-        paths = [str(tmp_path / name) for name in names.split()]
-        assert check_trace.main([*paths, "--model", str(random_model)]) == status
-        out = capsys.readouterr().out
-        assert all(re.search(f"^{path}: (no dep|incom|line 3)", out, re.M) for path in paths)
-
-
-def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
-    """Rejects a part that begins with another text, set or cache than the whole has there, that is
-    cut off a round early or late, and one that is not there."""
-    last = lively[find(lively, "emit", -1)]["round"]
-    for part in ("0-1", f"2-{last - 1}", f"3-{last + 9}"):
-        assert check(lively, "--rounds", part)[::2] == (0, "")
-    wrong = with_line(lively, find(lively, "draft", round=3), confidence=0.9)
-    for part, status in (("1-2", 0), ("3-3", 1), ("2-5", 1), ("4-9", 0)):
-        got, out, _ = check(wrong, "--rounds", part)
-        assert got == status and (status == 1 or f"rounds {part[0]} to {part[-1]}; " in out), out
-    for part in ("9-2", "x", f"{last + 1}-{last + 2}"):
-        assert check(lively, "--rounds", part)[::2][0] == 2
-    cut = [line for line in lively if line["event"] != "emit" or line["round"] > 1]
-    assert check(cut, "--rounds", "2-3")[0] == 1
 
 
 # ---------------------------------------------------------------- files from other programs
 
 NO_TRACES = [                          # what is in the file, what is said
     (lambda x: b"", "empty"), (lambda x: b"hello\n", "line 1: b'hello"),
-    (lambda x: b"[1]\n", "a JSON object"), (lambda x: b"[" * 10 ** 6 + b"\n", "line 1: b'["),
-    (lambda x: jsonl(*x)[:-5], "line {n}: b'"), (lambda x: b'{"event": []}', "line 1: b'{"),
+    (lambda x: b"[" * 10 ** 6 + b"\n", "a JSON object"), (lambda x: jsonl(*x)[:-5], "line {n}: b'"),
     (lambda x: jsonl(*x[1:]), "whose event is one of header"),
     (lambda x: with_line(x, 0, version=3), "version is 3; (4,) wanted"),
-    (lambda x: with_line(x, 0, model={"config.json": 0}), "a trace of another model"),
     (lambda x: with_line(x, 0, prompt_ids=[50]), "prompt_ids"),
     (lambda x: with_settings(x, N=10 ** 8), "the model's context of 2048"),
     (lambda x: with_settings(x, M=6), "M is 6; the model has 5 layers"),
@@ -744,8 +618,7 @@ NO_TRACES = [                          # what is in the file, what is said
     (lambda x: with_line(x, 2, u=1.0), "u is 1.0"), (lambda x: with_line(x, 2, kind=[]), "kind is"),
     (lambda x: with_line(x, 2, token=50), "line 3, own: token 50 of 50"),
     (lambda x: with_line(x, 2, **{"\n\ud800": 1}), "unknown field '\\n\\ud800'"),
-    (lambda x: jsonl(x[0], x[1], {"event": "own"}), "line 3, own: missing field 'round'"),
-]
+    (lambda x: jsonl(x[0], x[1], {"event": "own"}), "line 3, own: missing field 'round'")]
 
 
 @pytest.mark.parametrize("n", range(len(NO_TRACES)))
@@ -762,10 +635,8 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     that is silently not skipped."""
     (right := tmp_path / "t").write_bytes(jsonl(*lively))
     for said, main, *arguments in (
-            ("directory", check_trace, DEMO), ("line 1", check_trace, DEMO / "config.json"),
+            ("directory", check_trace, DEMO), ("another model", check_trace, right),
             ("config.json", check_trace, right, "--model", "/no"),
-            ("--out", check_trace, right, "--dump-at", "1,2"),
-            ("another model", check_trace, right),
             ("--device", check_trace, right, "--device", "cuda:99"),
             ("--skip 6: the model has layers", dump_forward, tmp_path / "d", "--model", TINY,
              "--prompt-ids", "3", "--skip", "1,6")):
@@ -779,105 +650,38 @@ def test_a_trace_that_breaks_off_is_checked_as_far_as_it_goes(check, lively):
     for n in (1, 3, 4, 9, len(lively) - 1):
         status, out, err = check(lively[:n])
         assert (status, err) == (3, "") and f"incomplete: no departure in {n} lines" in out
-    broken = [*lively[:2], lively[2] | dict(token=0, u=0.99), *lively[3:5]]
-    assert check(broken)[0] == 1
+    assert check([*lively[:2], lively[2] | dict(token=0), lively[3]])[0] == 1
 
 
-SCRIPTS = """
-import os, runpy, sys, safetensors, torch              # once for all
-for script in sys.argv[1:]:
-    if os.fork() == 0:
-        sys.argv = [script, "--no-such-flag"]
-        sys.path[0] = os.path.dirname(script)          # as Python does
-        try:
-            runpy.run_path(script, run_name="__main__")
-        finally:
-            print(os.path.basename(script) * ("tiktoken" in sys.modules), end=" ", flush=True)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-def test_each_script_starts_from_another_folder_and_names_a_wrong_flag(tmp_path):
-    """Rejects a script that finds its own folder alone, a status that is lost on the way, the whole
-    usage for a slip, and a tokenizer where only ids are compared."""
-    scripts = [HERE / f"{name}.py" for name in
-               ("check_trace", "compare_dumps", "dump_forward", "greedy", "make_vectors")]
-    p = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPTS, *scripts], cwd=tmp_path,
-                       capture_output=True, text=True)
-    assert p.stdout == " 2\n 2\ndump_forward.py 2\n 2\nmake_vectors.py 2\n", p
-    assert [line.split(":")[0] for line in p.stderr.splitlines()] == [s.name for s in scripts], p
+@pytest.mark.parametrize("name", ["check_trace", "compare_dumps", "dump_forward", "make_vectors"])
+def test_a_script_looks_in_the_right_folder_and_names_a_wrong_flag(name, monkeypatch, capsys):
+    """Rejects a script that finds its own folder alone, whose trace.py is not Python's; a status
+    that is lost on the way, and the whole usage for a slip."""
+    script = str(HERE / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, "--no-flag"])
+    monkeypatch.setattr(sys, "path", [str(HERE), *sys.path])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert (end.value.code, sys.path[0]) == (2, str(ROOT))
+    assert re.fullmatch(rf"{name}.py: .*\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- forward dumps
 
-def dumped(folder, path, *arguments):
-    """The tensors of a dump of the command."""
-    assert dump_forward.main([str(path), "--model", str(folder), "--device", "cpu",
-                              *map(str, arguments)]) == 0
-    return compare_dumps.read(path)
-
-
 def test_fingerprints_are_of_every_file_that_holds_numbers(tmp_path):
     """Rejects a shard, or the index, that could change unnoticed."""
     random_checkpoint(tmp_path, shards=2)
-    before, shard = trace.fingerprint(tmp_path), "model-2-of-2.safetensors"
-    assert before.keys() == {"config.json", INDEX, shard, shard.replace("2-of", "1-of")}
-    (tmp_path / shard).write_bytes((tmp_path / shard).read_bytes() + b" ")
-    after = trace.fingerprint(tmp_path)
-    assert {name for name in before if before[name] != after[name]} == {shard}
-
-
-@pytest.mark.parametrize("step", [2, None])
-def test_the_dump_at_a_place_of_a_trace_is_what_fresh_passes_have_there(step, check, tmp_path):
-    """Rejects a cache with what rejected drafts left, entries of the full model where the draft
-    has its own, a token too many, and a dump after another pass than the one asked for."""
-    rounds = by_round(RUNS["tiny-temperature"])
-    n = next(n for n, r in enumerate(rounds) if n > 3 and len(r["draft"]) > 2 and
-             rounds[n - 1]["own"][0]["kind"] == "residual")
-    place = f"{n}" if step is None else f"{n},{step}"
-    status, out, err = check(RUNS["tiny-temperature"], "--dump-at", place, "--out", tmp_path / "d",
-                             model=TINY)
-    assert (status, err) == (0, "") and out.startswith(f"round {n}, "), out
-    got = compare_dumps.read(tmp_path / "d")
-    text = RUNS["tiny-temperature"][0]["prompt_ids"] + [
-        i for r in rounds[:n] for i in r["emit"][0]["tokens"]]
-    ids = torch.tensor(text + [d["token"] for d in rounds[n]["draft"]][:step])
-    model = Llama.load(TINY, dtype=torch.float64)
-    cache = model.cache(len(ids))
-    t = 0
-    parts = [ids] if step is None else [ids[:len(text) - 1], *ids[len(text) - 1:].split(1)]
-    for part in parts:                                 # a verify is as one pass over all
-        skip = [i in rounds[n]["round"][0]["skip"] for i in range(6)] if t > 0 else []
-        h = model.forward(part, cache.sequence(t, len(part)), cache, skip)
-        t += len(part)
-    rows = 1 if step is not None else len(rounds[n]["draft"]) + 1
-    assert got["prompt_ids"].equal(ids) and len(got["logits"]) == rows
-    assert same(got["hidden"], torch.stack(h)[:, -rows:])
-    assert same(got["logits"], model.head(h[-1])[-rows:])
-    for name, x in (("keys", cache.k), ("values", cache.v)):
-        assert same(got[name], x.transpose(1, 2))
-
-
-def test_dump_at_goes_past_wrong_numbers_and_says_if_it_does_not_come(check, lively, tmp_path):
-    """Rejects an empty file, and a departure in the way to the place where it can be looked at."""
-    lines = with_line(lively, find(lively, "draft"), confidence=1.0)
-    n = lively[find(lively, "draft", -1)]["round"]
-    assert check(lines, "--dump-at", n, "--out", tmp_path / "d")[0] == 0
-    status, out, err = check(lively, "--dump-at", "99,1", "--out", tmp_path / "d")
-    assert (status, out) == (2, "") and "does not come to round 99, step 1" in err
-
-
-def turned(keys):
-    """Keys (.., hd) as they would be at another position."""
-    a, b = keys.chunk(2, -1)
-    return torch.cat((0.6 * a - 0.8 * b, 0.8 * a + 0.6 * b), -1)
+    before = trace.fingerprint(tmp_path)
+    assert before.keys() == {p.name for p in tmp_path.iterdir()} and len(before) == 4
+    for name in before:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b" ")
+        assert trace.fingerprint(tmp_path)[name] != before[name]
 
 
 PLACES = [         # what is changed: where it departs, what is said
     (lambda d: d["hidden"][0].mul_(1.1), r"the embedding, hidden\[0\], token 0 ", "the embedding"),
     (lambda d: d["values"][0].mul_(1.1), r"layer 0, values\[0\], token 0 ", "eps inside the root"),
-    (lambda d: d["keys"][0, 1:].copy_(turned(d["keys"][0, 1:])), r"layer 0, keys\[0\], token 1 ",
-     "the rotary embedding"),
+    (lambda d: d["keys"][0, 1:].neg_(), r"layer 0, keys\[0\], token 1 ", "the rotary embedding"),
     (lambda d: d["keys"][2].mul_(1.1), r"layer 2, keys\[2\], token 0 ", "the keys' matrix"),
     (lambda d: d["keys"][2].copy_(d["keys"][2].unflatten(-1, (2, -1)).mT.flatten(-2)),
      r"layer 2, keys\[2\], token 0 ", "in another order"),
@@ -885,19 +689,15 @@ PLACES = [         # what is changed: where it departs, what is said
      r"queries .* h // \(H/G\)|which query head"),
     (lambda d: d["hidden"][1].mul_(1.1), "layer 0, .* token 0 ", "the feed-forward part"),
     (lambda d: d["hidden"][3, :-1].add_(0.1), "layer 2, .* token 0 ", "the causal mask"),
+    (lambda d: d["hidden"][4, 2, 7].add_(1e-5), r"layer 3, .* hidden\[4\], token 2 of", "queries"),
+    (lambda d: d["hidden"][4, 2, 7].fill_(math.nan), r"layer 3, .* token 2 of 0..11:", "queries"),
     (lambda d: d["logits"].mul_(1.1), "the logits, token 0 ", "the final norm"),
-    (lambda d: d["values"][2, 5].zero_(), "layer 2, .* token 5 ", "was never written"),
-    (lambda d: d["values"][2, 5].copy_(d["values"][2, 4]), "layer 2", "the entry of token 4;"),
-    (lambda d: d["values"][2, 5:].copy_(d["values"][1, 5:]), "layer 2", "the entry of layer 1;"),
-    (lambda d: d["values"][2, 5].add_(0.1), "layer 2", "another pass"),
-    (lambda d: d["keys"][2, 5].copy_(turned(d["keys"][2, 5])), "layer 2", "the position it was"),
-    (lambda d: d["keys"][2, 5].copy_(d["keys"][2, 4]), "layer 2", "the entry of token 4;")]
+    (lambda d: d["values"][2, 5].zero_(), "layer 2, .* token 5 ", "entries that were not written")]
 
 
 def test_two_dumps_are_compared_in_the_order_of_computation_and_what_agrees_is_excluded():
-    """Rejects a comparison that names a later place than the first, or sends to another part; and
-    what is true of a fresh prompt's first token said of an entry of a cache: one that is old,
-    missing, another token's or layer's, at another position or in another order."""
+    """Rejects a comparison that names a later place than the first, or sends to another part; a
+    fault in one entry that a part's mean would hide; and what is no number taken for equal."""
     ours = compare_dumps.read(VECTORS / "tiny-forward.safetensors")
     for change, place, said in PLACES:
         theirs = {name: x.clone() for name, x in ours.items()}
@@ -907,77 +707,21 @@ def test_two_dumps_are_compared_in_the_order_of_computation_and_what_agrees_is_e
 
 
 def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, capsys):
-    """Rejects rounding called a fault, another text called one, a fault in one entry that a whole
-    part's mean would hide, and of a verify the first row taken for the first token; what is not a
-    number departs as well, and what is no dump is said."""
-    ours = dumped(TINY, tmp_path / "a", "--prompt-ids", "3,41,7", "--dtype", "float64")
-    for ids, dtype, status, said in (
-            ("3,41,7", "float32", 0, "alike"), ("3,41,7", "bfloat16", 0, "alike"),
-            ("3,41,8", "float32", 2, "different tokens"), ("3,41", "float32", 2, "shapes")):
-        theirs = dumped(TINY, tmp_path / "b", "--prompt-ids", ids, "--dtype", dtype)
-        capsys.readouterr()
-        assert compare_dumps.main([str(tmp_path / "a"), str(tmp_path / "b")]) == status
-        assert said in "".join(capsys.readouterr()) and theirs["keys"].dtype == DTYPES[dtype]
-    rows = ours | dict(logits=ours["logits"][-2:], hidden=ours["hidden"][:, -2:])
-    theirs = dict(rows, hidden=rows["hidden"].clone())
-    theirs["hidden"][4, 1, 7] += 1
-    said = compare_dumps.compare(rows, theirs)[1]
-    assert "token 2 of 0..2" in said and "which slots the pass reads" in said
-    for value in (1e-5, math.nan):
-        theirs = {name: x.clone() for name, x in ours.items()}
-        theirs["hidden"][4, 2, 7] += value
-        status, said = compare_dumps.compare(ours, theirs)
-        assert status == 1 and said.startswith("layer 3, its output hidden[4], token 2 of 0..2")
+    """Rejects rounding called a fault, another text called one, and a traceback for no dump."""
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for path, ids, dtype, status, said in (
+            (a, "3,41,7", "float64", 0, "alike"), (b, "3,41,7", "float32", 0, "alike"),
+            (b, "3,41,7", "bfloat16", 0, "alike"), (b, "3,41", "float32", 2, "shapes"),
+            (b, "3,41,8", "float32", 2, "different tokens")):
+        assert dump_forward.main([path, "--model", str(TINY), "--device", "cpu",
+                                  "--prompt-ids", ids, "--dtype", dtype]) == 0
+        assert compare_dumps.read(path)["keys"].dtype == DTYPES[dtype]
+        assert compare_dumps.main([a, path]) == status
+        assert said in "".join(capsys.readouterr())
     (tmp_path / "b").write_bytes(b"no dump")
-    for path in (tmp_path / "b", "/nowhere", tmp_path, DEMO / "model.safetensors"):
-        assert compare_dumps.main([str(tmp_path / "a"), str(path)]) == 2
+    for path in (b, "/nowhere", tmp_path, DEMO / "model.safetensors"):
+        assert compare_dumps.main([a, str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-
-
-# ---------------------------------------------------------------- two greedy texts
-
-def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, monkeypatch):
-    """Rejects a verdict on the parting alone, one that knows no type's rounding, and a text that is
-    taken for greedy because the other is."""
-    monkeypatch.setattr(greedy, "CHUNK", 7)
-    lines = RUNS["tiny-greedy"]
-    text = lines[0]["prompt_ids"] + [t for line in lines if line["event"] == "emit"
-                                     for t in line["tokens"]]
-    model = Llama.load(TINY, dtype=torch.float64)
-    t = len(text) - 9
-
-    def after(ids):
-        h = model.forward(torch.tensor(ids), (cache := model.cache(len(ids))).sequence(0, len(ids)),
-                          cache)
-        return model.head(h[-1][-1:])[0]
-
-    best, second = after(text[:t]).topk(2)[0].tolist(), after(text[:t]).topk(2)[1].tolist()
-    parted = [*text[:t], second[1]]
-    while len(parted) < len(text):
-        parted.append(int(after(parted).argmax()))
-    files = dict(a=text, b=parted, c=[*parted[:-1], 0 if parted[-1] else 1], d=text[:-1], e=[1, 2],
-                 f=[9], g=[80, *text])
-    for name, ids in files.items():
-        (tmp_path / name).write_text(",".join(map(str, ids)))
-    (tmp_path / "trace").write_bytes(jsonl(*lines))
-    (tmp_path / "json").write_text(json.dumps(dict(
-        prompt_ids=text[:3], ids=text[3:], settings=dict(temperature=0.0, dtype="float64"))))
-    (tmp_path / "hot").write_bytes(jsonl(*RUNS["tiny-temperature"]))
-    gap = best[0] - best[1]
-    for a, b, X, status, said in (
-            ("a", "trace", None, 0, f"equal: {len(text)} tokens"), ("json", "a", None, 0, "equal"),
-            ("a", "b", gap, 0, "a tie, not a bug"), ("a", "b", gap / 5, 1, "not a tie"),
-            ("trace", "b", None, 1, "rounding in float64 explains up to 4e-09"),
-            ("a", "c", gap, 1, f"but token {len(text) - 1} is "), ("a", "d", None, 3, "a goes on"),
-            ("a", "e", None, 2, "two prompts"), ("a", "g", None, 2, "the first tokens differ"),
-            ("a", "hot", None, 2, "sampled"), ("a", "no", None, 2, "No such file"),
-            ("a", "/dev/null", None, 2, "neither a trace")):
-        with monkeypatch.context() as patch:
-            if X:
-                patch.setitem(TOLERANCE, "bfloat16", X / 4 * 1.01)
-            got = greedy.main([str(tmp_path / a), str(tmp_path / b), "--model", str(TINY)])
-        out = "".join(capsys.readouterr())
-        assert got == status and said in out, (a, b, out)
 
 
 # ---------------------------------------------------------------- the vectors
@@ -989,47 +733,27 @@ def alike(a, b):
     return near[0] == near[1]
 
 
-def reproduced(name):
-    """The lines that the program writes for a vector's header and uniforms."""
-    lines = RUNS[name]
-    said = dict(lines[0]["settings"])
-    r, seed = said.pop("r"), said.pop("seed")
-    s = Settings(**said | dict(stop_ids=tuple(said["stop_ids"])))
-    uniforms = iter([x["u"] for x in lines if x.get("u") is not None])
-    return trace_of(SOURCE[name], lines[0]["prompt_ids"], s, Recording(uniforms.__next__), seed, r,
-                    torch.float64)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_vector_is_what_this_program_makes_of_its_uniforms_and_shows_its_situation(name, check):
-    """Rejects vectors of other weights or of an older program, uniforms in another order than that
-    of their lines, and a vector from which its situation has gone, whatever the others show."""
-    assert RUNS.keys() == make_vectors.VECTORS.keys()
-    assert alike(RUNS[name], reproduced(name))
-    assert make_vectors.shows(RUNS[name], make_vectors.VECTORS[name][1])
-    assert RUNS[name][-1]["reason"] == ("stop" if "stop" in name else "length")
-    if SOURCE[name] == TINY:                           # the demo's tables tell no more
-        assert check(RUNS[name], model=TINY)[::2] == (0, "")
-
-
-def test_make_vectors_is_all_it_takes(tmp_path, monkeypatch):
-    """Rejects vectors or a tiny model that the script does not make, a file too many or too few (of
-    the demo's runs, a second each, one is searched for here), and a dump by chunks that differs."""
-    names = ["plain", *(name for name in RUNS if name.startswith("tiny"))]
-    monkeypatch.setattr(make_vectors, "VECTORS", {n: make_vectors.VECTORS[n] for n in names})
+def test_make_vectors_makes_what_is_here(tmp_path, monkeypatch):
+    """Rejects vectors of other weights or of an older program, a file too many or too few, another
+    tiny model, and a dump by chunks that differs."""
     monkeypatch.setattr(dump_forward, "CHUNK", 7)
     make_vectors.make(tmp_path)
     made = sorted((tmp_path / "vectors").iterdir())
-    assert {p.stem for p in made} | RUNS.keys() == {p.stem for p in VECTORS.iterdir()}
+    assert [p.name for p in made] == sorted(p.name for p in VECTORS.iterdir())
     for path in made:
         if path.suffix == ".jsonl":
             assert alike(RUNS[path.stem], list(map(json.loads, path.read_text().splitlines())))
         else:
             old, new = compare_dumps.read(VECTORS / path.name), compare_dumps.read(path)
             assert compare_dumps.compare(old, new)[0] == 0
-            assert len(old["prompt_ids"]) == {"forward": 3, "tiny-forward": 12}.get(path.stem, 2)
     for path in TINY.iterdir():
         assert path.read_bytes() == (tmp_path / "tiny" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("tiny")])
+def test_a_vector_checks_clean(name, check):
+    """Rejects a checker that is too strict for grouped queries, scaling or long probes."""
+    assert check(RUNS[name], model=TINY)[::2] == (0, "")
 
 
 CHANGING = {       # a wrong program, the vector that it cannot reproduce
@@ -1037,21 +761,18 @@ CHANGING = {       # a wrong program, the vector that it cannot reproduce
     "the text goes on after an accepted stop": "stop-in-draft", "residual = p": "top-p",
     "the probe is the last drafted token": "greedy", "one position for all tokens": "tiny-probe",
     "the probe is the token before the round": "short-interval",
-    "layers are optimised a round late": "temperature", "p without the filters": "tiny-top-p",
-    "query heads dealt to kv heads in turn": "tiny-greedy",
-    "LLaMA-3.1's stretching left out": "tiny-temperature",
-}
+    "layers are optimised a round late": "temperature", "p without the filters": "tiny-top-p"}
 
 
 @pytest.mark.parametrize("wrong", CHANGING)
 def test_a_wrong_program_does_not_reproduce_the_vectors(wrong):
-    """Rejects vectors too tame to tell: each of these programs must come to other lines, to what is
-    no number, or ask for more uniforms than there are."""
+    """Rejects vectors too tame to tell: each of these programs must come to other lines, or to what
+    is no number."""
     name = CHANGING[wrong]
     try:
         with running(wrong):
-            assert not alike(RUNS[name], reproduced(name))
-    except (RuntimeError, ValueError):
+            assert not alike(RUNS[name], vector(name))
+    except ValueError:
         pass
 
 
@@ -1075,33 +796,18 @@ def test_the_contract_names_every_field_rule_tolerance_and_vector():
     assert all(f"| {name} | {x:g} |" in text for name, x in TOLERANCE.items())
     dumps = re.findall(r"([0-9][0-9.e-]*) in\s+(float64|float32|bfloat16)", text)
     assert {DTYPES[name]: float(x) for x, name in dumps} == compare_dumps.TOLERANCE
-    example = [json.loads(x) for x in re.findall(r"^\{.*\}$", text, re.M)[1:]]
-    for line in example:
+    for line in map(json.loads, re.findall(r"^\{.*\}$", text, re.M)[1:]):
         trace.match(line, trace.EVENTS[line["event"]], "the example")
-    assert [line["event"] for line in example] == [
-        "round", "draft", "draft", "verify", "verify", "own", "emit"]
 
 
-def test_the_commands_of_the_readme_run(monkeypatch, tmp_path, capsys):
-    """Rejects a command or a flag that does not exist, a vector or file that is not there, and
-    messages that have drifted; and a tolerance below what rounding does over the demo's layers."""
+def test_the_commands_of_the_readme_run(monkeypatch, tmp_path):
+    """Rejects a command that fails, a vector that is not there, and a tolerance below what rounding
+    does over the demo's layers."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    mains = dict(clasp_mini=clasp_mini, check_trace=check_trace, dump_forward=dump_forward,
-                 compare_dumps=compare_dumps, greedy=greedy)
-    said = []
-    for line in re.findall(r"^python (.*)$", text, re.M):
-        program, *arguments = shlex.split(line)
-        assert (ROOT / program).exists()
-        main = mains.get(Path(program).stem)
-        assert main is None or "--help" in arguments or main.main(arguments) in (0, 3), line
-        said += capsys.readouterr().out.splitlines()
+    mains = {"clasp_mini": clasp_mini.main, "oracle/check_trace": check_trace.main}
+    for program, arguments in re.findall(r"^python (\S+)\.py (.*)$", text, re.M):
+        assert program not in mains or mains[program](shlex.split(arguments)) == 0
     assert check_trace.main(["run.jsonl", "--dtype", "float64"]) == 0
-
-    form = re.compile(r"[0-9.e+-]+")
-    for shown in re.findall("^run.jsonl: no departure.*", text, re.M):
-        assert form.sub("0", shown) in [form.sub("0", line) for line in said]
     names = re.findall(r"`([a-z-]+\.(?:jsonl|safetensors))`", text)
     assert set(names) <= {p.name for p in VECTORS.iterdir()}
-    assert all((HERE / name).exists() or (ROOT / "tests" / name).exists()
-               for name in re.findall(r"`([a-z_]+\.py)`", text))

@@ -129,13 +129,10 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
     kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
     token, probability, u = chance.draws[k]
     p = witness.p[r.accepted]
-    q, mass = 0.0, 1.0
-    if kind == "residual":
-        of_q = witness.q[r.accepted]
-        q = of_q[token].item()
-        mass = (p - of_q).clamp(min=0).sum().item()
-    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(), q=q,
-                      mass=mass)
+    q = witness.q[r.accepted] if kind == "residual" else torch.zeros_like(p)
+    mass = (p - q).clamp(min=0).sum().item() if kind == "residual" else 1.0
+    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(),
+                      q=q[token].item(), mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
         D, skipped = r.choice.D, r.choice.skipped
@@ -159,19 +156,13 @@ def about(folder: str | Path) -> dict[str, dict[str, str]]:
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
     """name -> SHA-256 (hex) of every file that determines the model's numbers."""
-    folder = Path(folder)
-    weights = ["model.safetensors"]
-    if not (folder / weights[0]).exists():
-        index = "model.safetensors.index.json"
-        shards = json.loads((folder / index).read_text("utf-8"))["weight_map"].values()
-        weights = [index, *sorted(set(shards))]
     out = {}
-    for name in ["config.json", *weights]:
+    for path in [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors*"))]:
         digest = hashlib.sha256()
-        with open(folder / name, "rb") as f:
+        with open(path, "rb") as f:
             while part := f.read(1 << 20):
                 digest.update(part)
-        out[name] = digest.hexdigest()
+        out[path.name] = digest.hexdigest()
     return out
 
 
