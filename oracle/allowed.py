@@ -1,13 +1,33 @@
 """What may a correct program have made of these logits, up to rounding, and how far must running
-sums be off for a number to draw a token? Read by check_trace.py.
+sums be off for a number to draw a token? The checker's own sampler, plain and in float64, so that
+it does not judge speculative.py by itself. Read by check_trace.py.
 """
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llama import Tensor
-from speculative import Settings, probabilities
+from llama import Tensor, torch
+from speculative import Settings
+
+
+def distribution(logits: Tensor, s: Settings) -> Tensor:                    # (V,) -> (V,) float64
+    """What TRACE.md calls the filters: top-k, temperature, softmax, top-p."""
+    x = logits.double()
+    if s.temperature == 0:
+        p = torch.zeros_like(x)
+        p[x.argmax()] = 1
+        return p
+    if s.top_k:
+        kth = x.sort(descending=True).values[min(s.top_k, len(x)) - 1]
+        x = x.masked_fill(x < kth, -math.inf)
+    p = ((x - x.max()) / s.temperature).exp()
+    p = p / p.sum()
+    if s.top_p < 1:
+        order = p.argsort(descending=True, stable=True)
+        before = p[order].cumsum(0) - p[order]
+        p[order[before >= s.top_p]] = 0
+    return p / p.sum()
 
 
 def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list[Tensor]:
@@ -15,7 +35,7 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
     first; then those where of two logits 4 X apart, on either side of the edge of an argmax, top-k
     or top-p, the other is kept, with top-k also both or none; and where the mass that top-p cuts at
     is X more or less. Of many such logits three on each side are tried, those `about` first."""
-    out = [probabilities(logits, s)]
+    out = [distribution(logits, s)]
     if s.temperature > 0 and s.top_k == 0 and s.top_p == 1:
         return out                                     # nothing is cut off
     plain = replace(s, temperature=s.temperature or 1.0, top_k=0, top_p=1.0)
@@ -27,7 +47,7 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
 
     for off in (0, -X, X) if s.temperature > 0 and s.top_p < 1 else (0,):
         top_p = min(1.0, max(s.top_p + off / min(1, s.temperature or 1), 1e-300))
-        kept = probabilities(logits, replace(s, top_p=top_p)) > 0
+        kept = distribution(logits, replace(s, top_p=top_p)) > 0
         if off and kept.equal(out[0] > 0):
             continue                                   # a cut there is the same
         edge = logits[kept].amin()                     # of the last token kept
@@ -42,7 +62,7 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
             changed = kept.clone()
             changed[i] = True
             changed[j] = False
-            out.append(probabilities(logits.masked_fill(~changed, -math.inf), plain))
+            out.append(distribution(logits.masked_fill(~changed, -math.inf), plain))
     return out
 
 

@@ -1,6 +1,7 @@
 """Is this trace what CLaSp does? Replays a trace, written by any implementation, against this one.
 
     python oracle/check_trace.py FILE [--model DIR] [--dtype D] [--device DEVICE] [--tolerance X]
+                                      [--rounds A-B]
 
 The replay is *teacher-forced*: every pass reads the tokens that the trace names, skips the layers
 that it names and hands on the states that its table names. So one step at a time is compared, and
@@ -78,11 +79,13 @@ def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], T
 class Check:
     """This implementation, led along the trace. Its names are those of speculative.generate."""
 
-    def __init__(self, lines: Lines, model: Llama, X: float) -> None:
+    def __init__(self, lines: Lines, model: Llama, X: float,
+                 rounds: tuple[float, float] = (0, math.inf)) -> None:
         self.header = lines.now
         said = self.header["settings"]
         self.lines = lines
         self.model = model
+        self.rounds = rounds                           # those to check
         self.s = Settings(said["temperature"], said["top_k"], said["top_p"], said["N"],
                           tuple(said["stop_ids"]))     # what makes the distribution
         self.K, self.M, self.threshold, self.interval, self.r = [
@@ -154,15 +157,34 @@ class Check:
             if not alike(value, theirs):
                 self.depart("header", f"config.{name}", theirs, value)
         self.lines.advance()
-        while not self.reason:
+        first, last = self.rounds
+        if first > 0:
+            self.pass_over(first)
+        while not self.reason and self.round <= last:
             self.check_round()
             self.round += 1
         self.round -= 1
+        if not self.reason:
+            return
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
         self.equal("end", "emitted", line["emitted"], len(self.text) - self.start)
         self.lines.advance()
         self.equal("end", "event", self.lines.event, "")
+
+    def pass_over(self, first: int) -> None:
+        """Take text and sets of the rounds before `first` as they stand, in one pass."""
+        while self.lines.now and self.lines.now.get("round", first) < first:
+            if self.lines.event == "emit":
+                self.text += self.lines.now["tokens"]
+            if self.lines.event == "optimise":
+                self.check_shape(self.lines.now)
+            self.lines.advance()
+        if self.lines.event != "round" or len(self.text) >= self.end:
+            raise Invalid(f"line {self.lines.number}: no round {first} follows")
+        self.cached = len(self.text) - 1
+        read(self.model, self.text[:-1], 0, self.cache)
+        self.round = first
 
     def check_round(self) -> None:
         self.check_begin()
@@ -420,6 +442,8 @@ class Check:
     def report(self, status: int) -> str:
         """What is said of a trace: its first departure, which others there are, where to look."""
         rounds = f"{self.round + 1} rounds, {len(self.text) - self.start} tokens"
+        if self.rounds != (0, math.inf):
+            rounds = f"rounds {self.rounds[0]} to {self.round}"
         first = self.first
         if first is None and status == 3:
             return (f"incomplete: no departure in {self.lines.number - 1} lines, and they break "
@@ -471,7 +495,7 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Check:
             raise Invalid(f"line 1: {what}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
-    return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X)
+    return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X, a.rounds)
 
 
 @torch.inference_mode()
@@ -490,6 +514,14 @@ def check_file(a: argparse.Namespace) -> tuple[int, str]:
     return 1 if check.first else status, check.report(status)
 
 
+def span(text: str) -> tuple[int, int]:
+    """A type for argparse: the first and the last round."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} are not two rounds such as 10-20")
+    return int(first), int(last)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
@@ -502,6 +534,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
                        type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
+        p.add_argument("--rounds", metavar="A-B", type=span, default=(0, math.inf),
+                       help="check these alone; the text before them is read in one pass")
         a = p.parse_args(argv)
         try:
             status, said = check_file(a)

@@ -24,7 +24,7 @@ import llama
 import speculative
 from command.flags import DEMO, DTYPES
 from llama import Cache, Config, Llama
-from oracle import allowed, check_trace, compare_dumps, dump_forward, make_vectors, trace
+from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
 from oracle.make_vectors import run, vector
@@ -383,7 +383,7 @@ def test_tokens_at_an_edge_within_the_tolerance_may_stand_on_either_side():
     def kept(p, s, about=(), X=1e-6):
         logits = torch.tensor(p, dtype=torch.float64).log()
         options = allowed.allowed(logits, s, X, about)
-        assert torch.equal(options[0], speculative.probabilities(logits, s))
+        assert torch.equal(options[0], allowed.distribution(logits, s))
         return {tuple((q > 0).nonzero()[:, 0].tolist()) for q in options}
 
     hot = Settings(temperature=1.0)
@@ -722,6 +722,87 @@ def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, cap
     for path in (b, "/nowhere", tmp_path, DEMO / "model.safetensors"):
         assert compare_dumps.main([a, str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_checkers_own_filters_are_those_of_the_program():
+    """Rejects a checker that judges by other filters, residuals or draws than the program's, at
+    logits that tie and at any settings. (It has its own, so as not to judge by what it judges.)"""
+    generator = torch.Generator().manual_seed(0)
+    for n, (T, top_k, top_p) in enumerate(itertools.product(
+            (0, 1e-3, 0.7, 1, 9), (0, 1, 3, 60), (1e-9, 0.5, 0.9, 1))):
+        logits = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+        logits[:, 20:] = logits[:, :20]
+        s = Settings(temperature=T, top_k=top_k, top_p=top_p)
+        p = speculative.probabilities(logits, s)
+        ours = torch.stack([allowed.distribution(x, s) for x in logits])
+        assert torch.equal(p > 0, ours > 0) and torch.allclose(p, ours, 1e-12, 0)
+        owed = speculative.residual(*p)
+        mass = allowed.owed(*ours).sum()
+        assert torch.allclose(mass * owed, allowed.owed(*ours), 1e-9, 1e-15)
+        for of_p, of_q, dist in ((ours[0], None, p[0]), (*ours, owed)):
+            token = int(Recording(Chance(n).uniform).draw(dist))
+            assert allowed.distance(of_p, of_q, token, Chance(n).uniform()) == 0
+            assert allowed.drawn_by(dist, Chance(n).uniform()) == token
+
+
+def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
+    """Rejects a part that begins with another text, set or cache than the whole has there, that is
+    cut off a round early or late, and one that is not there."""
+    last = lively[find(lively, "emit", -1)]["round"]
+    for part in ("0-1", f"2-{last - 1}", f"3-{last + 9}"):
+        assert check(lively, "--rounds", part)[::2] == (0, "")
+    wrong = with_line(lively, find(lively, "draft", round=3), confidence=0.9)
+    for part, status in (("1-2", 0), ("3-3", 1), ("2-5", 1), ("4-9", 0)):
+        got, out, _ = check(wrong, "--rounds", part)
+        assert got == status and (status == 1 or f"rounds {part[0]} to {part[-1]}; " in out), out
+    for part in ("9-2", "x", f"{last + 1}-{last + 2}"):
+        assert check(lively, "--rounds", part)[::2][0] == 2
+    cut = [line for line in lively if line["event"] != "emit" or line["round"] > 1]
+    assert check(cut, "--rounds", "2-3")[0] == 1
+
+
+def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, monkeypatch):
+    """Rejects a verdict on the parting alone, one that knows no type's rounding, and a text that is
+    taken for greedy because the other is."""
+    monkeypatch.setattr(greedy, "CHUNK", 7)
+    lines = RUNS["tiny-greedy"]
+    text = lines[0]["prompt_ids"] + [t for line in lines if line["event"] == "emit"
+                                     for t in line["tokens"]]
+    model = Llama.load(TINY, dtype=torch.float64)
+    t = len(text) - 9
+
+    def after(ids):
+        h = model.forward(torch.tensor(ids), (cache := model.cache(len(ids))).sequence(0, len(ids)),
+                          cache)
+        return model.head(h[-1][-1:])[0]
+
+    best, second = after(text[:t]).topk(2)[0].tolist(), after(text[:t]).topk(2)[1].tolist()
+    parted = [*text[:t], second[1]]
+    while len(parted) < len(text):
+        parted.append(int(after(parted).argmax()))
+    files = dict(a=text, b=parted, c=[*parted[:-1], 0 if parted[-1] else 1], d=text[:-1], e=[1, 2],
+                 f=[9], g=[80, *text])
+    for name, ids in files.items():
+        (tmp_path / name).write_text(",".join(map(str, ids)))
+    (tmp_path / "trace").write_bytes(jsonl(*lines))
+    (tmp_path / "json").write_text(json.dumps(dict(
+        prompt_ids=text[:3], ids=text[3:], settings=dict(temperature=0.0, dtype="float64"))))
+    (tmp_path / "hot").write_bytes(jsonl(*RUNS["tiny-temperature"]))
+    gap = best[0] - best[1]
+    for a, b, X, status, said in (
+            ("a", "trace", None, 0, f"equal: {len(text)} tokens"), ("json", "a", None, 0, "equal"),
+            ("a", "b", gap, 0, "a tie, not a bug"), ("a", "b", gap / 5, 1, "not a tie"),
+            ("trace", "b", None, 1, "rounding in float64 explains up to 4e-09"),
+            ("a", "c", gap, 1, f"but token {len(text) - 1} is "), ("a", "d", None, 3, "a goes on"),
+            ("a", "e", None, 2, "two prompts"), ("a", "g", None, 2, "the first tokens differ"),
+            ("a", "hot", None, 2, "sampled"), ("a", "no", None, 2, "No such file"),
+            ("a", "/dev/null", None, 2, "neither a trace")):
+        with monkeypatch.context() as patch:
+            if X:
+                patch.setitem(TOLERANCE, "bfloat16", X / 4 * 1.01)
+            got = greedy.main([str(tmp_path / a), str(tmp_path / b), "--model", str(TINY)])
+        out = "".join(capsys.readouterr())
+        assert got == status and said in out, (a, b, out)
 
 
 # ---------------------------------------------------------------- the vectors
