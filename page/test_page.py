@@ -1,8 +1,6 @@
-"""The page's engine is a second implementation: it is held against the first one, as anybody's
-would be. It runs in node, or in Chromium; the scenes in Chromium alone (Debian: apt-get install
-chromium).
+"""The page is looked at in Chromium (Debian: apt-get install chromium). Its engine is a second
+implementation: it is held against the first one, as anybody's would be.
 """
-import base64
 import html
 import json
 import re
@@ -11,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from dp_layer_skip import choose_skip
 from llama import Llama, torch
@@ -23,18 +20,12 @@ from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
-VECTORS = ROOT / "oracle" / "vectors"
-NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt-get install chromium)")
-in_javascript = pytest.mark.skipif(not (NODE or CHROMIUM), reason="neither node nor Chromium")
-
-LOAD = """
-  const bytes = name => Uint8Array.from(atob(files[name]), ch => ch.charCodeAt(0));
-  const said = name => new TextDecoder().decode(bytes(name));
-  const model = new Llama(JSON.parse(said("config.json")),
-    readSafetensors(bytes("model.safetensors").buffer));
-"""
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt-get install chromium)")
+TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n",
+         "naïve ſ's 東京 🙂", "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
+TEXTS += [json.loads(line)["turns"][0] for line in
+          (DEMO / "prompts.jsonl").read_text("utf-8").splitlines()]
 
 
 def look(folder, page, script, address=""):
@@ -49,93 +40,6 @@ def look(folder, page, script, address=""):
                        check=False, capture_output=True, text=True, timeout=600)
     assert "CONSOLE" not in p.stderr, p.stderr[-2000:]
     return json.loads(html.unescape(re.search("(?s)<title>(.*?)</title>", p.stdout)[1]))
-
-
-def run(folder, script):
-    """What `script` returns, with the engine and the demo's files."""
-    files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in DEMO.iterdir()
-             if path.suffix in (".json", ".safetensors", ".model")}
-    engine = (ROOT / "page/engine.js").read_text(encoding="utf-8")
-    body = f"{engine}\nconst files = {json.dumps(files)};\n"
-    if not NODE:
-        return look(folder, f"<title></title><script>{body}</script>", LOAD + script)
-    told = f"console.log(JSON.stringify((() => {{{LOAD}{script}}})()))"
-    p = subprocess.run([NODE, "-"], input=body + told, check=False, capture_output=True,
-                       text=True, timeout=600)
-    assert p.returncode == 0, p.stderr[-2000:]
-    return json.loads(p.stdout)
-
-
-@in_javascript
-def test_the_engines_forward_pass_is_that_of_the_vector(tmp_path):
-    """Rejects another rotary layout, grouping of heads, norm or mask, bfloat16 read wrongly, a
-    skipped layer that writes, and other layers left out."""
-    theirs = load_file(VECTORS / "forward-skip.safetensors")
-    ids = theirs["prompt_ids"].tolist()
-    same = (theirs["hidden"][1:] == theirs["hidden"][:-1]).flatten(1).all(1).tolist()
-    ours = run(tmp_path, f"""
-      const cache = new Cache(model.cfg, {len(ids)});
-      const h = model.forward({ids}, sequence(0, {len(ids)}), cache, {json.dumps(same)});
-      const list = arrays => arrays.map(x => [...x]);
-      return {{hidden: list(h), keys: list(cache.keys), values: list(cache.values),
-        logits: list(model.head(h.at(-1)))}};""")
-    for part, x in ours.items():
-        want = theirs[part].double()
-        got = torch.tensor(x, dtype=torch.float64).view(want.shape)
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), part
-
-
-@in_javascript
-def test_the_checker_passes_traces_of_the_engine(tmp_path, capsys):
-    """Greedy and sampled, with rejections and tables after them, and to a stop token in a draft.
-    Rejects whatever the checker rejects; the engine with a wrong residual is caught, so the test
-    can fail. Then numbers at an edge: rejects a token of no probability drawn or accepted at u = 0,
-    >= for >, and a residual of no mass that is no number."""
-    about = json.dumps(json.loads((VECTORS / "greedy.jsonl").open().readline())["model"])
-    *traces, edges = run(tmp_path, f"""
-      const tokenizer = new Tokenizer(said("tokenizer.model"));
-      const prompt = [tokenizer.bos, ...tokenizer.encode("import os\\n")];
-      const trace = more => {{
-        const s = {{N: 24, stop_ids: [tokenizer.bos + 1], K: 4, M: 28, seed: 5,
-          exit_threshold: 0.1, interval: 4, ...more}};
-        const rounds = [...generate(model, prompt, s, new Chance(seeded(s.seed)))];
-        return traceOf(model.cfg, s, prompt, rounds, {about});
-      }};
-      const greedy = trace({{temperature: 0}});
-      const text = greedy.trim().split("\\n").flatMap(line => JSON.parse(line).tokens ?? []);
-      const once = text.findLast((id, i) => text.indexOf(id) === i);
-      const traces = [greedy, trace({{temperature: 1}}),
-        trace({{temperature: 0, M: 22, stop_ids: [once]}})];
-      const always = u => new Chance(() => u);
-      const edges = [always(0).draw([0, .5, .5]), always(.5).draw([0, .5, .5]),
-        always(0).accept(0), always(.5).accept(.5), residual([.5, .5], [.5, .5])];
-      residual = (p, q) => p;
-      return [...traces, trace({{temperature: 1}}), edges];""")
-    for n, trace in enumerate(traces):
-        (tmp_path / "t").write_text(trace)
-        assert check_trace.main([str(tmp_path / "t")]) == (n == 3), capsys.readouterr().out
-    assert all(trace.count('"residual"') > 3 for trace in traces[:2])
-    assert '"ended":"stop"' in traces[2] and edges == [1, 2, False, False, [.5, .5]]
-
-
-TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n",
-         "naïve ſ's 東京 🙂", "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
-
-
-@in_javascript
-def test_the_engine_reads_text_as_the_tokenizer_does(tmp_path):
-    """Rejects another way to split or to merge, a special token that a text can spell, and a
-    character lost at the border of tokens."""
-    tok = Tokenizer(DEMO)
-    texts = TEXTS + [json.loads(line)["turns"][0] for line in
-                     (DEMO / "prompts.jsonl").read_text("utf-8").splitlines()]
-    told = run(tmp_path, f"""
-      const tokenizer = new Tokenizer(said("tokenizer.model"));
-      return {json.dumps(texts)}.map(text => {{
-        const ids = tokenizer.encode(text);
-        return [ids, tokenizer.pieces(ids).join("")];
-      }});""")
-    assert told == [[tok.encode(text), text] for text in texts]
 
 
 # The scenes, opened one after another on one run; what is read is what stands there.
@@ -156,6 +60,22 @@ WALK = """
   const at_ = more => `${base}&${more}`;
 """
 SCENES = WALK + """
+  told.texts = TEXTS.map(text => {
+    const ids = tokenizer.encode(text);
+    return [ids, tokenizer.pieces(ids).join("")];
+  });
+  const trace = more => {
+    const s = {...run.s, N: 20, K: 4, M: 28, ...more};
+    const rounds = [...generate(model, run.prompt, s, new Chance(seeded(s.seed)))];
+    return traceOf(model.cfg, s, run.prompt, rounds, about);
+  };
+  const greedy = trace({temperature: 0});
+  const text = greedy.trim().split("\\n").flatMap(line => JSON.parse(line).tokens ?? []);
+  const once = text.findLast((id, i) => text.indexOf(id) === i);
+  told.traces = [told.trace, greedy, trace({temperature: 0, M: 22, stop_ids: [once]})];
+  const always = u => new Chance(() => u);
+  told.edges = [always(0).draw([0, .5, .5]), always(.5).draw([0, .5, .5]), always(0).accept(0),
+    always(.5).accept(.5), residual([.5, .5], [.5, .5])];
   told.tokens = [];
   for (const r of run.rounds)
     for (const step of fates(r).keys()) {
@@ -187,7 +107,9 @@ SCENES = WALK + """
   await open(at_("scene=6"));
   $("draw1000").click();
   told.exam = [$("seen").textContent, document.querySelectorAll("td.far").length];
-  return told;"""
+  residual = (p, q) => p;
+  told.traces.push(trace({}));
+  return told;""".replace("TEXTS", json.dumps(TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +118,30 @@ def told(tmp_path_factory):
                 "#N=20&K=5&M=25&T=1&x=0&seed=2&I=3&prompt=import+os%0A")
 
 
-@in_a_browser
-def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
+def test_the_checker_passes_traces_of_the_engine(told, tmp_path, capsys):
+    """Sampled and greedy, with rejections and tables after them, and to a stop token in a draft.
+    Rejects whatever the checker rejects; the engine with a wrong residual is caught, so the test
+    can fail. Then numbers at an edge: rejects a token of no probability drawn or accepted at u = 0,
+    >= for >, and a residual of no mass that is no number."""
+    for n, trace in enumerate(told["traces"]):
+        (tmp_path / "t").write_text(trace)
+        assert check_trace.main([str(tmp_path / "t")]) == (n == 3), capsys.readouterr().out
+    assert all(trace.count('"residual"') > 3 for trace in told["traces"][:2])
+    assert '"ended":"stop"' in told["traces"][2]
+    assert told["edges"] == [1, 2, False, False, [.5, .5]]
+
+
+def test_the_engine_reads_text_as_the_tokenizer_does(told):
+    """Rejects another way to split or to merge, a special token that a text can spell, and a
+    character lost at the border of tokens."""
+    tok = Tokenizer(DEMO)
+    assert told["texts"] == [[tok.encode(text), text] for text in TEXTS]
+
+
+def test_the_numbers_of_the_run_are_those_of_its_trace(told):
     """Watch, guess and check, and the table. Rejects another token's p, q, u or verdict, the u of
     the draw for the verdict's, a cell that shows the way not taken as taken, drafts that cost
-    nothing, choices that are not counted; and a page whose trace the checker does not pass."""
-    (tmp_path / "t").write_text(told["trace"])
-    assert check_trace.main([str(tmp_path / "t")]) == 0, capsys.readouterr().out
+    nothing, and choices that are not counted."""
     lines = [json.loads(line) for line in told["trace"].splitlines()]
     by = {(x["event"], x.get("round"), x.get("step")): x for x in lines}
     drafts = [x for x in lines if x["event"] == "draft"]
@@ -231,7 +170,6 @@ def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
         assert float(shown["skip" if tables[-1]["skipped"][i][j] == "1" else "run"]) == D
 
 
-@in_a_browser
 def test_the_shares_of_scene_2_are_those_of_the_python_model(told):
     """Rejects a draft that reads its own entries of earlier tokens, p of another row, and sets that
     are chosen by another token."""
@@ -253,7 +191,6 @@ def test_the_shares_of_scene_2_are_those_of_the_python_model(told):
             assert float(x) == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-4)
 
 
-@in_a_browser
 def test_prices_samplers_and_sets_are_what_they_are_called(told):
     """Context, prices, the exam: rejects a price list that is not that of its source, a curve by
     another formula, a set called new that is the old one, and a fault that is another one."""
@@ -293,7 +230,6 @@ def test_prices_samplers_and_sets_are_what_they_are_called(told):
     assert told["exam"][0].startswith("1000 draws") and told["exam"][1] > 3
 
 
-@in_a_browser
 def test_keys_links_and_texts_that_look_like_markup(tmp_path):
     """Rejects a key without effect or with another's, keys that a clicked button keeps, an end that
     wraps round, and a text that becomes markup."""
