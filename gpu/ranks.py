@@ -38,9 +38,8 @@ class Ranked:
         n = int(os.environ["WORLD_SIZE"])
         c = self.cfg
         if c.G % n or c.ffn % n:
-            fit = [str(i) for i in range(1, c.G + 1) if c.G % i == c.ffn % i == 0]
             raise UsageError(f"{n} processes cannot share {c.G} key/value heads and a feed-forward "
-                             f"width of {c.ffn} evenly; take {' or '.join(fit)}")
+                             f"width of {c.ffn} evenly")
         backend = "gloo"
         if self.device.type == "cuda":
             backend = "nccl"

@@ -240,7 +240,7 @@ def test_what_cannot_be_shared_is_said_once_and_before_anything_is_read(tmp_path
     random_checkpoint(tmp_path, dict(FOUR, intermediate_size=26, vocab_size=4096))
     for n, flags, said in (
             (3, (), "3 processes cannot share 2 key/value heads and a feed-forward width of 40 "),
-            (4, ("--model", tmp_path), "a feed-forward width of 26 evenly; take 1 or 2"),
+            (4, ("--model", tmp_path), "a feed-forward width of 26 evenly"),
             (2, ("--device", "cuda"), "2 processes need a GPU each, and PyTorch sees 1")):
         (status, out, err), *others = start(n, the_command(*flags), tmp_path)
         assert (status, out) == (2, "") and one_line(err, said)

@@ -53,10 +53,11 @@ def test_who_asks_a_gpu_is_seen():
                 ask()
 
 
-@pytest.mark.parametrize("how, ours", [
-    (dict(), False), (dict(), True),
-    (dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9), False)])
-@pytest.mark.parametrize("graphs", [False, True])
+SAMPLED = dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9)
+
+
+@pytest.mark.parametrize("how, ours, graphs", [
+    (dict(), False, True), (dict(), True, False), (dict(), True, True), (SAMPLED, False, True)])
 def test_a_gpu_is_waited_for_once_per_drafted_token_and_three_times_more_per_verify(
         monkeypatch, how, ours, graphs):
     """Rejects a read more: of a token and its confidence apart, of what a mask selects; ids that
