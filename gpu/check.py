@@ -161,7 +161,7 @@ class Check:
             for name, rounds in best.items():
                 f = figures(rounds)
                 rate = f["tokens_per_second"]
-                same = zip(ids_of(best["plain"]), ids_of(rounds))    # but near ties
+                same = zip(ids_of(best["plain"]), ids_of(rounds))    # till a near tie
                 parts = next((n for n, (a, b) in enumerate(same) if a != b), "nowhere")
                 out[f"{name}, T = {temperature:g}"] = dict(
                     tokens_per_second=rate, speedup=rate / plain["tokens_per_second"],

@@ -169,17 +169,16 @@ def test_recordings_share_memory_and_what_cannot_be_recorded_is_one_line(monkeyp
 
 # ------------------------------------------------------------------------------ the command
 
-@pytest.mark.parametrize("kind, told", [
-    (RuntimeError, (llama.ModelError, "no compiler here .--no-compile[^\n]*$")),
-    (torch.OutOfMemoryError, (torch.OutOfMemoryError, "no compiler here"))])
-def test_what_cannot_be_compiled_is_one_line_that_names_its_cause_and_no_compile(
-        monkeypatch, kind, told):
+@pytest.mark.parametrize("kind, told, said", [
+    (RuntimeError, llama.ModelError, "no compiler here .--no-compile[^\n]*$"),
+    (torch.OutOfMemoryError, torch.OutOfMemoryError, "no compiler here")])
+def test_what_cannot_be_compiled_is_one_line_that_names_its_cause(monkeypatch, kind, told, said):
     """Rejects a traceback, and memory that is lacking taken for the compiler's fault."""
     failing = Mock(side_effect=kind("no compiler here\nand much more"))
     monkeypatch.setattr(torch, "compile", lambda f, **how: failing)
-    with pytest.raises(told[0], match=told[1]):
-        decode(tiny_llama(), [1, 2], Settings(), loop=replaying(tiny_llama(), 2, 1,
-                                                                fuse=replay.fused))
+    model = tiny_llama()
+    with pytest.raises(told, match=said):
+        decode(model, [1, 2], Settings(), loop=replaying(model, 2, 1, fuse=replay.fused))
 
 
 @pytest.mark.parametrize("cuda, usable, signs, hidden, said", [

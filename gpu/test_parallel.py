@@ -218,8 +218,8 @@ def test_torchrun_starts_the_command_and_all_ranks_read_rank_0s_standard_input(
 def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
     """Rejects one GPU for all, as many ranks as GPUs refused, and exchanges by way of the CPU. CUDA
     is played."""
-    for name, value in dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
     taken = Mock()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.device)

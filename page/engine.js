@@ -352,7 +352,6 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
   const cache = new Cache(model.cfg, end + s.M + 1);
   for (let n = 0, done = false; !done; n++) {
     chance.forget();
-    const clock = [performance.now()];
     const start = text.length;
     const cached = n > 0 ? start - 1 : 0;              // slots that hold the full model's entries
     const most = n > 0 ? end - start - 1 : 0;
@@ -369,7 +368,6 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
       drafted.push(last);
       confidence.push(Math.max(...softmax(logits)));
     }
-    clock.push(performance.now());
 
     // 2. Verify: one full pass over the last token and the draft (at first, the prompt).
     const k = drafted.length;
@@ -385,16 +383,13 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
     if (stop >= 0) emitted.length = stop + 1;
     text.push(...emitted);
     done = stop >= 0 || text.length === end;
-    clock.push(performance.now());
 
     // 3. Choose layers anew, by the states of the last token that was read and kept.
     const states = h.map(x => x.subarray(accepted * D, (accepted + 1) * D));
     const position = start - 1 + accepted;
     const choice = !done && policy.due(n) ? policy.optimise(model, cache, position, states) : null;
-    clock.push(performance.now());
-    const seconds = [0, 1, 2].map(i => (clock[i + 1] - clock[i]) / 1000);
     yield {n, start, skip, drafted, q, p, confidence, accepted, own, kind, emitted, choice,
-      position, done, seconds, draws: chance.draws, verdicts: chance.verdicts,
+      position, done, draws: chance.draws, verdicts: chance.verdicts,
       ended: ended(n, s, drafted, confidence, end - start)};
   }
 }
