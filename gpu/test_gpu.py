@@ -56,7 +56,7 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
             equal(a, b)
         return ids.tolist(), out[0][2]
 
-    def both_choose(n, h):
+    def both_choose(n, h, M=M):
         """A choice by the last n tokens of text, h (L+1, D) of the last."""
         out = [choose_by(n, choose, m, cache, text, h, M) for m, choose, cache in ways]
         one = torch.zeros(1, dtype=torch.long, device=device)
@@ -80,6 +80,7 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
                 text.append(ids[accepted])
                 for n in (5, 3, 2, 1):                 # most of them are not recorded
                     both_choose(n, h[:, accepted])
+                both_choose(r, h[:, accepted], M - 1)
                 both(1)                                # reads what the choice left of the text
 
 
