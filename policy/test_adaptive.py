@@ -182,41 +182,20 @@ def test_the_alarm_adds_up_rejections_beyond_five_quarters_of_the_rate():
 
 
 @mark.parametrize("named", [dict(), dict(M=1)])
-def test_where_nothing_pays_layers_are_looked_at_every_64_verifications(named):
-    """Rejects drafting before a look or where it does not pay, and a policy that drafts all the
-    same where M is named."""
-    policy = policy_of([1, 0.5, 0.4, 0.3, 0.2], CHEAP, **named)
-    assert policy.due(0) and not policy.goes_on([])    # no layers were chosen yet
-    for _ in range(2):
-        look(policy, *[0.1] * policy.M)
-        assert plain_steps(policy) == 64
-
-
-def test_it_rests_at_once_when_gain_falls_to_1_and_forgets_why():
-    """Rejects a rest at the next look only, a draft that brings just what it costs, and a rest
+def test_it_rests_while_nothing_pays_looks_every_64_verifications_and_forgets_why(named):
+    """Rejects drafting before a look or where it does not pay, a draft that brings just what it
+    costs, a policy that drafts all the same where M is named, a rest at the next look only, and one
     after which nothing could pay again. A draft of one token costs 1.5 here, and brings 1 + a."""
-    policy = policy_of([1, 0.5], [1, 1, 1], risk=[0, 1.0])
+    policy = policy_of([1, 0.5], [1, 1, 1], risk=[0, 1.0], **named)
+    assert policy.due(0) and not policy.goes_on([])    # no layers were chosen yet
     look(policy, 1.0)
-    assert policy.gain(1) == 1 and not policy.goes_on([])
-    policy = policy_of([1, 0.5], [1, 1, 1], risk=[0, 0.49])
-    look(policy, 0.51)
-    assert 1 < policy.gain(1) < 1.01 and policy.goes_on([])
-    verified(policy, [0.0])                            # .49 * 2 / 1.49 = .66 are rejected
-    assert plain_steps(policy) == 64
-    look(policy, 0.51)
-    assert policy.goes_on([])
-
-
-def test_a_look_in_vain_is_risked_where_all_looks_cost_a_fiftieth_of_what_is_left():
-    """Rejects a first look however dear and short the text, a second at the price of one, another
-    share; no look, or a dear one, where risks are given."""
-    for left, due in ((100, 64), (99, None)):
-        policy = policy_of(FREE, CHEAP, N=1 + left, optimise=2.0)
-        assert policy.due(0) is (left == 100)
-        policy = policy_of([1, 0.9], CHEAP, N=1 + 64 + 100 + left, optimise=2.0)
-        look(policy, 0.1)
-        assert plain_steps(policy) == due
-    assert policy_of(FREE, CHEAP, N=8, risk=[0, 0.2], optimise=2.0).due(0)
+    assert policy.gain(1) == 1 and plain_steps(policy) == 64
+    policy = policy_of([1, 0.5], [1, 1, 1], risk=[0, 0.49], **named)
+    for _ in range(2):
+        look(policy, 0.51)
+        assert 1 < policy.gain(1) < 1.01 and policy.goes_on([])
+        verified(policy, [0.0])                        # .49 * 2 / 1.49 = .66 are rejected
+        assert plain_steps(policy) == 64
 
 
 @mark.parametrize("N, risk, true, asked, drafts", [

@@ -50,22 +50,16 @@ class Played:
 
 def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(monkeypatch):
     """Rejects a warm-up that counts, a mean, seconds for plain steps, one row's logits, another
-    place than behind the text, and slots that are not there."""
+    place than behind the text, slots that are not there, and a gain that is only noise."""
     model = Played(monkeypatch)
     table = costs.measure(model, model, [3, 5, 7], 12)
     assert model.passes == [(3, n, 7) for n in (1, 4, 13)] * 3
     assert len(table) == 14 and [table[n] for n in (0, 1)] == [1, 1]
     steps = [14 / 11, 23 / 11, 1 + (14 / 11 - 1) / 3]
     assert [table[n] for n in (4, 13, 2)] == pytest.approx(steps, abs=1e-3)
-    model = Played(monkeypatch, S=10)                  # 7 slots behind the text
-    costs.measure(model, model, [3, 5, 7], 12)
+    model = Played(monkeypatch, S=10, per_row=-2)      # 7 slots behind the text
+    assert costs.measure(model, model, [3, 5, 7], 12) == [1.0] * 14
     assert {T for _, T, _ in model.passes} == {1, 4, 7}
-
-
-def test_noise_makes_no_verify_cheaper_than_a_plain_step(monkeypatch):
-    """Rejects a gain that is only noise."""
-    model = Played(monkeypatch, per_row=-2)
-    assert costs.measure(model, model, [3], 3) == [1.0] * 5
 
 
 def test_a_table_is_kept_under_a_name_of_what_it_depends_on(tmp_path, monkeypatch):
@@ -76,13 +70,13 @@ def test_a_table_is_kept_under_a_name_of_what_it_depends_on(tmp_path, monkeypatc
     model.mkdir()
     (model / "config.json").write_text(json.dumps(dict(hidden_size=8)))
     (model / "model.safetensors").write_bytes(b"1")
-    shelf = costs.shelf(model, "bfloat16", 2)
-    assert shelf == costs.shelf(model, "bfloat16", 2) and tmp_path / "cache" in shelf.parents
+    on = ("bfloat16", 2)
+    shelf = costs.shelf(model, *on)
+    assert shelf == costs.shelf(model, *on) and tmp_path / "cache" in shelf.parents
     others = [costs.shelf(model, "float32", 2), costs.shelf(model, "bfloat16", 1)]
-    (model / "model.safetensors").write_bytes(b"12")
-    others.append(costs.shelf(model, "bfloat16", 2))
-    (model / "config.json").write_text(json.dumps(dict(hidden_size=16)))
-    others.append(costs.shelf(model, "bfloat16", 2))
+    for name, content in (("model.safetensors", b"12"), ("config.json", b'{"hidden_size": 16}')):
+        (model / name).write_bytes(content)
+        others.append(costs.shelf(model, *on))
     assert len({shelf, *others}) == 5
     table = dict(draft=[1.0, 0.5], verify=[1.0, 1.0, 1.2], optimise=2.0)
     assert costs.keep(shelf, table) and costs.load(str(shelf), L=1, K=1) == table

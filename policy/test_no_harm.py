@@ -2,7 +2,7 @@
 where leaving layers out pays it comes near the best fixed setting. Counted in plain steps on curves
 of acceptance. The policy is the real one, the model is drawn, prompt by prompt:
 
-    prompt    has a level of its own on the logit scale, one of 20 quantiles (deviation .4)
+    prompt    has a level of its own on the logit scale, quantiles (deviation .4)
     token     z is normal; confidence is logistic(.6 + 2 z), and it is accepted with chance
               a = logistic(start + level + .9 z), start such that the mean is the curve's.
     p and q   overlap greedily by 1 with chance a, else 0; else by x drawn from Beta(4a, 4(1 - a))
@@ -34,9 +34,12 @@ UNTRAINED = [
 TRAINED = [                  # about as the demo, and one that risks .5 (j/L)^2
     (32, 0.07, {8: 0.968, 16: 0.943, 22: 0.925, 32: 0.902}),
     (32, 0.07, {j: 0.99 - 0.5 * (j / 32) ** 2 for j in range(1, 33)})]
+# A model that can do without layers, tokens, what the policy is given; and tokens per plain step of
+# the best fixed number of layers, draft length and exit threshold, found by trial: CPU, GPU.
+BEST = [(TRAINED[0], 64, "risks", 1.548, 1.670), (TRAINED[0], 256, "costs", 1.639, 1.729),
+        (TRAINED[1], 64, "risks", 1.224, 1.291), (TRAINED[1], 256, "costs", 1.280, 1.326)]
 WAYS = list(itertools.product(["cpu", "gpu"], [True, False]))               # machine, greedy
 ERROR = dict(cpu=1.2, gpu=0.6)
-LEVELS = [0.4 * NormalDist().inv_cdf((n + 0.5) / 20) for n in range(20)]    # the prompts
 
 
 def setting(L, head, points, machine):
@@ -84,12 +87,13 @@ def steps(policy, curve, costs, error, level, greedy, rng):
         verified(policy, xs, min(rejected, default=len(xs)), confidence)
 
 
-def speeds(model, machine, greedy, N, given, seed=0):
+def speeds(model, machine, greedy, N, given, prompts=10):
     """Tokens per plain step of each prompt. The policy is given costs; or none of verifies, which
     it may measure, for 11 plain steps; or risks as well."""
     curve, costs = setting(*model, machine)
     out = []
-    for seed, level in enumerate(LEVELS, seed):
+    for seed in range(prompts):
+        level = 0.4 * NormalDist().inv_cdf((seed + 0.5) / prompts)
         measure = Mock(return_value=costs["verify"])
         more = dict(costs={}, risks=dict(risk=[1 - a for a in curve]),
                     nothing=dict(verify=[1.0] * 14, measure=measure))
@@ -99,39 +103,21 @@ def speeds(model, machine, greedy, N, given, seed=0):
     return out
 
 
-def best_fixed(model, machine, N):
-    """The same, in the mean, by the best layers left out, draft length and exit threshold (none, or
-    the paper's), one choice of layers paid for. Computed, not drawn."""
-    curve, costs = setting(*model, machine)
-    c = costs["draft"]
-    v = costs["verify"]
-    zs = [NormalDist().inv_cdf((i + 0.5) / 40) for i in range(40)]
-    best = 0.0
-    for j, threshold in itertools.product(adaptive.budgets(len(curve) - 1), (0.0, 0.7)):
-        on = [logistic(0.6 + 2 * z) >= threshold for z in zs]
-        chances = []                                   # of a token to be kept, and drafted behind
-        for level in LEVELS:
-            a = [logistic(start(curve[j], 0.9, 0.4) + level + 0.9 * z) for z in zs]
-            chances.append((fmean(a), sum(itertools.compress(a, on)) / len(a)))
-        for K in (1, 2, 3, 4, 6, 8, 12):
-            cost = 1 + sum(fmean(on) ** k * (c[j] + v[k + 2] - v[k + 1]) for k in range(K))
-            tokens = [1 + a * sum(b ** k for k in range(K)) for a, b in chances]
-            spent = [(N - 1) / x * cost + costs["optimise"] for x in tokens]
-            best = max(best, fmean((N - 1) / x for x in spent))
-    return best
-
-
-@mark.parametrize("given, N", list(itertools.product(["costs", "nothing"], [64, 128, 512])))
-def test_where_nothing_pays_it_is_as_fast_as_plain_decoding(given, N):
+@mark.parametrize("N, prompts", [(64, 10), (128, 10), (512, 5)])
+@mark.parametrize("given", ["costs", "nothing"])
+def test_where_nothing_pays_it_is_as_fast_as_plain_decoding(given, N, prompts):
     """Rejects a prior that hopes, a look that is read without one, looks at any price, measuring
     that does not wait for a look, drafts that go on till the next look though they do not pay."""
-    each = [x for model in UNTRAINED for way in WAYS for x in speeds(model, *way, N, given)]
+    each = []
+    for model, way in itertools.product(UNTRAINED, WAYS):
+        each += speeds(model, *way, N, given, prompts)
     assert fmean(each) >= 0.98 and min(each) >= 0.95
 
 
-@mark.parametrize("N, given", [(64, "risks"), (256, "costs")])
-@mark.parametrize("model", TRAINED, ids=["demo", "square"])
-def test_where_layers_can_be_left_out_it_comes_near_the_best_fixed_setting(model, N, given):
+@mark.parametrize("model, N, given, cpu, gpu", BEST)
+def test_where_layers_can_be_left_out_it_comes_near_the_best_fixed_setting(
+        model, N, given, cpu, gpu):
     """Rejects a policy that never looks, declines too soon, or learns too slowly."""
-    ratios = [fmean(speeds(model, *way, N, given)) / best_fixed(model, way[0], N) for way in WAYS]
+    best = dict(cpu=cpu, gpu=gpu)
+    ratios = [fmean(speeds(model, *way, N, given)) / best[way[0]] for way in WAYS]
     assert fmean(ratios) >= 0.95
