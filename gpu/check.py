@@ -4,9 +4,9 @@
     python gpu/check.py REPORT --model DIR      # real ones
     python gpu/check.py REPORT --tiny           # a dry run of all steps, on a CPU
 
-No weights and no network are needed: random ones are made on the GPU. REPORT, a JSON file, is
-written whenever a step ends. A step that fails costs only itself; the first are those that would be
-missed most.
+No weights and no network are needed: random ones are made on the GPU. REPORT.json and REPORT.md are
+written whenever a step ends. A step that fails, or for which no time is left, costs only itself;
+the first are those that would be missed most.
 """
 import json
 import statistics
@@ -19,13 +19,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
-from command.cli import Parser, UsageError, answer  # noqa: E402
+from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.driver import unusable  # noqa: E402
-from gpu.replay import Replay, first_line, fused, unfused  # noqa: E402
+from gpu.replay import Replay, first_line, fused, unfused, wake  # noqa: E402
 from gpu.stand_in import replayed, replaying  # noqa: E402
 from gpu.synthetic import EIGHT_B, SMALL, TINY, random_llama  # noqa: E402
+from gpu.twin import twin  # noqa: E402
 from llama import Llama, Tensor, torch  # noqa: E402
 from policy import costs  # noqa: E402
 from policy.adaptive import Adaptive, budgets  # noqa: E402
@@ -41,11 +42,17 @@ def spread(L: int, j: int) -> list[bool]:
     return [(i + 1) * j // L > i * j // L for i in range(L)]
 
 
+def relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in parts of the largest of a."""
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
 class Check:
     """The steps, and what they share."""
 
-    def __init__(self, path: Path, tiny: bool, folder: Path | None) -> None:
+    def __init__(self, path: Path, seconds: float, tiny: bool, folder: Path | None) -> None:
         self.path = path
+        self.end = time.perf_counter() + seconds
         self.tiny = tiny
         self.device = torch.device("cpu" if tiny else "cuda:0")
         dtype = torch.float32 if tiny else torch.bfloat16
@@ -56,26 +63,33 @@ class Check:
         self.t = 60 if tiny else 1000                  # the position of what is measured
         self.N = 9 if tiny else 192                    # tokens of a text
         self.least = 0.01 if tiny else 0.3             # seconds for which a pass is repeated
+        self.S = 0 if tiny else 1400                   # slots that all recordings have at least
         self.fuse = unfused if tiny else fused
         self.wait = (lambda: None) if tiny else torch.cuda.synchronize
         self.fast: Any = None                          # the last recording
         self.report: dict[str, dict] = {}
 
-    def step(self, name: str, f: Callable[..., dict], *args: Any) -> None:
-        """Run f; what it returns is part of the report."""
+    def step(self, name: str, need: float, f: Callable[..., dict], *args: Any) -> None:
+        """Run f on a GPU that is awake, if `need` seconds are left; what it returns is part of the
+        report."""
         began = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                got = f(*args)
-        except Exception as e:                         # of whatever kind: the next may go well
-            got = dict(failed=first_line(e))
-        got["seconds"] = round(time.perf_counter() - began, 1)
+        if self.end - began < need:
+            got = dict(skipped=f"{self.end - began:.0f} s left, about {need} wanted")
+        else:
+            try:
+                wake(self.device)
+                with torch.inference_mode():
+                    got = f(*args)
+            except Exception as e:                     # of whatever kind: the next may go well
+                got = dict(failed=first_line(e))
         self.report[name] = got
+        got["seconds"] = round(time.perf_counter() - began, 1)
         print(f"{name}: {json.dumps(got)[:200]}", flush=True)
-        self.path.write_text(json.dumps(self.report, indent=1))
+        self.path.with_suffix(".json").write_text(json.dumps(self.report, indent=1))
+        self.path.with_suffix(".md").write_text(markdown(self.report))
 
     def timed(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call in a queue of four: a median, for an idle GPU is slow at first."""
+        """Seconds of a call in a queue of four: a median."""
         took: list[float] = []
         end = time.perf_counter() + self.least
         while time.perf_counter() < end or len(took) < 3:
@@ -93,15 +107,43 @@ class Check:
     # -------------------------------------------------------------------------------- the steps
 
     def machine(self) -> dict:
-        gpu = torch.cuda.get_device_properties(self.device) if not self.tiny else None
-        return dict(torch=torch.__version__, cuda=torch.version.cuda, dtype=str(self.model.dtype),
-                    gpu=str(gpu))
+        out = dict(torch=torch.__version__, cuda=torch.version.cuda, dtype=str(self.model.dtype))
+        if self.device.type == "cuda":
+            query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+            out["gpu"] = subprocess.check_output(["nvidia-smi", query, "--format=csv,noheader"],
+                                                 text=True).strip()
+        return out
 
     def bandwidth(self) -> dict:
         a = torch.ones(2 ** (16 if self.tiny else 28), device=self.device)
         b = torch.empty_like(a)
         self.rate = 2 * a.nbytes / self.timed(lambda: b.copy_(a))
-        return dict(copy_GB_per_s=self.rate / 1e9)
+        reads = a.nbytes / self.timed(lambda: a.amax())
+        return dict(copy_GB_per_s=self.rate / 1e9, read_GB_per_s=reads / 1e9)
+
+    def agreement(self, fast: Replay) -> dict:
+        """Recorded passes against eager ones at several positions: a verify and a draft step (the
+        largest difference of logits), a choice of layers (of the last cosines)."""
+        out = {}
+        skip = spread(self.model.cfg.L, fast.M)
+        for t in (20, self.t // 2, self.t):
+            ids = self.ids(t + K + 1)
+            got = []
+            for model, choose in ((self.model, choose_skip), (fast, fast.choose)):
+                cache = model.cache(self.t + (fast.M + 2) * fast.r + K + 2)
+                read(model, ids[:t], 0, cache)
+                h = read(model, ids[t:], t, cache)
+                verify = model.head(h[-1]).clone()
+                probe = torch.stack([x[-1] for x in h])
+                choice, _ = choose_by(fast.r, choose, model, cache, ids, probe, fast.M)
+                one = torch.tensor(ids[:1], device=self.device)
+                h = model.forward(one, cache.sequence(t + K + 1, 1), cache, skip)
+                cosines = torch.tensor(choice.D[-1])
+                got.append((verify, model.head(h[-1]).clone(), cosines, choice.skip()))
+            verify, draft, cosines, same = zip(*got)
+            out[f"after {t}"] = dict(verify=relative(*verify), draft=relative(*draft),
+                                     cosines=relative(*cosines), same_set=same[0] == same[1])
+        return out
 
     def lossless(self) -> dict:
         """Every branch of chance of a small model by graphs, against the full model's products."""
@@ -113,8 +155,8 @@ class Check:
         """What each kind of pass takes at position t, and the part of a copy's bandwidth that it
         reaches, by the weights and slots that it must read."""
         c = self.model.cfg
-        fast = replayed(self.model, K, M, r, fuse)
-        cache = fast.cache(self.t + (M + 2) * r + K + 2)
+        self.fast = fast = replayed(self.model, K, M, r, fuse)
+        cache = fast.cache(max(self.S, self.t + (M + 2) * r + K + 2))
         text = self.ids(self.t)
         h = torch.stack([x[-1] for x in read(fast, text, 0, cache)])
         layer = costs.layer_weights(c) + 2 * cache.S * c.G * c.hd
@@ -137,14 +179,36 @@ class Check:
             out[name] = dict(ms=1e3 * seconds, GB_per_s=rate / 1e9, of_copy=rate / self.rate)
         for row in out.values():
             row["plain_steps"] = row["ms"] / out["plain step"]["ms"]
-        self.fast = fast                               # now that all went well
         return out
 
+    def kernels(self, fast: Replay) -> dict:
+        """What a plain step and a verify launch, the longest first."""
+        from torch.profiler import ProfilerActivity, profile
+        kind = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+        cache = fast.cache(self.t + K + 2)
+        out = {}
+        for name, n in (("plain step", 1), ("verify", K + 1)):
+            ids = torch.tensor(self.ids(n), device=self.device)
+            with profile(activities=[kind]) as p:
+                fast.head(fast.forward(ids, cache.sequence(self.t, n), cache)[-1])
+                self.wait()
+            every = sorted(p.key_averages(), key=lambda e: -e.device_time_total)
+            out[name] = dict(calls=sum(e.count for e in every),
+                             us=sum(e.device_time_total for e in every))
+            for e in every[:12]:
+                out[f"{name}: {e.key[:60]}"] = dict(calls=e.count, us=e.device_time_total)
+        return out
+
+    def tables(self, fast: Replay) -> dict:
+        """What the policy goes by, to be held against the passes."""
+        cache = fast.cache(self.t + K + 2)
+        self.table = costs.guess(self.model.cfg, K)
+        self.table["verify"] = costs.measure(fast, cache, self.ids(self.t), K)
+        return dict(self.table)
+
     def texts(self, fast: Replay, paper: Replay) -> dict:
-        """The policy's costs; the best of three runs each; where greedy texts part."""
-        table = costs.guess(self.model.cfg, K)         # what the policy goes by
-        table["verify"] = costs.measure(fast, fast.cache(self.t + K + 2), self.ids(self.t), K)
-        out = dict(table)
+        """The best of three runs each, and after how many tokens greedy texts part."""
+        out = {}
         for temperature in (0.0, 1.0):
             s = Settings(temperature=temperature, N=self.N)
             fixed = Settings(temperature=temperature, N=self.N, K=K, M=paper.M, exit_threshold=0.7)
@@ -153,7 +217,7 @@ class Check:
                                      ("paper", paper, fixed), ("clasp", fast, s)):
                 runs = []
                 for _ in range(3):
-                    policy = Adaptive(s, **table) if name == "clasp" else None
+                    policy = Adaptive(s, **self.table) if name == "clasp" else None
                     choose = choose_skip if model is self.model else model.choose
                     runs.append(list(generate(model, self.ids(64), how, Chance(0), choose, policy)))
                 best[name] = min(runs, key=lambda rounds: figures(rounds)["decode_seconds"])
@@ -161,37 +225,85 @@ class Check:
             for name, rounds in best.items():
                 f = figures(rounds)
                 rate = f["tokens_per_second"]
-                same = zip(ids_of(best["plain"]), ids_of(rounds))    # till a near tie
-                parts = next((n for n, (a, b) in enumerate(same) if a != b), "nowhere")
-                out[f"{name}, T = {temperature:g}"] = dict(
-                    tokens_per_second=rate, speedup=rate / plain["tokens_per_second"],
-                    ideal=ideal_speedup(f, plain), drafted=f["drafted"], accepted=f["accepted"],
-                    choices=f["optimisations"], parts="-" if temperature else parts)
+                row = dict(tokens_per_second=rate, speedup=rate / plain["tokens_per_second"],
+                           ideal=ideal_speedup(f, plain), drafted=f["drafted"],
+                           accepted=f["accepted"], choices=f["optimisations"], parts="-")
+                if temperature == 0:                   # for good reason only where two nearly tie
+                    same = zip(ids_of(best["plain"]), ids_of(rounds))
+                    row["parts"] = next((n for n, (a, b) in enumerate(same) if a != b), "nowhere")
+                out[f"{name}, T = {temperature:g}"] = row
         return out
+
+    def transformers(self) -> dict:
+        """The library's model on the same memory: its logits, and how fast it decodes."""
+        try:
+            other = twin(self.model)
+        except ImportError as e:
+            return dict(skipped=str(e))
+        ids = torch.tensor(self.ids(48), device=self.device)
+        cache = self.model.cache(len(ids))
+        ours = self.model.head(read(self.model, ids.tolist(), 0, cache)[-1])
+        theirs = other(ids[None]).logits[0].type(ours.dtype)
+
+        def decode() -> None:
+            other.generate(ids[None], max_new_tokens=self.N, do_sample=False)
+            self.wait()
+        decode()
+        began = time.perf_counter()
+        decode()
+        same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+        return dict(logits=relative(theirs, ours), same_argmax=same,
+                    tokens_per_second=self.N / (time.perf_counter() - began))
 
     def tests(self) -> dict:
         """Those that need a GPU: a process of their own, which may end as it likes."""
         command = [sys.executable, "-m", "pytest", "-q", "gpu/test_gpu.py", "-k", "cuda"]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                             timeout=max(5, self.end - time.perf_counter()))
         return dict(status=run.returncode, said=(run.stdout + run.stderr)[-500:])
 
     def run(self) -> None:
-        """All steps; on an H100 they take eight minutes, by an estimate."""
+        """All steps; what they need is an estimate for an H100."""
         L = self.model.cfg.L
         M = budgets(L)[-1]
-        self.step("machine", self.machine)
-        self.step("bandwidth", self.bandwidth)
-        self.step("passes, plain kernels", self.passes, K, M, 1, unfused)
-        self.step("lossless by enumeration", self.lossless)
-        self.step("passes", self.passes, K, M, 1, self.fuse)
+        self.step("machine", 0, self.machine)
+        self.step("bandwidth", 5, self.bandwidth)
+        self.step("passes, plain kernels", 20, self.passes, K, M, 1, unfused)
+        self.step("plain kernels against eager", 10, self.agreement, self.fast)
+        self.step("lossless by enumeration", 20, self.lossless)
+        self.step("passes", 60, self.passes, K, M, 1, self.fuse)
         clasp = self.fast
-        self.step("passes of --strategy paper", self.passes, K, round(0.55 * L), 1, self.fuse)
-        self.step("texts", self.texts, clasp, self.fast)
-        self.step("tests", self.tests)
+        self.step("kernels against eager", 10, self.agreement, clasp)
+        self.step("kernels", 10, self.kernels, clasp)
+        self.step("costs", 10, self.tables, clasp)
+        self.step("passes of --strategy paper", 30, self.passes, K, round(0.55 * L), 1, self.fuse)
+        self.step("texts", 40, self.texts, clasp, self.fast)
+        self.step("transformers", 20, self.transformers)
+        self.step("tests", 40, self.tests)
         for r in (4, 16):
-            self.step(f"passes, {r} tokens choose", self.passes, 15, M, r, self.fuse)
+            self.step(f"passes, {r} tokens choose", 45, self.passes, 15, M, r, self.fuse)
         for n in (2, 5, 9):
-            self.step(f"passes, verify of {n}", self.passes, n - 1, 0, 1, self.fuse)
+            self.step(f"passes, verify of {n}", 30, self.passes, n - 1, 0, 1, self.fuse)
+        self.S = 6 * self.S                            # 8704 slots
+        self.step("passes, long cache", 90, self.passes, K, M, 1, self.fuse)
+
+
+def markdown(report: dict[str, dict]) -> str:
+    """The report as a page."""
+    def shown(x: Any) -> str:
+        return f"{x:.3g}" if isinstance(x, float) else str(x)
+
+    lines = ["# What this GPU tells"]
+    for name, step in report.items():
+        lines += ["", f"## {name}", ""]
+        rows = {key: x for key, x in step.items() if isinstance(x, dict)}
+        lines += [f"{key}: {shown(x)}  " for key, x in step.items() if key not in rows]
+        if rows:
+            columns = list(next(iter(rows.values())))
+            lines += ["", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+            lines += [f"| {key} | {' | '.join(shown(row[c]) for c in columns)} |"
+                      for key, row in rows.items()]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,14 +311,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         p = Parser(usage="python gpu/%(prog)s REPORT [flags]",
                    description="Measure everything on a GPU, or try that out on a CPU.")
-        p.add_argument("report", metavar="REPORT", type=Path, help="the JSON file to write")
+        p.add_argument("report", metavar="REPORT", type=Path, help="writes REPORT.json, REPORT.md")
         p.add_argument("--model", metavar="DIR", type=Path, help="weights (random ones)")
         p.add_argument("--tiny", action="store_true", help="a dry run of a small model on a CPU")
+        p.add_argument("--seconds", metavar="S", default=450, help="for all steps (450)",
+                       type=number(float, "0 or more", lambda v: 0 <= v < 1e6))
         a = p.parse_args(argv)
         if not a.tiny and not torch.cuda.is_available():
             raise UsageError(unusable() or "PyTorch sees no CUDA GPU here (--tiny: on a CPU)")
         torch.set_num_threads(1)
-        Check(a.report, a.tiny, a.model).run()
+        Check(a.report, a.seconds, a.tiny, a.model).run()
         return 0
     return answer(work)
 

@@ -78,6 +78,8 @@ class Parallel(Llama):
         own = F.linear(rms_norm(x, self.norm, self.eps), self.lm_head)
         own = F.pad(own, (0, m - own.shape[1]))                             # (T, m)
         every = own.new_empty(self.n * T, m)
-        dist.all_gather_single(every, own)
+        # Its name in PyTorch 2.13, and in 2.11.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(every, own)
         every = every.view(self.n, T, m).transpose(0, 1).reshape(T, self.n * m)
         return every[:, :self.cfg.V].type(self.eps.dtype)

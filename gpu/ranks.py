@@ -3,14 +3,16 @@ otherwise there (`Ranked`), and how all of them end together.
 
 Every rank runs the whole command. All take the same decisions, for they have one seed and the same
 logits to the last bit. This is not left to hope: after each round they compare what they decided. A
-difference, a rank that is gone and one that does not answer PyTorch's exchange in time end every
-rank with a line and status 1: one that went on alone would wait forever in the next exchange.
+difference, a rank that is gone and one that does not answer end every rank with a line and status
+1: one that went on alone would wait forever in the next exchange. (Should ranks ever run different
+passes within a round, their exchanges do not fit: they abort, or wait until the alarm.)
 """
 import argparse
 import io
 import json
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,7 +27,7 @@ from command.cli import UsageError
 from gpu.parallel import Parallel
 from speculative import Round
 
-TIMEOUT = 600                # seconds: to find one another, to load, for an exchange
+TIMEOUT = 600                # seconds: to find one another, to load, for a round
 
 
 class Ranked:
@@ -38,8 +40,9 @@ class Ranked:
         n = int(os.environ["WORLD_SIZE"])
         c = self.cfg
         if c.G % n or c.ffn % n:
+            fit = [str(i) for i in range(1, c.G + 1) if c.G % i == c.ffn % i == 0]
             raise UsageError(f"{n} processes cannot share {c.G} key/value heads and a feed-forward "
-                             f"width of {c.ffn} evenly")
+                             f"width of {c.ffn} evenly; take {' or '.join(fit)}")
         backend = "gloo"
         if self.device.type == "cuda":
             backend = "nccl"
@@ -91,12 +94,19 @@ class Ranked:
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:
         """The rounds of a run, each compared across ranks before it is yielded, and the end too."""
         while True:
-            r = next(rounds, None)
-            told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped)
-            both = torch.tensor([1, -1], device=self.device) * zlib.crc32(repr(told).encode())
-            dist.all_reduce(both, dist.ReduceOp.MAX)   # the largest and minus the smallest
-            if both.sum() != 0:
-                lost("the ranks decided differently in this round, so none can be trusted")
+            alarm = threading.Timer(TIMEOUT, lost, [
+                f"no round ended within {TIMEOUT} seconds (on GPUs --eager may help)"])
+            alarm.daemon = True
+            alarm.start()
+            try:
+                r = next(rounds, None)
+                told = r and (r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped)
+                both = torch.tensor([1, -1], device=self.device) * zlib.crc32(repr(told).encode())
+                dist.all_reduce(both, dist.ReduceOp.MAX)    # the largest and minus the smallest
+                if both.sum() != 0:
+                    lost("the ranks decided differently in this round, so none can be trusted")
+            finally:
+                alarm.cancel()
             if r is None:
                 return
             yield r

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gpu.replay import Replay, unfused
 from llama import Layer, Llama
@@ -19,7 +18,9 @@ from speculative import generate
 
 def leaves(out: Any) -> list[Tensor]:
     """The tensors of a result."""
-    return [x for x in tree_leaves(out) if x is not None]
+    if isinstance(out, (tuple, list)):
+        return [x for part in out for x in leaves(part)]
+    return [] if out is None else [out]
 
 
 def spoil(results: list[Tensor]) -> None:

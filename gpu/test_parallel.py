@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -78,6 +79,16 @@ def start(n, work, folder, timeout=60):
             for rank, p in enumerate(every)]
 
 
+def connected(check):
+    """A rank's work: `check`, given the rank, with the others connected."""
+    def work(rank):
+        dist.init_process_group("gloo")
+        check(rank)
+        dist.barrier()
+        dist.destroy_process_group()
+    return work
+
+
 def the_command(*flags, before=lambda rank: None):
     """A rank's work: the main command."""
     def work(rank):
@@ -87,7 +98,8 @@ def the_command(*flags, before=lambda rank: None):
 
 
 def assert_all_well(results):
-    assert all(status == 0 for status, *_ in results), results
+    for status, _, err in results:
+        assert status == 0, err
 
 
 # ------------------------------------------------------------------------------ numbers
@@ -107,46 +119,30 @@ def decided(rounds):
     return [(r.skip, r.drafted, r.emitted, r.choice and r.choice.skipped) for r in rounds]
 
 
-@pytest.mark.parametrize("n, tied", [(2, False), (4, True)])
+@pytest.mark.parametrize("n, tied, old_pytorch", [(2, False, True), (4, True, False)])
 def test_logits_states_cache_tables_and_runs_are_those_of_one_process(
-        tmp_path, monkeypatch, n, tied):
+        tmp_path, monkeypatch, n, tied, old_pytorch):
     """Of prefill, chunk, draft, verify and choice. Rejects a share of the wrong heads, rows or
     columns, a part that is not added or added twice, logits in another order, different bits on two
-    ranks, in float64 and bfloat16; recordings that leave out what the ranks exchange; a rank that
-    keeps the whole, in a view's storage too, copies more from the memory map than it keeps, or
-    exchanges once too often."""
+    ranks, in float64 and bfloat16; the name of one PyTorch alone for what puts logits side by side;
+    recordings that leave out what the ranks exchange."""
+    if old_pytorch:
+        monkeypatch.delattr(dist, "all_gather_single", raising=False)
     random_checkpoint(tmp_path, dict(FOUR, tie_word_embeddings=tied), shards=2)
-    c = llama.Config.load(tmp_path)
-    held = c.L * (2 * c.D + costs.layer_weights(c) // n) + c.D + c.V * c.D
-    held += 0 if tied else c.V // n * c.D              # neither norms nor the embedding are shared
-    copied, sent = [], []
-    cut, add = parallel.own_part, dist.all_reduce
-
-    def own_part(name, x):
-        copied.append(cut(name, x).numel())
-        return cut(name, x)
-    monkeypatch.setattr(parallel, "own_part", own_part)
-    monkeypatch.setattr(dist, "all_reduce", lambda x: sent.append(x.numel()) or add(x))
 
     def check(rank):
-        dist.init_process_group("gloo")
         whole = llama.Llama.load(tmp_path, dtype=torch.float64)
         mine = parallel.Parallel.load(tmp_path, "cpu", torch.float64)
-        tensors = [mine.embed, mine.norm, mine.lm_head, *(x for w in mine.layers for x in w)]
-        storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}
-        assert sum(storages.values()) == 8 * sum(copied) == 8 * held
         both = ((whole, whole.cache(30)), (mine, mine.cache(30)))
         t = 0
         for T, skip in ((5, ()), (4, ()), (1, (True, False, True, False)), (2, ())):
-            sent.clear()
             ids = IDS[t:t + T]
             h, g = (torch.stack(m.forward(ids, c.sequence(t, T), c, skip)) for m, c in both)
             logits = mine.head(g[-1])
             assert near(whole.head(h[-1]), logits) and near(h, g), "another number"
-            assert sent == [T * c.D] * 2 * (4 - sum(skip))
             same_everywhere(logits, g)
             t += T
-        heads = slice(rank * c.G // n, (rank + 1) * c.G // n)
+        heads = slice(rank * whole.cfg.G // n, (rank + 1) * whole.cfg.G // n)
         (_, one), (_, other) = both
         for a, b in ((one.k, other.k), (one.v, other.v)):
             assert b.shape[1] == a.shape[1] // n and near(a[:, heads], b), "another cache"
@@ -160,32 +156,61 @@ def test_logits_states_cache_tables_and_runs_are_those_of_one_process(
         cache = half.cache(12)
         h = half.forward(IDS, cache.sequence(0, 12), cache)
         same_everywhere(*(x.float() for x in h), half.head(h[-1]))
-        dist.destroy_process_group()
-    assert_all_well(start(n, check, tmp_path))
+    assert_all_well(start(n, connected(check), tmp_path))
+
+
+def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
+    """Rejects a rank that keeps the whole, in a view's storage too, that copies more from the
+    memory map than it keeps, or exchanges once too often."""
+    random_checkpoint(tmp_path, FOUR, shards=2)
+    c = llama.Config.load(tmp_path)
+    layer = 2 * c.D + costs.layer_weights(c) // 2      # norms are not shared, nor the embedding
+    held = c.L * layer + c.D + c.V * c.D + c.V // 2 * c.D
+
+    def check(rank):
+        copied, sent = [], []
+        cut, add = parallel.own_part, dist.all_reduce
+
+        def part(name, x):
+            copied.append(cut(name, x).numel())
+            return cut(name, x)
+        parallel.own_part = part
+        dist.all_reduce = lambda x: sent.append(x.numel()) or add(x)
+        model = parallel.Parallel.load(tmp_path, "cpu", torch.float32)
+        tensors = [model.embed, model.norm, model.lm_head, *(x for w in model.layers for x in w)]
+        storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}
+        assert sum(storages.values()) == 4 * sum(copied) == 4 * held
+        cache = model.cache(9)
+        model.forward(IDS[:5], cache.sequence(0, 5), cache, (True, False, False, True))
+        assert sent == [5 * c.D] * 4
+    assert_all_well(start(2, connected(check), tmp_path))
 
 
 # ------------------------------------------------------------------------------ decisions
 
+def job_of(kind, *flags):
+    return kind(clasp_mini.parser().parse_args([*map(str, (*TINY, *flags))]))
+
+
+def decisions(job):
+    return decided(clasp_mini.run(job, job.prompt(), job.a.seed))
+
+
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
     """Rejects any decision that differs, by the policy, for which each rank has guessed and
     measured other costs (rank 0's hold), or by fixed numbers."""
-    def job_of(kind):
-        return kind(clasp_mini.parser().parse_args([*map(str, (*TINY, *flags))]))
-
-    def decisions(job):
-        return decided(clasp_mini.run(job.load(), job.prompt(), job.a.seed))
-
     def check(kind):
         rank = int(os.environ["RANK"])
         own = dict(draft=[1 - 0.5 * rank, *[0.01 + 0.2 * rank] * 6], optimise=0, risk=[0.1] * 7)
         costs.shelf = lambda *_: Path(os.devnull) / "none"
         costs.guess = lambda *_: dict(own, verify=[1.0] * 14)
         costs.measure = lambda *_: [1 + 0.1 * rank] * 14
-        job = job_of(kind)
-        got = decisions(job)
+        job = job_of(kind, *flags)
+        got = decisions(job.load())
         costs.guess = lambda *_: dict(job.costs, verify=[1.0] * 14)
         costs.measure = lambda *_: [1.0] * 14          # rank 0's
-        assert got == decisions(job_of(clasp_mini.Job))
+        whole = job_of(clasp_mini.Job, *flags)
+        assert got == decisions(whole.load())
         assert any(r[3] for r in got) and any(r[1] for r in got)
         assert not job.strategy == "clasp" or (job.costs["draft"][0], job.costs["verify"][5]) == (1, 1)
         return 0
@@ -195,38 +220,47 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
         assert_all_well(start(2, lambda _: ranks.together(check, clasp_mini.Job), tmp_path))
 
 
+def test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model(tmp_path):
+    """Rejects a second voice, two writers of one file, a trace with the sizes of a share."""
+    trace = tmp_path / "run.jsonl"
+    (status, out, err), *others = start(2, the_command(
+        *FIXED, "--temperature", 0.9, "--trace", trace, "--verbose", "--json"), tmp_path)
+    assert status == 0 and json.loads(out)["stats"]["drafted"] > 10 and "\n" in err
+    assert others == [(0, "", "")]
+    assert check_trace.main([str(trace), "--model", str(ROOT / "oracle" / "tiny")]) == 0
+    (status, out, err), *others = start(2, the_command(
+        *FIXED, "--compare", "--json", "--repeats", 1, "--max-new-tokens", 20), tmp_path)
+    assert (status, err, others) == (0, "", [(0, "", "")]) and json.loads(out)["equal"]
+
+
 def test_torchrun_starts_the_command_and_all_ranks_read_rank_0s_standard_input(
         tmp_path, monkeypatch, capsys):
     """Rejects what works only when forked: torchrun's own variables, its store, one standard
-    input for all, real ends of processes; a second voice, two writers of one file, and a trace with
-    the sizes of a share."""
+    input for all, real ends of processes."""
     random_checkpoint(tmp_path, dict(vocab_size=4096))
     (tmp_path / "tokenizer.model").symlink_to(DEMO / "tokenizer.model")
     flags = [str(f) for f in (ROOT / "clasp_mini.py", "--model", tmp_path, *FIXED, "--json",
                               "--dtype", "float64", "--prompt", "-", "--max-new-tokens", 20)]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    trace = tmp_path / "run.jsonl"
-    two = subprocess.run([*run, *flags, "--trace", trace], input="x = \u00e9",
-                         capture_output=True, text=True, timeout=120)
+    two = subprocess.run([*run, *flags], input="x = \u00e9", capture_output=True, text=True,
+                         timeout=120)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("x = \u00e9".encode())))
     assert (clasp_mini.main(flags[1:]), two.returncode) == (0, 0), two.stderr
     one, two = json.loads(capsys.readouterr().out), json.loads(two.stdout)
     assert (one["ids"], one["prompt_ids"]) == (two["ids"], two["prompt_ids"])
-    assert check_trace.main([str(trace), "--model", str(tmp_path)]) == 0
 
 
 def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
     """Rejects one GPU for all, as many ranks as GPUs refused, and exchanges by way of the CPU. CUDA
     is played."""
-    for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
-        monkeypatch.setenv(name, value)
+    for name, value in dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
     taken = Mock()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.device)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **how: iter([(None, 0, 0)]))
     monkeypatch.setattr(dist, "init_process_group", taken.group)
-    job = type("RankedJob", (ranks.Ranked, clasp_mini.Job), {})(
-        clasp_mini.parser().parse_args([*map(str, (*TINY, "--device", "cuda"))]))
+    job = job_of(type("RankedJob", (ranks.Ranked, clasp_mini.Job), {}), "--device", "cuda")
     assert job.device == torch.device("cuda:1")
     taken.device.assert_called_once_with(job.device)
     assert taken.group.call_args.args == ("nccl",) and taken.group.call_args.kwargs["rank"] == 3
@@ -236,15 +270,17 @@ def test_what_cannot_be_shared_is_said_once_and_before_anything_is_read(tmp_path
     """Rejects a share of half a head, or of half a number of the feed-forward width; N lines for N
     ranks; fewer GPUs than processes."""
     monkeypatch.setattr(llama, "tensors", None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    results = start(3, the_command(), tmp_path)
+    assert [status for status, *_ in results] == [2, 2, 2]
+    assert [err for *_, err in results] == [
+        "clasp_mini.py: 3 processes cannot share 2 key/value heads and a feed-forward width of 40 "
+        "evenly; take 1 or 2\n", "", ""]
     random_checkpoint(tmp_path, dict(FOUR, intermediate_size=26, vocab_size=4096))
-    for n, flags, said in (
-            (3, (), "3 processes cannot share 2 key/value heads and a feed-forward width of 40 "),
-            (4, ("--model", tmp_path), "a feed-forward width of 26 evenly"),
-            (2, ("--device", "cuda"), "2 processes need a GPU each, and PyTorch sees 1")):
-        (status, out, err), *others = start(n, the_command(*flags), tmp_path)
-        assert (status, out) == (2, "") and one_line(err, said)
-        assert others == [(2, "", "")] * (n - 1)
+    results = start(4, the_command("--model", tmp_path), tmp_path)
+    assert one_line(results[0][2], "a feed-forward width of 26 evenly; take 1 or 2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    results = start(2, the_command("--device", "cuda"), tmp_path)
+    assert one_line(results[0][2], "2 processes need a GPU each, and PyTorch sees 1")
 
 
 # ------------------------------------------------------------------------------ ends
@@ -267,8 +303,20 @@ def at_round(n, act):
     return before
 
 
+def killed(token, p):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupted(token, p):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def out_of_memory(token, p):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+
+
 def hangs(rank):
-    at_round(9, lambda token, p: time.sleep(3) or token)(rank)
+    at_round(9, lambda token, p: time.sleep(9))(rank)
     ranks.TIMEOUT = 2
 
 
@@ -278,8 +326,10 @@ def chooses_otherwise(rank):
 
 
 def cannot_load(rank):
+    def part(name, x):
+        raise llama.ModelError(f"{name} is broken")
     if rank == 1:
-        parallel.own_part = Mock(side_effect=llama.ModelError("a matrix is broken"))
+        parallel.own_part = part
 
 
 def never_comes(rank):
@@ -290,11 +340,10 @@ def never_comes(rank):
 
 GONE = "did another rank end?"
 DIFFER = "the ranks decided differently"
-MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
 ENDS = {                                               # statuses, and what each rank says
-    at_round(9, lambda *_: os.kill(os.getpid(), signal.SIGKILL)): (1, -signal.SIGKILL, GONE, None),
-    at_round(9, Mock(side_effect=MEMORY)): (1, 1, GONE, "CUDA out of memory ("),
-    hangs: (1, 1, GONE, GONE),
+    at_round(9, killed): (1, -signal.SIGKILL, GONE, None),
+    at_round(9, out_of_memory): (1, 1, GONE, "CUDA out of memory ("),
+    hangs: (1, 1, "no round ended within 2 seconds (on GPUs --eager may help)", ""),
     chooses_otherwise: (1, 1, DIFFER, DIFFER),         # the text is the same
     cannot_load: (1, 1, GONE, "is broken"),
     never_comes: (1, 0, "", None)}
@@ -314,7 +363,7 @@ def test_a_rank_that_ends_hangs_or_differs_ends_all_of_them_with_a_line(tmp_path
 def test_ctrl_c_ends_all_and_what_was_written_is_kept(tmp_path):
     """Rejects a rank that hangs, aborts or loses its text when it is interrupted."""
     def before(rank):
-        at_round(9, lambda *_: os.kill(os.getpid(), signal.SIGINT))(1)
+        at_round(9, interrupted)(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     (status, out, err), other = start(2, the_command(*ALONE, before=before), tmp_path)
     assert (status, other, out.count(" ")) == (130, (130, "", ""), 8), err
@@ -334,3 +383,20 @@ def test_a_wrong_token_on_one_rank_ends_all_of_them_before_it_is_shown(tmp_path)
             assert one_line(last + "\n", f"rank {rank}: {DIFFER}")
             shown = n if rank == 0 and n > 1 else 0    # rounds before it, and the legend
             assert status == 1 and len(rounds) == shown
+
+
+def test_the_alarm_of_a_round_is_off_while_the_text_is_shown(monkeypatch):
+    """Rejects one that is never cancelled, which would end a long run, or a reader who is slow."""
+    timers = []
+
+    def timer(*_):
+        timers.append(Mock())
+        return timers[-1]
+    monkeypatch.setattr(ranks.threading, "Timer", timer)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    model = llama.Llama.load(ROOT / "oracle" / "tiny")
+    rounds = decode(model, (3, 1), Settings(N=3))
+    here = SimpleNamespace(device=model.device)
+    for _ in ranks.Ranked.guarded(here, iter(rounds)):
+        assert timers[-1].start.called and timers[-1].cancel.called
+    assert len(timers) == len(rounds) + 1 and timers[-1].cancel.called

@@ -1,7 +1,8 @@
 """The page with its scripts and the demo's files in one HTML file, for a USB stick.
 
-    python page/build.py lesson.html
+    python page/build.py --out lesson.html
 """
+import argparse
 import base64
 import re
 import sys
@@ -25,12 +26,15 @@ def whole() -> str:
 
 
 def main() -> int:
+    p = argparse.ArgumentParser(description="The page and its model as one file.")
+    p.add_argument("--out", metavar="FILE", required=True, help="the HTML file to write")
+    a = p.parse_args()
     try:
-        _, out = sys.argv
-        Path(out).write_text(whole(), encoding="utf-8")
-    except (ValueError, OSError) as e:
-        print(f"build.py: {e}; usage: python page/build.py FILE", file=sys.stderr)
-        return 2
+        size = Path(a.out).write_text(whole(), encoding="utf-8")
+    except OSError as e:
+        print(f"build.py: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 1
+    print(f"{a.out}: {size / 1e6:.0f} MB; open it in a browser")
     return 0
 
 

@@ -1,33 +1,46 @@
 "use strict";
 // CLaSp in plain JavaScript: model, dynamic program, sampler, loop, with the names and letters of
-// llama.py, dp_layer_skip.py and speculative.py; as much of LLaMA-3 as the demo has. What it writes
-// down of a run passes oracle/check_trace.py.
+// llama.py, dp_layer_skip.py and speculative.py. oracle/check_trace.py passes the traces it writes.
 //
 // States and logits are flat Float32Arrays, a row after the other. Sums are float64, as all numbers
 // of JavaScript are.
 
 // ------------------------------------------------------------------------------------------ files
 
-// The bytes of a safetensors file, all of it bfloat16 -> name: {shape, data}.
+const READ = {
+  F32: bytes => new Float32Array(bytes),
+  BF16: bytes => {                                     // the upper half of a float32
+    const half = new Uint16Array(bytes);
+    const wide = new Uint32Array(half.length);
+    for (let i = 0; i < half.length; i++) wide[i] = half[i] << 16;
+    return new Float32Array(wide.buffer);
+  },
+};
+
+// The bytes of a safetensors file -> name: {shape, data}.
 function readSafetensors(buffer) {
   const size = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
   delete header.__metadata__;
   const tensors = {};
-  for (const [name, {shape, data_offsets: [from, to]}] of Object.entries(header)) {
-    const half = new Uint16Array(buffer.slice(8 + size + from, 8 + size + to));
-    const wide = Uint32Array.from(half, bits => bits << 16);   // the upper half of a float32
-    tensors[name] = {shape, data: new Float32Array(wide.buffer)};
+  for (const [name, {dtype, shape, data_offsets: [from, to]}] of Object.entries(header)) {
+    if (!READ[dtype]) throw new Error(`${name} is ${dtype}; F32 and BF16 can be read`);
+    const data = READ[dtype](buffer.slice(8 + size + from, 8 + size + to));
+    tensors[name] = {shape, data};
   }
   return tensors;
 }
 
 // config.json -> the letters of llama.Config.
 function readConfig(c) {
-  return {L: c.num_hidden_layers, D: c.hidden_size, H: c.num_attention_heads,
-    G: c.num_key_value_heads, hd: c.head_dim, ffn: c.intermediate_size, V: c.vocab_size,
-    context: c.max_position_embeddings, eps: c.rms_norm_eps, theta: c.rope_theta, tied: true,
-    scaling: null};
+  const r = c.rope_scaling;
+  const scaling = r ? [r.factor, r.low_freq_factor, r.high_freq_factor,
+    r.original_max_position_embeddings] : null;
+  const H = c.num_attention_heads;
+  return {L: c.num_hidden_layers, D: c.hidden_size, H, G: c.num_key_value_heads ?? H,
+    hd: c.head_dim ?? c.hidden_size / H, ffn: c.intermediate_size, V: c.vocab_size,
+    context: c.max_position_embeddings, eps: c.rms_norm_eps, theta: c.rope_theta,
+    tied: c.tie_word_embeddings ?? false, scaling};
 }
 
 // ------------------------------------------------------------------------------------------ LLaMA
@@ -36,6 +49,18 @@ function readConfig(c) {
 // its position and its own. That is all that decoding, verifying and trying out differ in.
 const sequence = (t, T) => Array.from({length: T}, (_, n) => ({position: t + n, slot: t + n}));
 const candidates = (t, J) => Array.from({length: J}, (_, n) => ({position: t, slot: t + 1 + n}));
+
+// Radians per position; LLaMA-3.1 stretches the slow ones.
+function ropeFrequencies({hd, theta, scaling}) {
+  return Array.from({length: hd / 2}, (_, k) => {
+    const f = theta ** (-2 * k / hd);
+    if (!scaling) return f;
+    const [factor, low, high, original] = scaling;
+    const turns = original * f / (2 * Math.PI);
+    const keep = Math.min(1, Math.max(0, (turns - low) / (high - low)));
+    return keep * f + (1 - keep) * f / factor;
+  });
+}
 
 class Cache {                                          // keys and values of S slots for each layer
   constructor({L, G, hd}, S) {
@@ -77,29 +102,26 @@ function rmsNorm(x, weight, eps) {
 }
 
 // Rotary embedding in place: element k turns with element k + hd/2, not with its neighbour.
-function rotate(x, rows, {hd, theta}) {
+function rotate(x, rows, hd, frequencies) {
   const width = x.length / rows.length;
-  rows.forEach(({position}, t) => {
-    for (let k = 0; k < hd / 2; k++) {
-      const angle = position * theta ** (-2 * k / hd);
-      const cos = Math.cos(angle);
-      const sin = Math.sin(angle);
-      for (let i = t * width + k; i < (t + 1) * width; i += hd) {
-        const a = x[i];
-        const b = x[i + hd / 2];
-        x[i] = a * cos - b * sin;
-        x[i + hd / 2] = b * cos + a * sin;
-      }
+  rows.forEach(({position}, t) => frequencies.forEach((f, k) => {
+    const cos = Math.cos(position * f);
+    const sin = Math.sin(position * f);
+    for (let i = t * width + k; i < (t + 1) * width; i += hd) {
+      const a = x[i];
+      const b = x[i + hd / 2];
+      x[i] = a * cos - b * sin;
+      x[i + hd / 2] = b * cos + a * sin;
     }
-  });
+  }));
 }
 
 function attention(w, x, rows, keys, values, c) {      // (T, D) -> (T, D)
   const {H, G, hd} = c;
   const normed = rmsNorm(x, w.attnNorm, c.eps);
   const [q, k, v] = [w.q, w.k, w.v].map(matrix => linear(normed, matrix));
-  rotate(q, rows, c);
-  rotate(k, rows, c);
+  rotate(q, rows, hd, c.frequencies);
+  rotate(k, rows, hd, c.frequencies);
   const width = G * hd;
   rows.forEach(({slot}, t) => {
     keys.set(k.subarray(t * width, (t + 1) * width), slot * width);
@@ -136,15 +158,26 @@ const plus = (x, y) => x.map((value, i) => value + y[i]);
 
 class Llama {
   constructor(config, tensors) {
+    const take = (name, ...shape) => {
+      const tensor = tensors[name];
+      if (`${tensor?.shape}` !== `${shape}`)
+        throw new Error(`${name} is not of shape ${shape}, which config.json says`);
+      return tensor;
+    };
     const c = this.cfg = readConfig(config);
-    this.embed = tensors["model.embed_tokens.weight"]; // tied: it is the head too
-    this.norm = tensors["model.norm.weight"].data;
+    c.frequencies = ropeFrequencies(c);
+    const {D, ffn, V} = c;
+    const [Q, KV] = [c.H * c.hd, c.G * c.hd];
+    this.embed = take("model.embed_tokens.weight", V, D);
+    this.norm = take("model.norm.weight", D).data;
+    this.lmHead = c.tied ? this.embed : take("lm_head.weight", V, D);
     this.layers = Array.from({length: c.L}, (_, i) => {
-      const part = name => tensors[`model.layers.${i}.${name}.weight`];
-      return {attnNorm: part("input_layernorm").data, q: part("self_attn.q_proj"),
-        k: part("self_attn.k_proj"), v: part("self_attn.v_proj"), out: part("self_attn.o_proj"),
-        mlpNorm: part("post_attention_layernorm").data, gate: part("mlp.gate_proj"),
-        up: part("mlp.up_proj"), down: part("mlp.down_proj")};
+      const part = (name, ...shape) => take(`model.layers.${i}.${name}.weight`, ...shape);
+      return {attnNorm: part("input_layernorm", D).data, q: part("self_attn.q_proj", Q, D),
+        k: part("self_attn.k_proj", KV, D), v: part("self_attn.v_proj", KV, D),
+        out: part("self_attn.o_proj", D, Q), mlpNorm: part("post_attention_layernorm", D).data,
+        gate: part("mlp.gate_proj", ffn, D), up: part("mlp.up_proj", ffn, D),
+        down: part("mlp.down_proj", D, ffn)};
     });
   }
 
@@ -166,7 +199,7 @@ class Llama {
 
   // h[L] -> logits, a (V,) for each row.
   head(x) {
-    return split(linear(rmsNorm(x, this.norm, this.cfg.eps), this.embed), this.cfg.V);
+    return split(linear(rmsNorm(x, this.norm, this.cfg.eps), this.lmHead), this.cfg.V);
   }
 }
 
@@ -352,6 +385,7 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
   const cache = new Cache(model.cfg, end + s.M + 1);
   for (let n = 0, done = false; !done; n++) {
     chance.forget();
+    const clock = [performance.now()];
     const start = text.length;
     const cached = n > 0 ? start - 1 : 0;              // slots that hold the full model's entries
     const most = n > 0 ? end - start - 1 : 0;
@@ -368,6 +402,7 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
       drafted.push(last);
       confidence.push(Math.max(...softmax(logits)));
     }
+    clock.push(performance.now());
 
     // 2. Verify: one full pass over the last token and the draft (at first, the prompt).
     const k = drafted.length;
@@ -383,13 +418,16 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
     if (stop >= 0) emitted.length = stop + 1;
     text.push(...emitted);
     done = stop >= 0 || text.length === end;
+    clock.push(performance.now());
 
     // 3. Choose layers anew, by the states of the last token that was read and kept.
     const states = h.map(x => x.subarray(accepted * D, (accepted + 1) * D));
     const position = start - 1 + accepted;
     const choice = !done && policy.due(n) ? policy.optimise(model, cache, position, states) : null;
+    clock.push(performance.now());
+    const seconds = [0, 1, 2].map(i => (clock[i + 1] - clock[i]) / 1000);
     yield {n, start, skip, drafted, q, p, confidence, accepted, own, kind, emitted, choice,
-      position, done, draws: chance.draws, verdicts: chance.verdicts,
+      position, done, seconds, draws: chance.draws, verdicts: chance.verdicts,
       ended: ended(n, s, drafted, confidence, end - start)};
   }
 }
@@ -443,13 +481,51 @@ function events(r) {
 
 // A whole run as text. `about`: the SHA-256 of the model's files.
 function traceOf(cfg, s, prompt, rounds, about) {
+  const {frequencies, ...config} = cfg;
   const header = {event: "header", schema: "clasp-trace", version: 4, program: "clasp-mini page",
-    model: about, versions: {}, config: cfg, dtype: "float32",
+    model: about, versions: {}, config, dtype: "float32",
     settings: {...s, top_k: 0, top_p: 1, r: 1}, costs: null, prompt_ids: prompt};
   const tokens = rounds.flatMap(r => r.emitted);
   const reason = s.stop_ids.includes(tokens.at(-1)) ? "stop" : "length";
   const end = {event: "end", reason, emitted: tokens.length};
   return [header, ...rounds.flatMap(events), end].map(line => JSON.stringify(line) + "\n").join("");
+}
+
+// What a trace decided, decided again: `uniform` are its numbers in their order, and drafts are as
+// long, without the same layers, and layers chosen after the same rounds.
+class Recorded extends Paper {
+  constructor(s, L, lines) {
+    super(s, L);
+    this.n = 0;
+    this.rounds = [];
+    const numbers = [];
+    for (const line of lines) {
+      if (line.event === "round") this.rounds.push({k: 0, M: 0, skip: line.skip});
+      if (line.event === "draft") this.rounds.at(-1).k++;
+      if (line.event === "optimise") this.rounds.at(-1).M = line.M;
+      if (typeof line.u === "number") numbers.push(line.u);
+    }
+    this.uniform = () => numbers.shift();
+  }
+
+  goesOn(confidence) {
+    return confidence.length < this.rounds[this.n].k;
+  }
+
+  due(n) {
+    this.n = n + 1;
+    const next = this.rounds[this.n]?.skip ?? [];
+    this.skip = this.skip.map((_, i) => next.includes(i));
+    return this.rounds[n].M > 0;
+  }
+
+  optimise(...how) {
+    const skip = this.skip;
+    this.s = {...this.s, M: this.rounds[this.n - 1].M};
+    const choice = super.optimise(...how);
+    this.skip = skip;
+    return choice;
+  }
 }
 
 // ------------------------------------------------------------------------------------------ text

@@ -61,11 +61,11 @@ function follow() {
 }
 
 // It grows round by round, unless another takes its place.
-async function grow(its, chance) {
+async function grow(its, chance, policy) {
   const mine = run = {...its, rounds: [], whole: false, known: new Map()};
-  for (const [id, name] of Object.entries(NAMES)) $(id).value = run.s[name];
+  for (const [id, name] of Object.entries(NAMES)) $(id).value = run.s[name] ?? "";
   $("prompt").value = tokenizer.pieces(run.prompt).join("");
-  for (const r of generate(model, run.prompt, run.s, chance)) {
+  for (const r of generate(model, run.prompt, run.s, chance, policy)) {
     await pause();
     if (run !== mine) return;
     run.rounds.push(r);
@@ -210,7 +210,7 @@ function measure() {
     [j, time(() => pass(sequence(t, 1), skipOf([...Array(j).keys()]))) / step]);
   const verify = [1, 5, 9, 13].map(T => [T, time(() => pass(sequence(t, T))) / step]);
   const choice = time(() => new Paper({M: 22}, L).optimise(model, cache, t, states)) / step;
-  return {draft, verify, choice};
+  return {seconds: step / 1000, draft, verify, choice};
 }
 
 function account(rounds, price) {                      // after the prefill, in plain steps
@@ -245,7 +245,9 @@ const watch = {
       ["plain steps saved", num(a.tokens - a.spent, "saved")]]),
     h("section", {}, lanes(a)),
     h("section", {class: "controls"},
-      h("button", {id: "save", click: save, disabled: !run.whole}, "Save this run as a trace"))];
+      h("button", {id: "save", click: save, disabled: !run.whole}, "Save this run as a trace"),
+      h("label", {}, "Show a trace of the demo (or drop it here)", h("input", {id: "open",
+        type: "file", change: e => openTrace(e.target.files[0]).catch(fault)})))];
   },
 };
 
@@ -463,7 +465,7 @@ const talk = {rounds: [], busy: false, texts: [
 
 async function interrupt() {
   const mine = talk.rounds = [];
-  const s = {...run.s, N: Math.min(40, run.s.N), K: 6, M: 22, exit_threshold: 0, interval: 6, seed: 3};
+  const s = {...run.s, N: 40, K: 6, M: 22, exit_threshold: 0, interval: 6, seed: 3};
   const chance = new Chance(seeded(s.seed));
   const text = [tokenizer.bos];
   let policy;
@@ -554,11 +556,15 @@ const doesItPay = {
       return {name, price, curve, best: curve.reduce((a, b) => b[1] > a[1] ? b : a, [0, 0])};
     });
     const one = rows.find(r => r.name === at().price) ?? rows[0];
+    const here = known("prices", measure);
+    const took = sum(run.rounds.map((r, n) => n ? sum(r.seconds) : r.seconds[2]));
+    const plain = here?.seconds * account(run.rounds, one.price).tokens;
     const pays = one.best[1] > 1 ? "pays" : "does not pay";
     const cells = r => [costOf(r.price.draft, 22), costOf(r.price.verify, K + 1), r.price.choice,
       r.best[1], r.best[0]];
     return [`By the prices of "${one.name}" it ${pays}: ${short(one.best[1])} times as fast as plain
-      decoding with the best M, ${one.best[0]}.`,
+      decoding with the best M, ${one.best[0]}. ${here ? `In this browser the run took
+      ${short(took)} s after its prefill, and as many plain steps take ${short(plain)} s.` : ""}`,
     h("section", {class: "controls"}, h("label", {}, "what passes cost",
       h("select", {id: "price", change: e => go({price: e.target.value})}, rows.map(r =>
         h("option", {selected: r === one}, r.name)))), h("label", {}, "K, drafted",
@@ -693,6 +699,26 @@ function save() {
   URL.revokeObjectURL(href);
 }
 
+// A run that was recorded is made again by its own numbers and sets, and so all scenes show it.
+async function openTrace(file) {
+  const text = await file.text();
+  if (!text.startsWith('{"event":"header","schema":"clasp-trace"'))
+    throw new Error(`${file.name} is no trace of a run`);
+  const [header, ...lines] = text.trim().split("\n").map(line => JSON.parse(line));
+  const s = header.settings;
+  const weights = "model.safetensors";
+  if (header.model[weights] !== about[weights] || s.top_k || s.top_p !== 1 || s.r !== 1)
+    throw new Error("only traces of this model without top-k, top-p and --probe can be shown");
+  const most = name => Math.max(0, ...lines.map(line => line[name] ?? 0));
+  const policy = new Recorded(s, model.cfg.L, lines);
+  const open = {M: s.M ?? most("M"), K: s.K ?? most("step") + 1, interval: s.interval ?? 16};
+  const its = {key: run.key, s: {...s, ...open}, prompt: header.prompt_ids};
+  await grow(its, new Chance(policy.uniform), policy);
+  const told = lines.filter(line => line.event === "emit");
+  const other = run.rounds.find(r => `${r.emitted}` !== `${told[r.n].tokens}`);
+  if (other) throw new Error(`round ${other.n} is not the trace's: rounding, or an error`);
+}
+
 // ----------------------------------------------------------------------------------- where we are
 
 // The scene; all its places; which of them the address means.
@@ -782,6 +808,11 @@ function listen() {
     const said = ["prompt", ...Object.keys(NAMES)].map(id => [id, $(id).value]);
     go({...NOWHERE, ...Object.fromEntries(said)});
   });
+  addEventListener("dragover", e => e.preventDefault());
+  addEventListener("drop", e => {
+    e.preventDefault();
+    openTrace(e.dataTransfer.files[0]).catch(fault);
+  });
 }
 
 function fault(e) {
@@ -805,7 +836,7 @@ async function begin() {
       files[name] = await read(name);
   } catch (e) {
     throw new Error(`The model's files cannot be read (${e.message}). Start page/serve.py, or make `
-      + "one file of all by python page/build.py lesson.html");
+      + "one file of all by python page/build.py --out lesson.html");
   }
   const text = name => new TextDecoder().decode(files[name]);
   about = {};

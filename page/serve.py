@@ -10,11 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Files(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        """Quietly."""
+
+
 def main() -> int:
     port = sys.argv[1] if len(sys.argv) > 1 else "8000"
-    files = partial(SimpleHTTPRequestHandler, directory=ROOT)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", int(port)), files)
+        server = ThreadingHTTPServer(("127.0.0.1", int(port)), partial(Files, directory=ROOT))
     except (ValueError, OverflowError, OSError) as e:
         print(f"serve.py: port {port}: {e}; try python page/serve.py 8001", file=sys.stderr)
         return 2

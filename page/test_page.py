@@ -1,6 +1,8 @@
-"""The page is looked at in Chromium (Debian: apt-get install chromium). Its engine is a second
-implementation: it is held against the first one, as anybody's would be.
+"""The page's engine is a second implementation: it is held against the first one, as anybody's
+would be. It runs in node, or in Chromium; the scenes in Chromium alone (Debian: apt-get install
+chromium).
 """
+import base64
 import html
 import json
 import re
@@ -9,23 +11,28 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from dp_layer_skip import choose_skip
 from llama import Llama, torch
 from oracle import check_trace
 from page.build import whole
-from policy.probe import candidates
 from speculative import acceptance, residual
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "demo"
+VECTORS = ROOT / "oracle" / "vectors"
+NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt-get install chromium)")
-TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n",
-         "naïve ſ's 東京 🙂", "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
-TEXTS += [json.loads(line)["turns"][0] for line in
-          (DEMO / "prompts.jsonl").read_text("utf-8").splitlines()]
+in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt-get install chromium)")
+in_javascript = pytest.mark.skipif(not (NODE or CHROMIUM), reason="neither node nor Chromium")
+
+LOAD = """
+  const bytes = name => Uint8Array.from(atob(files[name]), ch => ch.charCodeAt(0));
+  const said = name => new TextDecoder().decode(bytes(name));
+  const model = new Llama(JSON.parse(said("config.json")),
+    readSafetensors(bytes("model.safetensors").buffer));
+"""
 
 
 def look(folder, page, script, address=""):
@@ -40,6 +47,119 @@ def look(folder, page, script, address=""):
                        check=False, capture_output=True, text=True, timeout=600)
     assert "CONSOLE" not in p.stderr, p.stderr[-2000:]
     return json.loads(html.unescape(re.search("(?s)<title>(.*?)</title>", p.stdout)[1]))
+
+
+def run(folder, script, model=ROOT / "demo"):
+    """What `script` returns, with the engine and the files of a model."""
+    files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in model.iterdir()
+             if path.suffix in (".json", ".safetensors", ".model")}
+    engine = (ROOT / "page/engine.js").read_text(encoding="utf-8")
+    body = f"{engine}\nconst files = {json.dumps(files)};\n"
+    if not NODE:
+        return look(folder, f"<title></title><script>{body}</script>", LOAD + script)
+    told = f"console.log(JSON.stringify((() => {{{LOAD}{script}}})()))"
+    p = subprocess.run([NODE, "-"], input=body + told, check=False, capture_output=True,
+                       text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-2000:]
+    return json.loads(p.stdout)
+
+
+@in_javascript
+@pytest.mark.parametrize("name", ["forward", "forward-skip", "tiny-forward", "tiny-forward-skip"])
+def test_the_engines_forward_pass_is_that_of_the_vectors(name, tmp_path):
+    """Rejects another rotary layout, grouping of heads, norm, mask or stretching, bfloat16 read
+    wrongly, a skipped layer that writes, and other layers left out."""
+    theirs = load_file(VECTORS / f"{name}.safetensors")
+    ids = theirs["prompt_ids"].tolist()
+    same = (theirs["hidden"][1:] == theirs["hidden"][:-1]).flatten(1).all(1).tolist()
+    ours = run(tmp_path, f"""
+      const cache = new Cache(model.cfg, {len(ids)});
+      const h = model.forward({ids}, sequence(0, {len(ids)}), cache, {json.dumps(same)});
+      const list = arrays => arrays.map(x => [...x]);
+      return {{hidden: list(h), keys: list(cache.keys), values: list(cache.values),
+        logits: list(model.head(h.at(-1)))}};""",
+               ROOT / ("oracle/tiny" if "tiny" in name else "demo"))
+    for part, x in ours.items():
+        want = theirs[part].double()
+        got = torch.tensor(x, dtype=torch.float64).view(want.shape)
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), part
+
+
+RUN = """
+  const tokenizer = new Tokenizer(said("tokenizer.model"));
+  const s = {temperature: T, N: 60, stop_ids: [tokenizer.bos + 1], K: 4, M: 26, seed: 5,
+    exit_threshold: 0.1, interval: 4};
+  const prompt = [tokenizer.bos, ...tokenizer.encode("import os\\n")];
+  const rounds = [...generate(model, prompt, s, new Chance(seeded(s.seed)))];
+  return traceOf(model.cfg, s, prompt, rounds, ABOUT);"""
+
+
+@in_javascript
+@pytest.mark.parametrize("T", [0, 1])
+def test_the_checker_passes_a_trace_of_the_engine(T, tmp_path, capsys):
+    """Greedy and sampled, with rejections and tables after them. Rejects whatever the checker
+    rejects; and the engine with a wrong residual is caught, so that the test can fail."""
+    about = json.dumps(json.loads((VECTORS / "greedy.jsonl").open().readline())["model"])
+    script = RUN.replace("T,", f"{T},", 1).replace("ABOUT", about)
+    (tmp_path / "right").write_text(run(tmp_path, script))
+    assert check_trace.main([str(tmp_path / "right")]) == 0, capsys.readouterr().out
+    lines = (tmp_path / "right").read_text().splitlines()
+    assert sum('"residual"' in line for line in lines) > 3
+    if T == 1:
+        wrong = "residual = (p, q) => p;\n" + script
+        (tmp_path / "wrong").write_text(run(tmp_path, wrong))
+        assert check_trace.main([str(tmp_path / "wrong")]) == 1
+
+
+@in_javascript
+@pytest.mark.parametrize("name", ["greedy", "temperature", "stop-in-draft", "tiny-temperature"])
+def test_with_the_numbers_of_a_vector_the_engine_makes_its_run_again(name, tmp_path):
+    """Rejects numbers taken in another order, tokens behind a rejection judged, another edge of a
+    draw, and text behind a stop token. (Tables are the checker's: rounding may decide a tie.)"""
+    text = (VECTORS / f"{name}.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    ours = run(tmp_path, f"""
+      const [header, ...lines] = {json.dumps(lines)};
+      const s = header.settings;
+      const policy = new Recorded(s, model.cfg.L, lines);
+      const chance = new Chance(policy.uniform);
+      const rounds = [...generate(model, header.prompt_ids, s, chance, policy)];
+      return rounds.flatMap(events);""", ROOT / ("oracle/tiny" if "tiny" in name else "demo"))
+    theirs = [line for line in lines[1:-1] if line["event"] != "times"]
+    for got, want in zip(ours, theirs, strict=True):
+        for name in want.keys() - {"D", "skipped"} - ({"skip"} if "D" in want else set()):
+            near = pytest.approx(want[name], abs=2e-5) if type(want[name]) is float else want[name]
+            assert got[name] == near, (want["event"], want["round"], name)
+
+
+@in_javascript
+def test_at_its_edge_a_number_draws_and_judges_as_here(tmp_path):
+    """Rejects a token of no probability drawn or accepted at u = 0, >= for >, and a residual of no
+    mass that is no number."""
+    assert run(tmp_path, """
+      const always = u => new Chance(() => u);
+      return [always(0).draw([0, .5, .5]), always(.5).draw([0, .5, .5]), always(0).accept(0),
+        always(.5).accept(.5), residual([.5, .5], [.5, .5])];""") == [1, 2, False, False, [.5, .5]]
+
+
+TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n",
+         "naïve ſ's 東京 🙂", "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
+
+
+@in_javascript
+def test_the_engine_reads_text_as_the_tokenizer_does(tmp_path):
+    """Rejects another way to split or to merge, a special token that a text can spell, and a
+    character lost at the border of tokens."""
+    tok = Tokenizer(ROOT / "demo")
+    texts = TEXTS + [json.loads(line)["turns"][0] for line in
+                     (ROOT / "demo/prompts.jsonl").read_text("utf-8").splitlines()]
+    told = run(tmp_path, f"""
+      const tokenizer = new Tokenizer(said("tokenizer.model"));
+      return {json.dumps(texts)}.map(text => {{
+        const ids = tokenizer.encode(text);
+        return [ids, tokenizer.pieces(ids).join("")];
+      }});""")
+    assert told == [[tok.encode(text), text] for text in texts]
 
 
 # The scenes, opened one after another on one run; what is read is what stands there.
@@ -60,22 +180,6 @@ WALK = """
   const at_ = more => `${base}&${more}`;
 """
 SCENES = WALK + """
-  told.texts = TEXTS.map(text => {
-    const ids = tokenizer.encode(text);
-    return [ids, tokenizer.pieces(ids).join("")];
-  });
-  const trace = more => {
-    const s = {...run.s, N: 20, K: 4, M: 28, ...more};
-    const rounds = [...generate(model, run.prompt, s, new Chance(seeded(s.seed)))];
-    return traceOf(model.cfg, s, run.prompt, rounds, about);
-  };
-  const greedy = trace({temperature: 0});
-  const text = greedy.trim().split("\\n").flatMap(line => JSON.parse(line).tokens ?? []);
-  const once = text.findLast((id, i) => text.indexOf(id) === i);
-  told.traces = [told.trace, greedy, trace({temperature: 0, M: 22, stop_ids: [once]})];
-  const always = u => new Chance(() => u);
-  told.edges = [always(0).draw([0, .5, .5]), always(.5).draw([0, .5, .5]), always(0).accept(0),
-    always(.5).accept(.5), residual([.5, .5], [.5, .5])];
   told.tokens = [];
   for (const r of run.rounds)
     for (const step of fates(r).keys()) {
@@ -107,41 +211,22 @@ SCENES = WALK + """
   await open(at_("scene=6"));
   $("draw1000").click();
   told.exam = [$("seen").textContent, document.querySelectorAll("td.far").length];
-  residual = (p, q) => p;
-  told.traces.push(trace({}));
-  return told;""".replace("TEXTS", json.dumps(TEXTS))
+  return told;"""
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     return look(tmp_path_factory.mktemp("page"), whole(), SCENES,
-                "#N=20&K=5&M=25&T=1&x=0&seed=2&I=3&prompt=import+os%0A")
+                "#N=40&K=5&T=1&x=0&seed=4&I=3")
 
 
-def test_the_checker_passes_traces_of_the_engine(told, tmp_path, capsys):
-    """Sampled and greedy, with rejections and tables after them, and to a stop token in a draft.
-    Rejects whatever the checker rejects; the engine with a wrong residual is caught, so the test
-    can fail. Then numbers at an edge: rejects a token of no probability drawn or accepted at u = 0,
-    >= for >, and a residual of no mass that is no number."""
-    for n, trace in enumerate(told["traces"]):
-        (tmp_path / "t").write_text(trace)
-        assert check_trace.main([str(tmp_path / "t")]) == (n == 3), capsys.readouterr().out
-    assert all(trace.count('"residual"') > 3 for trace in told["traces"][:2])
-    assert '"ended":"stop"' in told["traces"][2]
-    assert told["edges"] == [1, 2, False, False, [.5, .5]]
-
-
-def test_the_engine_reads_text_as_the_tokenizer_does(told):
-    """Rejects another way to split or to merge, a special token that a text can spell, and a
-    character lost at the border of tokens."""
-    tok = Tokenizer(DEMO)
-    assert told["texts"] == [[tok.encode(text), text] for text in TEXTS]
-
-
-def test_the_numbers_of_the_run_are_those_of_its_trace(told):
+@in_a_browser
+def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
     """Watch, guess and check, and the table. Rejects another token's p, q, u or verdict, the u of
     the draw for the verdict's, a cell that shows the way not taken as taken, drafts that cost
-    nothing, and choices that are not counted."""
+    nothing, choices that are not counted; and a page whose trace the checker does not pass."""
+    (tmp_path / "t").write_text(told["trace"])
+    assert check_trace.main([str(tmp_path / "t")]) == 0, capsys.readouterr().out
     lines = [json.loads(line) for line in told["trace"].splitlines()]
     by = {(x["event"], x.get("round"), x.get("step")): x for x in lines}
     drafts = [x for x in lines if x["event"] == "draft"]
@@ -151,8 +236,8 @@ def test_the_numbers_of_the_run_are_those_of_its_trace(told):
     kept = sum(x.get("accepted") is True for x in lines)
     watch = {name: float(value) for name, value in told["watch"].items()}
     assert (watch["kept"], watch["drafted"]) == (kept, len(drafts)) and kept < len(drafts) > 20
-    assert watch["per pass"] == pytest.approx(19 / len(rounds))
-    assert watch["saved"] == pytest.approx(19 - cost - len(rounds) - len(tables))
+    assert watch["per pass"] == pytest.approx(39 / len(rounds))
+    assert watch["saved"] == pytest.approx(39 - cost - len(rounds) - len(tables))
     for n, step, shown in told["tokens"]:
         own = ("draft", n, step) not in by
         line = by["own", n, None] if own else by["verify", n, step]
@@ -170,11 +255,12 @@ def test_the_numbers_of_the_run_are_those_of_its_trace(told):
         assert float(shown["skip" if tables[-1]["skipped"][i][j] == "1" else "run"]) == D
 
 
+@in_a_browser
 def test_the_shares_of_scene_2_are_those_of_the_python_model(told):
     """Rejects a draft that reads its own entries of earlier tokens, p of another row, and sets that
     are chosen by another token."""
     ids, t, size = told["passage"]
-    model = Llama.load(DEMO)
+    model = Llama.load(ROOT / "demo")
     cache = model.cache(len(ids) + size)
     with torch.inference_mode():
         h = model.forward(torch.tensor(ids[:t]), cache.sequence(0, t), cache)
@@ -184,17 +270,21 @@ def test_the_shares_of_scene_2_are_those_of_the_python_model(told):
         assert [i for i, out in enumerate(choice.skip()) if out] == told["program"]
         some = torch.tensor(ids[t:t + size])
         p = model.head(model.forward(some, cache.sequence(t, size), cache)[-1]).softmax(-1)
-        rows = candidates(cache, t + size - 1, 1, size)
+        position = torch.arange(t, t + size)
+        slots = torch.arange(len(ids), len(ids) + size)
+        may_read = (cache.slot < position[:, None]) | (cache.slot == slots[:, None])
+        rows = cache.rows(position, slots, may_read)
         for off, x in (([2, 3, 4, 9, 20], told["shares"][0]), (told["program"], told["shares"][1])):
             skip = [i in off for i in range(32)]
             q = model.head(model.forward(some, rows, cache, skip)[-1]).softmax(-1)
             assert float(x) == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-4)
 
 
+@in_a_browser
 def test_prices_samplers_and_sets_are_what_they_are_called(told):
     """Context, prices, the exam: rejects a price list that is not that of its source, a curve by
     another formula, a set called new that is the old one, and a fault that is another one."""
-    costs = json.loads((DEMO / "clasp.json").read_text())["costs"]
+    costs = json.loads((ROOT / "demo/clasp.json").read_text())["costs"]
     laptop, gpu = told["prices"]["PyTorch on a laptop"], told["prices"]["a GPU, by an estimate"]
     assert [x for _, x in laptop["draft"]] == costs["draft"]
     assert laptop["choice"] == costs["optimise"]
@@ -230,28 +320,38 @@ def test_prices_samplers_and_sets_are_what_they_are_called(told):
     assert told["exam"][0].startswith("1000 draws") and told["exam"][1] > 3
 
 
-def test_keys_links_and_texts_that_look_like_markup(tmp_path):
+@in_a_browser
+def test_keys_links_traces_and_texts_that_look_like_markup(tmp_path):
     """Rejects a key without effect or with another's, keys that a clicked button keeps, an end that
-    wraps round, and a text that becomes markup."""
+    wraps round, a recorded run that is shown as another, and a text that becomes markup."""
+    vector = (VECTORS / "temperature.jsonl").read_text()
     hostile = "%3Cimg+src=x+onerror='hacked=1'%3E%E2%80%AEx"
-    where, safe = look(tmp_path, whole(), WALK + """
+    told = look(tmp_path, whole(), WALK + f"""
       const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown",
-        {key, bubbles: true}));
+        {{key, bubbles: true}}));
       const where = [];
-      for (const key of ["ArrowRight", "ArrowUp", "ArrowLeft", "ArrowDown", "End", "ArrowRight",
-                         "click", "ArrowLeft", "1", " "]) {
+      for (const key of ["#scene=3&round=3&step=2", "ArrowRight", "ArrowUp", "ArrowLeft", "Home",
+                         "ArrowLeft", "ArrowDown", "End", "ArrowRight", "click", "ArrowLeft", "1",
+                         " "]) {{
         if (key === " ") document.activeElement.blur();        // else it presses the button
-        if (key === "click") { $("back").focus(); $("back").click(); } else press(key);
+        if (key[0] === "#") location.hash = base + "&" + key.slice(1);
+        else if (key === "click") {{ $("back").focus(); $("back").click(); }}
+        else press(key);
         await new Promise(done => setTimeout(done, key === " " ? 1500 : 100));
-        where.push(`${at().scene} ${$("where").textContent}`);
-      }
+        where.push(`${{at().scene}} ${{$("where").textContent}}`);
+      }}
       press(" ");
       await open(base + "&scene=0");
-      return [where, [typeof hacked, document.querySelectorAll("img").length,
-        document.querySelector(".words").textContent.split("\\\\u{202e}").length]];""",
-                       f"#N=16&K=4&I=3&scene=3&round=3&step=2&prompt={hostile}")
-    assert where[:4] == ["3 round 3, step 3", "3 round 0, step 0", "3 round 0, step 0",
-                         "3 round 3, step 0"]
-    assert where[4] == where[5] and len({*where[5:8]}) == 3    # the end, a click, a key
-    assert where[8].startswith("1 ") and where[9] != where[8]
-    assert safe == ["undefined", 0, 2]
+      const safe = [typeof hacked, document.querySelectorAll("img").length,
+        document.querySelector(".words").textContent.split("\\\\u{{202e}}").length];
+      await openTrace(new File([{json.dumps(vector)}], "x"));
+      return [where, safe, run.rounds.map(r => r.emitted), $("fault").hidden];""",
+                f"#N=30&K=4&I=3&prompt={hostile}")
+    where, safe, emitted, hidden = told
+    assert where[:6] == ["3 round 3, step 2", "3 round 3, step 3", "3 round 0, step 0",
+                         "3 round 0, step 0", "3 round 0, step 0", "3 round 0, step 0"]
+    assert where[6] == "3 round 3, step 0" and where[7] == where[8]
+    assert len({*where[8:11]}) == 3                    # the end, a click, a key
+    assert where[11].startswith("1 ") and where[12] != where[11]
+    assert safe == ["undefined", 0, 2] and hidden
+    assert emitted == [json.loads(x)["tokens"] for x in vector.splitlines() if '"emit"' in x]
