@@ -394,7 +394,7 @@ const leaveOut = {
 const theProgram = {
   name: "The program",
   question: "How does the program find them?",
-  todo: "Let the table grow with → or play; then click its cells.",
+  todo: "Press play to let the table grow; then click its cells.",
   // A row each, then the way back.
   places: () => run.rounds.filter(r => r.choice).flatMap(r =>
     Array.from({length: model.cfg.L + 2}, (_, step) => [r.n, step])),
@@ -684,7 +684,7 @@ const isItExact = {
         tokens.map(token => row(tok(token), p[token], name => often(name, token))),
         row("all others", rest(token => p[token]), name => rest(token => often(name, token)))))),
     h("section", {class: "controls"}, order.map(pick)),
-    dim("The same for five tokens, exactly, without a draw: python speculative.py")];
+    dim("Exactly, without a draw, for another p and q: python speculative.py")];
   },
 };
 
