@@ -231,9 +231,9 @@ class Llama:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
         if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
-            table = left.pop("lm_head.weight")
-            embed = left.setdefault("model.embed_tokens.weight", table)
-            if not embed.equal(table):
+            other = left.pop("lm_head.weight")
+            table = left.setdefault("model.embed_tokens.weight", other)
+            if not table.equal(other):
                 raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                                  "though config.json ties them")
 

@@ -522,15 +522,21 @@ def span(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def add_model(p: Parser) -> None:
+    """The flags that say which model is asked, and where it runs."""
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    p.add_argument("--model", metavar="DIR", default=str(DEMO),
+                   help="its Hugging Face folder (default: the demo)")
+    p.add_argument("--device", default="cpu", choices=["cpu", *["cuda"][:len(gpus)], *gpus],
+                   help="(cpu)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
                    "against this implementation (oracle/TRACE.md).")
         p.add_argument("file", metavar="FILE")
-        p.add_argument("--model", metavar="DIR", default=str(DEMO),
-                       help="its Hugging Face folder (default: the demo)")
-        gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-        p.add_argument("--device", default="cpu", choices=["cpu", *gpus], help="(cpu)")
+        add_model(p)
         p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
                        type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")

@@ -18,9 +18,9 @@ import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from command.cli import Parser, UsageError, answer, numbers  # noqa: E402
-from command.flags import DEMO, DTYPES  # noqa: E402
+from command.flags import DTYPES  # noqa: E402
 from llama import Llama, torch  # noqa: E402
-from oracle.check_trace import TOLERANCE  # noqa: E402
+from oracle.check_trace import TOLERANCE, add_model  # noqa: E402
 from speculative import CHUNK  # noqa: E402
 
 WIDER = dict(bfloat16="float32", float32="float64", float64="float64")
@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p = Parser(prog="greedy.py", allow_abbrev=False, description="Say whether rounding "
                    "explains where two greedy texts part.")
         p.add_argument("texts", metavar="TEXT", nargs=2, help="trace, --json output, or ids")
-        p.add_argument("--model", metavar="DIR", default=str(DEMO), help="its folder (the demo)")
-        p.add_argument("--device", default="cpu", help="(cpu)")
+        add_model(p)
         p.add_argument("--dtype", choices=list(TOLERANCE), help="in which the texts were made (as "
                        "the files say, else bfloat16)")
         a = p.parse_args(argv)

@@ -160,9 +160,9 @@ class Tokenizer:
 def _begin_of_text(folder: Path, path: Path, special: dict[str, int]) -> int:
     """The token that begins a text, which some models renamed: as tokenizer_config.json names it,
     else LLaMA-3's, else by its number in a config."""
-    name = _said(folder / "tokenizer_config.json").get("bos_token")
-    name = name.get("content") if isinstance(name, dict) else name
-    for name in (name, BOS):
+    said = _said(folder / "tokenizer_config.json").get("bos_token")
+    said = said.get("content") if isinstance(said, dict) else said
+    for name in (said, BOS):
         if isinstance(name, str) and name in special:
             return special[name]
     for i in _token_ids(folder, "bos_token_id"):
