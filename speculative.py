@@ -87,34 +87,32 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
     return (p / q).clamp(max=1)
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:                               # (V,), (V,) -> (V,)
+def residual(p: Tensor, q: Tensor) -> Tensor:                               # (..., V)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
     Where p = q nothing is owed, and nothing can be rejected but by rounding: then p."""
     owed = (p - q).clamp(min=0)
-    mass = owed.sum()
+    mass = owed.sum(-1, keepdim=True)
     return torch.where(mass > 0, owed / mass, p)
 
 
-def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance") -> tuple[int, int]:
+def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
+          ) -> tuple[Tensor, Tensor]:
     """Leviathan et al. 2023, Algorithm 1. q: k times (V,). p (k+1, V): its first row is the full
     model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
-    -> how many are accepted, from the first on, and the full model's own token behind them."""
-    k = len(drafted)
-    a = []                                             # for each, the chance that it is accepted
-    if k > 0:
-        step = torch.arange(k, device=p.device)
-        token = torch.tensor(drafted, device=p.device)
-        a = acceptance(p[step, token], torch.stack(q)[step, token]).tolist()
-    accepted = 0
-    while accepted < k and chance.accept(a[accepted]):
-        accepted += 1
-    if accepted < k:
-        return accepted, int(chance.draw(residual(p[accepted], q[accepted])))
-    return accepted, int(chance.draw(p[k]))
+    -> how many are accepted, from the first on, and the full model's own token behind them; both
+    (1,), on p's device: to read them is to wait for a GPU."""
+    step = torch.arange(len(drafted), device=p.device)
+    token = torch.tensor(drafted, device=p.device, dtype=torch.long)
+    # Behind the draft q is 0, for nothing is drafted there: all of p is owed.
+    q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
+    accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
+    own = chance.draw(residual(p[accepted], q_rows[accepted])[0])
+    return accepted, own
 
 
 class Chance:
-    """A seeded generator, on the host: a seed means the same uniforms on every device."""
+    """A seeded generator, on the host: a seed means the same uniforms on every device. A round
+    takes one for each drafted token, then one for the verdict on each, then one for the own."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -123,18 +121,22 @@ class Chance:
         """u in [0, 1), 53 random bits."""
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
-    def accept(self, a: float) -> bool:
-        """True with probability a. Strict: u <= a would pass a token of probability 0 at u = 0."""
-        return self.uniform() < a
+    def accept(self, a: Tensor) -> Tensor:                                  # (k,) -> (1,)
+        """Each drafted token is accepted with its probability a, until one is not: how many. u < a
+        is strict: u <= a would pass a token of probability 0 at u = 0."""
+        u = torch.tensor([self.uniform() for _ in a], dtype=torch.float64).to(a.device)
+        kept = u < a
+        return kept.cumprod(0).sum(0, keepdim=True)
 
-    def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (), an id
+    def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
-        total; -1 if p holds no number above 0. It is left on p's device: to read it is to wait."""
+        total; -1 if p holds no number above 0."""
         cdf = p.cumsum(0, dtype=torch.float64)
         # Summed in parallel it may rise or fall by rounding, even at a token of probability 0.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > self.uniform() * cdf.amax()
-        return torch.where(exceeds.any(), exceeds.int().argmax(), -1)
+        first = exceeds.int().argmax(0, keepdim=True)
+        return torch.where(exceeds.any(), first, -1)
 
 
 class Paper:
@@ -217,10 +219,12 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         h = read(model, text[cached:] + drafted, cached, cache)
         h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk
         logits = model.head(h[-1])                                          # (k+1, V)
-        if not logits.isfinite().all():
-            raise FloatingPointError(NOT_FINITE)
         p = probabilities(logits, s)                                        # (k+1, V)
-        accepted, own = judge(p, q, drafted, chance)
+        verdict = judge(p, q, drafted, chance)
+        finite = logits.isfinite().all()[None]
+        accepted, own, finite = torch.cat((*verdict, finite)).tolist()      # a GPU is waited for
+        if not finite:
+            raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]
         if accepted > 0 and drafted[accepted - 1] in s.stop_ids:
@@ -255,8 +259,8 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         h = model.forward(last, rows, cache, skip)
         logits = model.head(h[-1])[0]                                       # (V,)
         q.append(probabilities(logits, s))
-        last = chance.draw(q[-1])[None]
-        sure = logits.softmax(-1).amax()[None]
+        last = chance.draw(q[-1])
+        sure = logits.softmax(-1).amax(0, keepdim=True)
         # Together, for a GPU is waited for; as float32 an id below 2^24 is exact.
         token, top = torch.cat((last, sure)).tolist()
         if math.isnan(top):                            # of infinite logits too

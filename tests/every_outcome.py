@@ -37,11 +37,16 @@ class Enumerating(Chance):
         self.weight *= w
         return value
 
-    def accept(self, a: float) -> bool:
-        return self.answer({True: a, False: 1 - a})
+    def accept(self, a: Tensor) -> Tensor:
+        options = {}                                   # how many are accepted: how likely
+        left = 1.0
+        for n, each in enumerate(a.tolist()):
+            options[n] = left * (1 - each)
+            left *= each
+        return torch.tensor([self.answer(options | {len(a): left})])
 
     def draw(self, p: Tensor) -> Tensor:
-        return torch.tensor(self.answer(dict(enumerate((p / p.sum()).tolist()))))
+        return torch.tensor([self.answer(dict(enumerate((p / p.sum()).tolist())))])
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:

@@ -103,6 +103,7 @@ dp = types.SimpleNamespace(**vars(dp_layer_skip))
 sp = types.SimpleNamespace(**vars(speculative))
 ll = types.SimpleNamespace(**vars(llama))
 load = Config.load
+accept = Chance.accept
 optimise = Paper.optimise
 
 
@@ -158,6 +159,14 @@ def drafting(*edits):
     return edit(speculative, "draft", *edits)
 
 
+def used_again(self, a):
+    state = self.generator.get_state()
+    accepted = accept(self, a)
+    if accepted < len(a):
+        self.generator.set_state(state)
+    return accepted
+
+
 def normed(self, choose, model, cache, text, h):
     end = ll.rms_norm(h[-1:], model.norm, model.eps)
     return optimise(self, choose, model, cache, text, torch.cat((h[:-1], end)))
@@ -170,19 +179,15 @@ SAMPLER_AND_LOOP = {
         speculative, "residual", ("torch.where(mass > 0, owed / mass, p)", "owed / mass")),
     "lenient acceptance": put(
         speculative, "acceptance", lambda p, q: (1.3 * p.double() / q).clamp(max=1)),
-    "accepts at u = a": put(Chance, "accept", lambda self, a: self.uniform() <= a),
+    "accepts at u = a": edit(Chance, "accept", ("u < a", "u <= a")),
     "draws at u = the running sum": edit(Chance, "draw", ("cdf > ", "cdf >= ")),
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
         Chance, "uniform", lambda self: torch.rand((), generator=self.generator).item()),
-    "the correction is drawn with the uniform that rejected": edit(
-        Chance, "accept", (
-            "return self.uniform() < a",
-            "state = self.generator.get_state()\n"
-            "    accepted = self.uniform() < a\n"
-            "    accepted or self.generator.set_state(state)\n"
-            "    return accepted")),
-    "argmax draft scored with a softmax q": drafting(("chance.draw(q[-1])", "q[-1].argmax()")),
+    "a token behind a rejected one is kept": edit(
+        Chance, "accept", ("kept.cumprod(0).sum(", "kept.sum(")),
+    "the correction is drawn with the number that rejected": put(Chance, "accept", used_again),
+    "argmax draft scored with a softmax q": drafting(("chance.draw(q[-1])", "q[-1].argmax(0, True)")),
     "q at temperature 1": drafting(
         ("q.append(probabilities(logits, s))", "q.append(logits.softmax(-1))"),
         ("chance.draw(q[-1])", "chance.draw(probabilities(logits, s))")),
@@ -193,7 +198,7 @@ SAMPLER_AND_LOOP = {
         ("p = probabilities(logits, s)",
          "p = probabilities(logits, s)\n        p[-1] = logits[-1].softmax(-1)")),
     "bonus from the row before": edit(
-        speculative, "judge", ("draw(p[k])", "draw(p[max(k - 1, 0)])")),
+        speculative, "judge", ("residual(p[accepted]", "residual(p[accepted - (accepted == len(q)).int()]")),
     "top-k cuts ties by id": edit(
         speculative, "probabilities", ("values[..., -1:]", "indices"),
         ("logits.masked_fill(logits < kth, -torch.inf)",
@@ -227,8 +232,8 @@ SAMPLER_AND_LOOP = {
         ("emitted.pop()", "pass")),
     "a stop in a draft is told twice": edit(
         report, "fates", ("own=r.emitted[r.accepted:]", "own=r.emitted[-1:]")),
-    "infinite logits are numbers": loop(("not logits.isfinite().all()", "logits.isnan().any()")),
-    "only the prompt's logits are looked at": loop(("if not logits.", "if n == 0 and not logits.")),
+    "infinite logits are numbers": loop(("logits.isfinite()", "~logits.isnan()")),
+    "only the prompt's logits are looked at": loop(("if not finite", "if n == 0 and not finite")),
     "layers are optimised a round late": edit(
         Paper, "due", ("n % self.s.interval == 0", "n % self.s.interval == 1")),
     "the probe is the last drafted token": loop(("x[accepted] for", "x[-1] for")),
