@@ -101,8 +101,10 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
     model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
     -> how many are accepted, from the first on, and the full model's own token behind them; both
     (1,), on p's device: to read them is to wait for a GPU."""
+    if not drafted:
+        return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
-    token = torch.tensor(drafted, device=p.device, dtype=torch.long)
+    token = torch.tensor(drafted, device=p.device)
     # Behind the draft q is 0, for nothing is drafted there: all of p is owed.
     q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
     accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
@@ -124,7 +126,7 @@ class Chance:
     def accept(self, a: Tensor) -> Tensor:                                  # (k,) -> (1,)
         """Each drafted token is accepted with its probability a, until one is not: how many. u < a
         is strict: u <= a would pass a token of probability 0 at u = 0."""
-        u = torch.tensor([self.uniform() for _ in a], dtype=torch.float64).to(a.device)
+        u = torch.tensor([self.uniform() for _ in range(len(a))], dtype=torch.float64, device=a.device)
         kept = u < a
         return kept.cumprod(0).sum(0, keepdim=True)
 
