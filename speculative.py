@@ -124,11 +124,11 @@ class Chance:
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
     def accept(self, a: Tensor) -> Tensor:                                  # (k,) -> (1,)
-        """Each drafted token is accepted with its probability a, until one is not: how many. u < a
-        is strict: u <= a would pass a token of probability 0 at u = 0."""
-        u = torch.tensor([self.uniform() for _ in range(len(a))], dtype=torch.float64, device=a.device)
-        kept = u < a
-        return kept.cumprod(0).sum(0, keepdim=True)
+        """How many drafted tokens are accepted: each with its probability a, until one is not.
+        u < a is strict: u <= a would pass a token of probability 0 at u = 0."""
+        uniforms = [self.uniform() for _ in range(len(a))]
+        kept = torch.tensor(uniforms, dtype=torch.float64, device=a.device) < a
+        return kept.cumprod(0).sum(0, keepdim=True)    # 1 1 0 1 -> 1 1 0 0 -> 2
 
     def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
