@@ -191,33 +191,25 @@ function cosine(x, y) {
 // h: L+1 states (D,). runLayer(i, [g, ..]) -> [g, ..], each as if alone. In a cell of `ways` stand
 // both cosines, [run, skip], -Infinity where a way is closed; the nearer one is taken, and of equal
 // ones to skip.
-function chooseSkip(h, runLayer, M) {
-  const L = h.length - 1;
-  const ways = [[[1, -Infinity]]];
-  let g = [h[0]];
-  for (let i = 1; i <= L; i++) {
-    const after = runLayer(i - 1, g);
-    const row = [];
-    const states = [];
-    for (let j = 0; j <= Math.min(i, M); j++) {
-      const run = j < i ? cosine(after[j], h[i]) : -Infinity;
-      const skip = j > 0 ? cosine(g[j - 1], h[i]) : -Infinity;
-      row.push([run, skip]);
-      states.push(run > skip ? after[j] : g[j - 1]);
-    }
-    states[0] = h[i];                                  // nothing skipped: the full model's own
-    ways.push(row);
-    g = states;
-  }
-  return new Choice(ways);
-}
-
 class Choice {
-  constructor(ways) {
-    this.ways = ways;
-    this.D = ways.map(row => row.map(([run, skip]) => Math.max(run, skip)));
-    this.skipped = ways.map(row => row.map(([run, skip]) => !(run > skip)));
-    this.M = ways.at(-1).length - 1;
+  constructor(h, runLayer, M) {
+    this.M = M;
+    this.ways = [[[1, -Infinity]]];
+    let g = [h[0]];
+    for (let i = 1; i < h.length; i++) {
+      const after = runLayer(i - 1, g);
+      const row = [];
+      for (let j = 0; j <= Math.min(i, M); j++) {
+        const run = j < i ? cosine(after[j], h[i]) : -Infinity;
+        const skip = j > 0 ? cosine(g[j - 1], h[i]) : -Infinity;
+        row.push([run, skip]);
+      }
+      g = row.map(([run, skip], j) => run > skip ? after[j] : g[j - 1]);
+      g[0] = h[i];                                     // nothing skipped: the full model's own
+      this.ways.push(row);
+    }
+    this.D = this.ways.map(row => row.map(([run, skip]) => Math.max(run, skip)));
+    this.skipped = this.ways.map(row => row.map(([run, skip]) => !(run > skip)));
   }
 
   // The cells of the way back from (i, j), and which layers it leaves out.
@@ -320,7 +312,7 @@ function choose(model, cache, position, h, M) {
     g.forEach((state, j) => x.set(state, j * D));
     return split(model.layer(i, x, rows.slice(0, g.length), cache), D);
   };
-  return chooseSkip(h, runLayer, M);
+  return new Choice(h, runLayer, M);
 }
 
 // The paper's fixed numbers. With a set to begin with, layers are not chosen after the prefill.
@@ -339,10 +331,6 @@ class Paper {
   // How many layers at most are to be chosen after verification n; 0: none.
   due(n) {
     return n >= this.first && n % this.s.interval === 0 && this.s.K > 0 ? this.s.M : 0;
-  }
-
-  chosen(skip) {
-    this.skip = skip;
   }
 }
 
@@ -395,7 +383,7 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
     const position = start - 1 + accepted;
     const M = done ? 0 : policy.due(n);
     const choice = M > 0 ? choose(model, cache, position, states, M) : null;
-    if (choice) policy.chosen(choice.back().skip);
+    if (choice) policy.skip = choice.back().skip;
     const seconds = (performance.now() - began) / 1000;
     yield {n, start, skip, drafted, q, p, u: chance.u, confidence, ended, accepted, own, kind,
       emitted, choice, position, done, seconds};
@@ -482,7 +470,7 @@ class Recorded {
     return this.choices.find(line => line.round === n)?.M ?? 0;
   }
 
-  chosen() {}                                          // the trace says already what is left out
+  set skip(_) {}                                       // rounding may have chosen others
 }
 
 // ------------------------------------------------------------------------------------------ text

@@ -23,44 +23,33 @@ const num = (x, field) => x === undefined ? "…" :
 // ------------------------------------------------------------------------- the address and the run
 
 // Where we are stands in the address, and so does what the form holds, if it is not the default.
-const NAMES = {T: "temperature", K: "K", M: "M", x: "exit_threshold", I: "interval", N: "N",
-  seed: "seed"};                                       // the form's numbers, and those of Settings
-const DEFAULTS = {T: 0.6, K: 8, M: 22, x: 0.3, I: 8, N: 96, seed: 1, price: "layers counted",
-  text0: "import os\n\ndef find_files(root, suffix):\n    for name in os.listdir(root):\n",
-  text1: "\n\nThe server\n==========\n\nThe server waits for a connection and sends back what it "
-    + "has received. ",
-  text2: "\n\n.. code::\n\n   import socket\n\ndef main():\n    server = socket.socket()\n"};
+const fields = [...document.querySelectorAll("#form :is(input, select, textarea)")];
+const numbers = fields.filter(field => field.type === "number");           // named as in Settings
 const NOWHERE = {round: undefined, step: undefined, cell: undefined};
 let model, tokenizer, costs, about;                    // of the demo's files
+let defaults;                                          // of the fields
 let run = null;                                        // {key, s, prompt, rounds, whole, known}
 
 const at = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-const asked = id => at()[id] ?? DEFAULTS[id];
 const link = changes => "#" + new URLSearchParams(Object.entries({...at(), ...changes})
-  .filter(([name, x]) => x !== undefined && `${x}` !== `${DEFAULTS[name]}`));
+  .filter(([name, x]) => x !== undefined && `${x}` !== defaults[name]));
 const go = changes => location.replace(link(changes));
 const skipOf = list => flags(list, model.cfg.L);
 
-function settings() {
-  const s = {stop_ids: [tokenizer.bos + 1]};
-  for (const [id, name] of Object.entries(NAMES)) {
-    $(id).value = asked(id);
-    if (!$(id).checkValidity()) $(id).value = DEFAULTS[id];
-    s[name] = Number($(id).value);
-  }
-  return s;
-}
-
 // The run that the address asks for, unless it is there already.
 function follow() {
-  const s = settings();
-  const key = JSON.stringify([s, asked("prompt")]);
   $("fault").hidden = true;
-  for (const id of ["price", "text0", "text1", "text2"]) $(id).value = asked(id);
+  for (const field of fields) {
+    field.value = at()[field.id] ?? defaults[field.id];
+    if (!field.checkValidity()) field.value = defaults[field.id];
+  }
+  const s = {stop_ids: [tokenizer.bos + 1]};
+  for (const {id, value} of numbers) s[id] = Number(value);
+  const key = JSON.stringify([s, $("prompt").value]);
   if (run?.key === key) return show();
-  const prompt = [tokenizer.bos, ...tokenizer.encode(asked("prompt"))];
+  const prompt = [tokenizer.bos, ...tokenizer.encode($("prompt").value)];
   if (prompt.length + s.N > model.cfg.context)
-    throw new Error(`${prompt.length} tokens and N more: ${model.cfg.context} is what the model reads`);
+    throw new Error(`${prompt.length} tokens and N more: the model reads ${model.cfg.context}`);
   return grow({key, s, prompt}, new Chance(seeded(s.seed)));
 }
 
@@ -69,8 +58,6 @@ const followed = () => Promise.resolve().then(follow).catch(fault);
 // It grows round by round, unless another takes its place.
 async function grow(its, chance, policy) {
   const mine = run = {...its, ids: its.prompt, rounds: [], whole: false, known: new Map()};
-  for (const [id, name] of Object.entries(NAMES)) $(id).value = run.s[name] ?? "";
-  $("prompt").value = tokenizer.pieces(run.prompt).join("");
   for (const r of generate(model, run.prompt, run.s, chance, policy)) {
     await pause();
     if (run !== mine) return;
@@ -192,8 +179,6 @@ const layers = (skip, click) => h("div", {class: "layers"}, skip.map((out, i) =>
     "aria-label": `layer ${i}, ${out ? "left out" : "run"}`}, i)));
 
 const section = (...kids) => h("section", {}, kids);
-const title = (...said) => h("h3", {}, said);
-const dim = (...said) => h("p", {class: "dim"}, said);
 const pane = (name, ...kids) => h("div", {class: "scroll", "data-pane": name}, kids);
 const button = (id, click, said, props) => h("button", {id, click, ...props}, said);
 const numbered = list => section(h("dl", {class: "numbers"}, list.map(([said, ...x]) =>
@@ -209,20 +194,15 @@ const path = points => points.map(([x, y], n) => `${n ? "L" : "M"}${x} ${y}`).jo
 
 // -------------------------------------------------------------------------------- what passes cost
 
-// In plain steps: a draft step without j layers and a verify of T rows, as points [j or T, cost] of
-// straight lines, and a choice of layers. The GPU's are milliseconds of gpu/README.md, an estimate.
-const GPU = {draft: [[0, 1], [22, 2.6 / 6.6]], verify: [[1, 1], [13, 7.8 / 6.6]],
-  choice: 8.3 / 6.6};
-const costOf = (points, x) => {
-  const beyond = points.findIndex(([to]) => to >= x);
-  const n = beyond < 0 ? points.length - 1 : Math.max(1, beyond);
-  const [[x0, y0], [x1, y1]] = [points[n - 1], points[n]];
-  return y0 + (y1 - y0) * (x - x0) / (x1 - x0);
-};
-const counted = () => ({draft: [[0, 1], [model.cfg.L, 0]], verify: [[1, 1], [13, 1]], choice: 1});
-const lists = () => ({"layers counted": counted(), "a GPU, by an estimate": GPU,
-  "PyTorch on a laptop": {draft: [...costs.draft.entries()], choice: costs.optimise,
-    verify: [...costs.verify.entries()].slice(1)},
+// In plain steps: a draft step without j layers, a verify of T rows, a choice of layers. The GPU's
+// are milliseconds of gpu/README.md, an estimate.
+const line = (x0, y0, x1, y1) => x => y0 + (y1 - y0) * (x - x0) / (x1 - x0);
+const GPU = {draft: line(0, 1, 22, 2.6 / 6.6), verify: line(1, 1, 13, 7.8 / 6.6), choice: 8.3 / 6.6};
+const lists = () => ({
+  "layers counted": {draft: j => 1 - j / model.cfg.L, verify: () => 1, choice: 1},
+  "a GPU, by an estimate": GPU,
+  "PyTorch on a laptop": {draft: j => costs.draft[j], choice: costs.optimise,
+    verify: T => costs.verify[T] ?? line(1, 1, 13, costs.verify[13])(T)},
   "this browser, now": measured()});
 
 // The better of two times of each pass; undefined until all were measured.
@@ -244,19 +224,8 @@ function measured() {
   const draft = time("a draft step", pass(1, skipOf([...Array(22).keys()])));
   const verify = time("a verify of 13", pass(13));
   const choice = time("a choice of layers", cache => choose(model, cache, t, states, 22));
-  return choice && {seconds: step / 1000, draft: [[0, 1], [22, draft / step]],
-    verify: [[1, 1], [13, verify / step]], choice: choice / step};
-}
-
-function account(rounds, price) {                      // after the prefill, in plain steps
-  const later = rounds.slice(1);
-  const drafts = later.map(r =>
-    r.drafted.length * costOf(price.draft, indices(r.skip).length));
-  const verifies = later.map(r => costOf(price.verify, r.drafted.length + 1));
-  const choices = rounds.map(r => r.choice ? price.choice : 0);
-  return {tokens: sum(later.map(r => r.emitted.length)), passes: later.length,
-    drafted: sum(later.map(r => r.drafted.length)), kept: sum(later.map(r => r.accepted)),
-    spent: sum([...drafts, ...verifies, ...choices]), drafts, verifies, choices};
+  return choice && {seconds: step / 1000, draft: line(0, 1, 22, draft / step),
+    verify: line(1, 1, 13, verify / step), choice: choice / step};
 }
 
 // -------------------------------------------------------------------------------------- the scenes
@@ -266,35 +235,40 @@ function account(rounds, price) {                      // after the prefill, in 
 
 const watch = {
   places: () => run.rounds.map(r => [r.n, 0]),
-  view(n) {
-    const a = account(run.rounds.slice(0, n + 1), counted());
-    return [`Without ${run.s.M} of its ${model.cfg.L} layers it guessed ${a.drafted} tokens:
-      ${a.kept} were kept, and ${a.passes} full passes made ${a.tokens} tokens. No guess has changed what
-      the full model would say, or how often.`,
-    section(words(n)),
-    numbered([["drafted tokens kept", num(a.kept, "kept"), " of ", num(a.drafted, "drafted")],
-      ["tokens per full pass", num(a.passes ? a.tokens / a.passes : 0, "per pass")],
-      ["plain steps saved", num(a.tokens - a.spent, "saved")]]),
-    section(lanes(a))];
+  view(last) {
+    const rounds = run.rounds.slice(0, last + 1);
+    const passes = last;                               // after the prefill
+    const tokens = sum(rounds.map(r => r.emitted.length)) - 1;
+    const drafted = sum(rounds.map(r => r.drafted.length));
+    const kept = sum(rounds.map(r => r.accepted));
+    const L = model.cfg.L;
+    const ours = rounds.flatMap(r => [
+      ["draft", r.drafted.length * (1 - indices(r.skip).length / L)],
+      ["verify", r.n > 0 ? 1 : 0],
+      ["choose", r.choice ? 1 : 0]]);
+    const spent = sum(ours.map(([, steps]) => steps));
+    const all = Math.max(tokens, spent, 1);
+    return [`Without ${run.s.M} of its ${L} layers it guessed ${drafted} tokens: ${kept} were kept, and
+      ${passes} full passes made ${tokens} tokens. No guess has changed what the full model would say,
+      or how often.`,
+    section(words(last)),
+    numbered([["drafted tokens kept", num(kept, "kept"), " of ", num(drafted, "drafted")],
+      ["tokens per full pass", num(passes ? tokens / passes : 0, "per pass")],
+      ["plain steps saved", num(tokens - spent, "saved")]]),
+    section(h("h3", {}, "Plain decoding: ", num(tokens), " tokens, a full pass each"),
+      lane(Array(tokens).fill(["verify", 1]), all),
+      h("h3", {}, "CLaSp: ", num(spent, "spent"), " plain steps for as many tokens"),
+      lane(ours, all))];
   },
 };
 
-function lanes(a) {
-  const all = Math.max(a.tokens, a.spent, 1);
-  const lane = blocks => {
-    let x = 0;
-    return drawing(`${short(sum(blocks.map(([, wide]) => wide)))} plain steps`, {class: "lane",
-      viewBox: `0 0 ${all} 1`, preserveAspectRatio: "none"}, blocks.map(([kind, wide]) => {
-      x += wide;
-      return v("rect", {class: kind, x: x - wide, width: Math.max(0, wide - all / 900), height: 1});
-    }));
-  };
-  const ours = a.drafts.flatMap((draft, n) =>
-    [["draft", draft], ["verify", a.verifies[n]], ["choose", a.choices[n + 1]]]);
-  return [title("Plain decoding: ", num(a.tokens), " tokens, a full pass each"),
-    lane(Array(a.tokens).fill(["verify", 1])),
-    title("CLaSp: ", num(a.spent, "spent"), " plain steps for as many tokens"),
-    lane([["choose", a.choices[0] ?? 0], ...ours])];
+function lane(blocks, all) {                           // blocks: [what, plain steps]
+  let x = 0;
+  return drawing(`${short(sum(blocks.map(([, wide]) => wide)))} plain steps`, {class: "lane",
+    viewBox: `0 0 ${all} 1`, preserveAspectRatio: "none"}, blocks.map(([kind, wide]) => {
+    x += wide;
+    return v("rect", {class: kind, x: x - wide, width: Math.max(0, wide - all / 900), height: 1});
+  }));
 }
 
 const guessAndCheck = {
@@ -312,33 +286,34 @@ const guessAndCheck = {
 function guess(r, i) {
   const [token, p, q, k] = [r.drafted[i], r.p[i], r.q[i], r.drafted.length];
   const a = acceptance(p[token], q[token]);
-  const accepted = verdict(r, i);
-  const [word, said] = accepted === null ? ["not judged", "a token before it was rejected."] :
-    accepted ? ["kept", `u is below a = min(1, p/q) = ${short(a)}.`] :
-      ["rejected", `u is not below a = p/q = ${short(a)}. What stands behind it is not judged.`];
+  const [word, said] = {
+    true: ["kept", `u is below a = min(1, p/q) = ${short(a)}.`],
+    false: ["rejected", `u is not below a = p/q = ${short(a)}. What stands behind it is not judged.`],
+    null: ["not judged", "a token before it was rejected."]}[verdict(r, i)];
   return [`Guess ${i + 1} of round ${r.n} is ${word}: ${said}`,
-    title("Guess ", i + 1, " of round ", r.n, ": ", tok(token, "token")),
+    h("h3", {}, `Guess ${i + 1} of round ${r.n}: `, tok(token, "token")),
     bars(likeliest(p, q, token).map(id => [id, q[id], p[id]]), ["q", "p"], token),
     h("small", {}, h("span", {class: "key q"}), "q, the draft ", h("span", {class: "key p"}),
       "p, the full model ", h("span", {class: "key cut"}), "min(p, q), paid by drafting"),
-    title("The draft draws from q"),
+    h("h3", {}, "The draft draws from q"),
     scale(r.u[i], part(q, token), "hatched: this token's part of q"),
-    accepted === null ? "" : [title("The full model judges"),
+    verdict(r, i) === null ? "" : [h("h3", {}, "The full model judges"),
       scale(r.u[k + i], [0, a], "hatched: u < a, kept")],
     h("p", {}, "a = min(1, ", num(p[token], "p"), " / ", num(q[token], "q"), ") = ", num(a, "a"),
       ": ", h("b", {"data-field": "verdict"}, word)),
-    dim("Whatever is drafted from this q is kept with probability ∑ min(p, q) = ",
+    h("p", {class: "dim"}, "Whatever is drafted from this q is kept with probability ∑ min(p, q) = ",
       num(overlap(p, q)))];
 }
 
+const WHY = {residual: `After a rejection the full model draws from norm(max(0, p - q)), what is still
+    owed. With min(p, q), which drafting has paid, that makes p, whatever q was.`,
+bonus: "All guesses were kept, and the full pass has said already what follows: one more from p.",
+plain: "Nothing was drafted, so the token is drawn from p, as in plain decoding."};
+
 function own(r) {
   const dist = residual(r.p[r.accepted], r.q[r.accepted]);
-  const why = {residual: `After a rejection the full model draws from norm(max(0, p - q)), what is
-      still owed. With min(p, q), which drafting has paid, that makes p, whatever q was.`,
-  bonus: "All guesses were kept, and the full pass has said already what follows: one more from p.",
-  plain: "Nothing was drafted, so the token is drawn from p, as in plain decoding."}[r.kind];
   const name = r.kind === "residual" ? "owed" : "p";
-  return [why, title("The full model's own: ", tok(r.own, "token")),
+  return [WHY[r.kind], h("h3", {}, "The full model's own: ", tok(r.own, "token")),
     bars(likeliest(dist, dist, r.own).map(id => [id, dist[id]]), [name], r.own),
     scale(r.u.at(-1), part(dist, r.own), "hatched: this token's part"),
     h("p", {}, h("b", {"data-field": "kind"}, r.kind), ", probability ",
@@ -357,8 +332,10 @@ function passage() {
   const choice = choose(model, cache, from - 1, before.map(x => x.subarray(-D)), L - 4);
   const states = model.forward(ids.slice(from), sequence(from, size + 1), cache);
   const p = model.head(states.at(-1)).slice(0, size).map(x => probabilities(x, run.s));
-  return {ids, from, size, cache, p, choice, best: new Map()};
+  return {ids, from, size, cache, p, choice, best: []};
 }
+
+const text = () => run.whole && known("reading the text", passage);
 
 const program = (its, j) => its.choice.back(model.cfg.L, Math.min(j, its.choice.M)).skip;
 
@@ -367,7 +344,7 @@ function share(its, skip) {
   return known(`a draft without ${indices(skip)}`, () => {
     const x = agreement(model, its.cache, its.ids, its.from, skip, its.p, run.s);
     const j = indices(skip).length;
-    if (!(its.best.get(j)?.x >= x)) its.best.set(j, {x, skip});
+    its.best[j] = Math.max(x, its.best[j] ?? 0);
     return x;
   });
 }
@@ -375,39 +352,33 @@ function share(its, skip) {
 const shuffled = (list, uniform) =>
   list.map(x => [uniform(), x]).sort((a, b) => a[0] - b[0]).map(([, x]) => x);
 
-function randomSets(j) {
-  const uniform = seeded(j);
-  const all = indices(skipOf([]).map(() => true));
-  return Array.from({length: 6}, () => skipOf(shuffled(all, uniform).slice(0, j)));
-}
-
 const leaveOut = {
   view() {
-    const its = run.whole && known("reading the text", passage);
+    const its = text();
     if (!its) return ["Reading the text …"];
     const skip = skipOf((at().off ?? "").split(",").filter(Boolean).map(Number));
-    const j = indices(skip).length;
     const set = list => go({off: indices(list).join(",") || undefined});
-    const theirs = program(its, j || 22);
+    const mine = indices(skip).length;
+    const j = mine || 22;
+    const theirs = program(its, j);
     const J = indices(theirs).length;
-    const random = randomSets(j || 22).map(each => share(its, each));
-    const mean = random.includes(undefined) ? undefined : sum(random) / 6;
-    const [mine, others] = [share(its, skip), share(its, theirs)];
-    const best = its.best.get(j || 22);
-    const rows = [["yours", mine], [`the program's ${J}`, others],
-      [`${j || 22} at random, mean of 6`, mean],
+    const uniform = seeded(j);
+    const random = [1, 2, 3, 4, 5, 6].map(() =>
+      share(its, skipOf(shuffled([...skip.keys()], uniform).slice(0, j))));
+    const [yours, programs] = [share(its, skip), share(its, theirs)];
+    const rows = [["yours", yours], [`the program's ${J}`, programs],
+      [`${j} at random, mean of 6`, sum(random) / 6],
       ["one layer, the program's", share(its, program(its, 1))],
-      [`the best known of ${j || 22}`, best?.x]];
-    const beaten = j > 0 && j === J && mine > others;
-    return [mine === undefined || others === undefined ? "The drafts are running …" :
-      `Without your ${j} layers a draft keeps ${short(mine)} of its tokens, without the program's
-      ${J} ${short(others)}.${beaten ? " You beat it: it looks at states, not at tokens." : ""}`,
+      [`the best known of ${j}`, its.best[j]]];
+    const beaten = mine === J && yours > programs;
+    return [yours === undefined || programs === undefined ? "The drafts are running …" :
+      `Without your ${mine} layers a draft keeps ${short(yours)} of its tokens, without the program's
+      ${J} ${short(programs)}.${beaten ? " You beat it: it looks at states, not at tokens." : ""}`,
     section(layers(skip, i => set(skip.map((out, n) => n === i ? !out : out))),
       h("div", {class: "controls"}, button("none", () => set([]), "run all"),
-        button("program", () => set(theirs), `the program's ${J}`),
-        button("best", () => set(best?.skip ?? skip), "the best known"))),
-    section(title(`Share of drafted tokens kept, over ${its.size} of the run`),
-      bars(rows.map(([name, x]) => [name, x ?? 0]), ["share"], "yours"))];
+        button("program", () => set(theirs), `the program's ${J}`))),
+    section(h("h3", {}, `Share of drafted tokens kept, over ${its.size} of the run`),
+      bars(rows.map(([name, x]) => [name, x || 0]), ["share"], "yours"))];
   },
 };
 
@@ -431,7 +402,7 @@ const theProgram = {
     section(h("p", {}, "After round ", n, ", by the states h of the token ",
       tok(run.ids[r.position]), ` at position ${r.position}.`), bothWays(o, cell),
     pane("table", table(o, last, cell, whole))),
-    whole ? section(title("The set for the next drafts"), layers(skip),
+    whole ? section(h("h3", {}, "The set for the next drafts"), layers(skip),
       button("try", () => go({...NOWHERE, scene: 2, off: `${indices(skip)}`}),
         "Put it into the switches of scene 2")) : ""];
   },
@@ -482,14 +453,15 @@ function table(o, last, cell, whole) {
 // One text that is begun, interrupted by another, and by a third: what was made of it so far. After
 // a change the old set stays until layers are due.
 function talk() {
-  const s = {...run.s, N: Math.min(40, run.s.N), K: 6, M: 22, exit_threshold: 0, interval: 6};
+  const s = {...run.s, temperature: 0, N: Math.min(40, run.s.N), K: 6, M: 22, exit_threshold: 0,
+    interval: 6};
   let its = {ids: [tokenizer.bos], rounds: [], said: ""};
   for (const part of [0, 1, 2]) {
     const before = its;
-    const text = asked(`text${part}`);
-    const said = `${before.said} + ${text}`;
+    const more = $(`text${part}`).value;
+    const said = `${before.said} + ${more}`;
     its = run.whole && known(`text ${part + 1}${said}`, () => {
-      const ids = [...before.ids, ...tokenizer.encode(text)];
+      const ids = [...before.ids, ...tokenizer.encode(more)];
       const policy = new Paper(s, model.cfg.L, before.skip);
       const rounds = [...generate(model, ids, s, new Chance(seeded(part)), policy)]
         .map(r => ({...r, part, old: r.skip === before.skip}));
@@ -540,13 +512,13 @@ function map(rounds) {
 // If each of K drafted tokens is kept with probability `kept`: tokens per round, by its cost.
 function speedUp(kept, K, M, price, interval) {
   const tokens = kept < 1 ? (1 - kept ** (K + 1)) / (1 - kept) : K + 1;
-  const passes = K * costOf(price.draft, M) + costOf(price.verify, K + 1);
+  const passes = K * price.draft(M) + price.verify(K + 1);
   return tokens / (passes + price.choice / interval);
 }
 
 const doesItPay = {
   view() {
-    const its = run.whole && known("reading the text", passage);
+    const its = text();
     if (!its) return ["Reading the text …"];
     const K = run.s.K || 8;
     const budgets = Array.from({length: its.choice.M / 2 + 1}, (_, n) => its.choice.M - 2 * n);
@@ -557,10 +529,10 @@ const doesItPay = {
       if (!price) return {name, curve: [], cells: Array(5).fill()};
       const curve = points.map(([M, x]) => [M, speedUp(x, K, M, price, run.s.interval)]);
       const [M, best] = curve.reduce((a, b) => b[1] > a[1] ? b : a, [0, 0]);
-      return {name, curve, cells: [costOf(price.draft, 22), costOf(price.verify, K + 1),
+      return {name, curve, cells: [price.draft(22), price.verify(K + 1),
         price.choice, best, M]};
     });
-    const one = rows.find(r => r.name === asked("price"));
+    const one = rows.find(r => r.name === $("price").value);
     const [, , , best, M] = one.cells;
     const here = prices["this browser, now"];
     const took = sum(run.rounds.slice(1).map(r => r.seconds));
@@ -774,15 +746,15 @@ function bringIntoView(mark) {
 
 // All scenes show the same run: which, and the way back to the default.
 function carried() {
-  const changed = Object.keys({prompt: "", ...NAMES}).filter(id => at()[id] !== undefined);
-  const values = changed.map(id => NAMES[id] ? `${NAMES[id]} ${at()[id]}` : "another beginning");
+  const changed = ["prompt", ...numbers.map(field => field.id)].filter(id => id in at());
+  const values = changed.map(id => id === "prompt" ? "another beginning" : `${id} ${at()[id]}`);
   const said = run.trace ?? values.join(", ");
   const back = () => {
     run = null;
     go({...NOWHERE, ...Object.fromEntries(changed.map(id => [id, undefined]))});
     followed();
   };
-  $("carried").replaceChildren(`All scenes show one run: ${said || "that of the default settings"}. `,
+  $("carried").replaceChildren(`All scenes show one run: ${said || "of the default settings"}. `,
     said ? button("default", back, "Back to the default") : "");
 }
 
@@ -820,8 +792,7 @@ function listen() {
   $("price").addEventListener("change", () => $("form").requestSubmit());
   $("form").addEventListener("submit", e => {
     e.preventDefault();
-    const said = Object.keys(DEFAULTS).map(id => [id, $(id).value]);
-    go({...NOWHERE, ...Object.fromEntries(said)});
+    go({...NOWHERE, ...Object.fromEntries(fields.map(({id, value}) => [id, value]))});
   });
 }
 
@@ -856,7 +827,11 @@ async function begin() {
   }
   model = new Llama(JSON.parse(text("config.json")), readSafetensors(files["model.safetensors"]));
   tokenizer = new Tokenizer(text("tokenizer.model"));
-  ({costs, prompt: DEFAULTS.prompt} = JSON.parse(text("clasp.json")));
+  const demo = JSON.parse(text("clasp.json"));
+  costs = demo.costs;
+  $("prompt").value = demo.prompt;
+  $("temperature").value = demo.temperature;
+  defaults = Object.fromEntries(fields.map(({id, value}) => [id, value]));
   listen();
   await follow();
 }
