@@ -250,7 +250,7 @@ SCENES = """
   told.recorded = [run.rounds.map(r => r.emitted), $("fault").hidden, $("carried").textContent];
   $("default").click();
   told.back = location.hash;
-  run = null;
+  location.hash = base;                                // a shorter run
   return told;"""
 KEYS = ["#scene=3&round=2&step=2", "ArrowRight", "ArrowUp", "ArrowLeft", "Home", "ArrowLeft",
         "ArrowDown", "#scene=3&round=2&step=33", "focus grid ArrowLeft", "End", "click back", "ArrowLeft",
@@ -267,7 +267,7 @@ def told(tmp_path_factory):
              "other": f"N=20&K=4&interval=2&temperature=0&prompt={hostile}"}
     script = f"const given = {json.dumps(given)};\n{SCENES}"
     return look(tmp_path_factory.mktemp("page"), whole(), script,
-                "#N=20&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
+                "#N=16&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
                 "&text0=class+A%3A%0A&text1=%0AThe+server+&text2=%0Aimport+os%0A")
 
 
@@ -285,9 +285,9 @@ def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
     cost = sum(1 - len(by["round", x["round"], None]["skip"]) / 32 for x in drafts)
     kept = sum(x.get("accepted") is True for x in lines)
     watch = {name: float(value) for name, value in told["watch"].items()}
-    assert (watch["kept"], watch["drafted"]) == (kept, len(drafts)) and kept < len(drafts) > 20
-    assert watch["per pass"] == pytest.approx(19 / len(rounds))
-    assert watch["saved"] == pytest.approx(19 - cost - len(rounds) - len(tables))
+    assert (watch["kept"], watch["drafted"]) == (kept, len(drafts)) and kept < len(drafts) > 12
+    assert watch["per pass"] == pytest.approx(15 / len(rounds))
+    assert watch["saved"] == pytest.approx(15 - cost - len(rounds) - len(tables))
     for n, step, shown in told["tokens"]:
         own = ("draft", n, step) not in by
         line = by["own", n, None] if own else by["verify", n, step]
