@@ -29,8 +29,10 @@ const NOWHERE = {round: undefined, step: undefined, cell: undefined};
 let model, tokenizer, costs, about;                    // of the demo's files
 let defaults;                                          // of the fields
 let run = null;                                        // {key, s, prompt, rounds, whole, known}
+let filled;                                            // what the address last put into the form
 
 const at = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+const asked = id => at()[id] ?? defaults[id];
 const link = changes => "#" + new URLSearchParams(Object.entries({...at(), ...changes})
   .filter(([name, x]) => x !== undefined && `${x}` !== defaults[name]));
 const go = changes => location.replace(link(changes));
@@ -39,8 +41,11 @@ const skipOf = list => flags(list, model.cfg.L);
 // The run that the address asks for, unless it is there already.
 function follow() {
   $("fault").hidden = true;
+  const said = JSON.stringify(fields.map(field => asked(field.id)));
+  if (said === filled) return show();                  // and what is being typed stays
+  filled = said;
   for (const field of fields) {
-    field.value = at()[field.id] ?? defaults[field.id];
+    field.value = asked(field.id);
     if (!field.checkValidity()) field.value = defaults[field.id];
   }
   const s = {stop_ids: [tokenizer.bos + 1]};
@@ -94,7 +99,8 @@ function progress() {
   const [value, max, what] = busy ? [work.done, work.asked, work.name] :
     [run.ids.length - run.prompt.length, run.s.N, "tokens of the run"];
   $("busy").hidden = run.whole && !busy;
-  $("busy").replaceChildren(h("progress", {value, max}), ` ${value} of ${max}: ${what.slice(0, 48)} …`);
+  $("busy").replaceChildren(h("progress", {value, max}),
+    ` ${value} of ${max}: ${what.slice(0, 48)} …`);
 }
 
 // ---------------------------------------------------------------------------------- small pictures
@@ -322,7 +328,7 @@ function own(r) {
 
 // The last 64 tokens of the run, each as the first of a draft, and the program's sets for every
 // number of layers, chosen by the token before them.
-function passage() {
+function readPassage() {
   const {L, D} = model.cfg;
   const ids = run.ids;
   const size = Math.min(64, ids.length - 2);
@@ -335,7 +341,7 @@ function passage() {
   return {ids, from, size, cache, p, choice, best: []};
 }
 
-const text = () => run.whole && known("reading the text", passage);
+const passage = () => run.whole && known("reading the text", readPassage);
 
 const program = (its, j) => its.choice.back(model.cfg.L, Math.min(j, its.choice.M)).skip;
 
@@ -354,7 +360,7 @@ const shuffled = (list, uniform) =>
 
 const leaveOut = {
   view() {
-    const its = text();
+    const its = passage();
     if (!its) return ["Reading the text …"];
     const skip = skipOf((at().off ?? "").split(",").filter(Boolean).map(Number));
     const set = list => go({off: indices(list).join(",") || undefined});
@@ -458,7 +464,7 @@ function talk() {
   let its = {ids: [tokenizer.bos], rounds: [], said: ""};
   for (const part of [0, 1, 2]) {
     const before = its;
-    const more = $(`text${part}`).value;
+    const more = asked(`text${part}`);
     const said = `${before.said} + ${more}`;
     its = run.whole && known(`text ${part + 1}${said}`, () => {
       const ids = [...before.ids, ...tokenizer.encode(more)];
@@ -518,7 +524,7 @@ function speedUp(kept, K, M, price, interval) {
 
 const doesItPay = {
   view() {
-    const its = text();
+    const its = passage();
     if (!its) return ["Reading the text …"];
     const K = run.s.K || 8;
     const budgets = Array.from({length: its.choice.M / 2 + 1}, (_, n) => its.choice.M - 2 * n);
@@ -532,7 +538,7 @@ const doesItPay = {
       return {name, curve, cells: [price.draft(22), price.verify(K + 1),
         price.choice, best, M]};
     });
-    const one = rows.find(r => r.name === $("price").value);
+    const one = rows.find(r => r.name === asked("price"));
     const [, , , best, M] = one.cells;
     const here = prices["this browser, now"];
     const took = sum(run.rounds.slice(1).map(r => r.seconds));
@@ -589,24 +595,22 @@ function plainness(p, q) {
   }));
 }
 
-// Of this run: in which `order` the samplers stand, how often each token came out of each in `n`
-// draws, and how they were named.
-let exam = {};
+// In which order the samplers stand, how often each token came out of each in n draws, and how the
+// samplers were named.
 function newExam() {
   const uniform = seeded(run.s.seed);
   const order = shuffled(Object.keys(SAMPLERS), uniform);
   const counts = order.map(() => new Uint32Array(model.cfg.V));
-  return {key: run.key, uniform, order, counts, n: 0, named: []};
+  return {chance: new Chance(uniform), order, counts, n: 0, named: []};
 }
 
-function draw(p, q, count) {
-  const chance = new Chance(exam.uniform);
+function draw(exam, p, q, count) {
   for (const [k, name] of exam.order.entries()) {
     const {draft, a, own} = SAMPLERS[name](p, q);
     for (let i = 0; i < count; i++) {
-      const token = chance.draw(draft);
-      const kept = chance.accept([a[token]]) === 1;
-      exam.counts[k][kept ? token : chance.draw(own)]++;
+      const token = exam.chance.draw(draft);
+      const kept = exam.chance.accept([a[token]]) === 1;
+      exam.counts[k][kept ? token : exam.chance.draw(own)]++;
     }
   }
   exam.n += count;
@@ -621,7 +625,7 @@ const isItExact = {
     if (!found) return ["Looking for a guess at which the faults can be seen …"];
     const [plain, n, i] = found;
     if (plain < 0.02) return ["Here p and q agree: take a higher temperature, or a greater K."];
-    if (exam.key !== run.key) exam = newExam();
+    const exam = run.exam ??= newExam();
     const [p, q] = [run.rounds[n].p[i], run.rounds[n].q[i]];
     const tokens = likeliest(p, q, p.indexOf(Math.max(...p)));
     const places = x => x.toFixed(3).replace(/^0/, "");
@@ -643,7 +647,7 @@ const isItExact = {
       chance alone once in 16 000 times.` : "Nothing is drawn yet.",
     section(h("p", {}, `Guess ${i + 1} of round ${n}: ∑ min(p, q) = `, num(overlap(p, q))),
       h("div", {class: "controls"}, [100, 1000, 5000].map(count =>
-        button(`draw${count}`, () => draw(p, q, count), `Draw ${count}`))),
+        button(`draw${count}`, () => draw(exam, p, q, count), `Draw ${count}`))),
       grid("exam", ["token", "q", "p", ..."ABCDE"],
         [...tokens.map(token => row(tok(token), list => list[token])), row("all others", rest)])),
     h("section", {class: "controls"}, exam.order.map(choose))];
@@ -674,7 +678,8 @@ async function openTrace(file) {
   const most = name => Math.max(0, ...lines.map(line => line[name] ?? 0));
   const policy = new Recorded(model.cfg.L, lines);
   const open = {M: s.M ?? most("M"), K: s.K ?? most("step") + 1, interval: s.interval ?? 16};
-  const its = {key: run.key, trace: `recorded in ${file.name}`, s: {...s, ...open}, prompt: header.prompt_ids};
+  const its = {key: run.key, trace: `recorded in ${file.name}`, s: {...s, ...open},
+    prompt: header.prompt_ids};
   await grow(its, new Chance(() => policy.numbers.shift()), policy);
   const told = lines.filter(line => line.event === "emit");
   const other = run.rounds.find(r => `${r.emitted}` !== `${told[r.n].tokens}`);
@@ -750,7 +755,7 @@ function carried() {
   const values = changed.map(id => id === "prompt" ? "another beginning" : `${id} ${at()[id]}`);
   const said = run.trace ?? values.join(", ");
   const back = () => {
-    run = null;
+    run = filled = null;
     go({...NOWHERE, ...Object.fromEntries(changed.map(id => [id, undefined]))});
     followed();
   };
