@@ -193,8 +193,8 @@ const grid = (name, head, rows) => pane(name, h("table", {},
   h("tr", {}, head.map(x => h("th", {}, x))),
   rows.map(([chosen, ...cells]) => h("tr", {class: chosen && "chosen"},
     cells.map(x => h("td", {}, x))))));
-const drawing = (said, props, ...kids) =>
-  v("svg", {role: "img", "aria-label": said, ...props}, kids);
+const drawing = (said, props, ...kids) => v("svg", {role: "img", "aria-label": said,
+  viewBox: `0 0 ${props.width} ${props.height}`, ...props}, kids);
 const write = (kind, x, y, said) => v("text", {class: kind, x, y}, said);
 const path = points => points.map(([x, y], n) => `${n ? "L" : "M"}${x} ${y}`).join("");
 
@@ -203,7 +203,8 @@ const path = points => points.map(([x, y], n) => `${n ? "L" : "M"}${x} ${y}`).jo
 // In plain steps: a draft step without j layers, a verify of T rows, a choice of layers. The GPU's
 // are milliseconds of gpu/README.md, an estimate.
 const line = (x0, y0, x1, y1) => x => y0 + (y1 - y0) * (x - x0) / (x1 - x0);
-const GPU = {draft: line(0, 1, 22, 2.6 / 6.6), verify: line(1, 1, 13, 7.8 / 6.6), choice: 8.3 / 6.6};
+const GPU = {draft: line(0, 1, 22, 2.6 / 6.6), verify: line(1, 1, 13, 7.8 / 6.6),
+  choice: 8.3 / 6.6};
 const lists = () => ({
   "layers counted": {draft: j => 1 - j / model.cfg.L, verify: () => 1, choice: 1},
   "a GPU, by an estimate": GPU,
@@ -236,8 +237,8 @@ function measured() {
 
 // -------------------------------------------------------------------------------------- the scenes
 
-// Their questions are in index.html. `places` are the rounds and steps that a scene can show; `view`
-// is what was seen at one of them, and what is to be seen there.
+// Their questions are in index.html. `places` are the rounds and steps that a scene can show;
+// `view` is what was seen at one of them, and what is to be seen there.
 
 const watch = {
   places: () => run.rounds.map(r => [r.n, 0]),
@@ -254,9 +255,9 @@ const watch = {
       ["choose", r.choice ? 1 : 0]]);
     const spent = sum(ours.map(([, steps]) => steps));
     const all = Math.max(tokens, spent, 1);
-    return [`Without ${run.s.M} of its ${L} layers it guessed ${drafted} tokens: ${kept} were kept, and
-      ${passes} full passes made ${tokens} tokens. No guess has changed what the full model would say,
-      or how often.`,
+    return [`Without ${run.s.M} of its ${L} layers it guessed ${drafted} tokens: ${kept} were kept,
+      and ${passes} full passes made ${tokens} tokens. No guess has changed what the full model
+      would say, or how often.`,
     section(words(last)),
     numbered([["drafted tokens kept", num(kept, "kept"), " of ", num(drafted, "drafted")],
       ["tokens per full pass", num(passes ? tokens / passes : 0, "per pass")],
@@ -294,7 +295,7 @@ function guess(r, i) {
   const a = acceptance(p[token], q[token]);
   const [word, said] = {
     true: ["kept", `u is below a = min(1, p/q) = ${short(a)}.`],
-    false: ["rejected", `u is not below a = p/q = ${short(a)}. What stands behind it is not judged.`],
+    false: ["rejected", `u is not below a = p/q = ${short(a)}. Nothing behind it is judged.`],
     null: ["not judged", "a token before it was rejected."]}[verdict(r, i)];
   return [`Guess ${i + 1} of round ${r.n} is ${word}: ${said}`,
     h("h3", {}, `Guess ${i + 1} of round ${r.n}: `, tok(token, "token")),
@@ -307,14 +308,16 @@ function guess(r, i) {
       scale(r.u[k + i], [0, a], "hatched: u < a, kept")],
     h("p", {}, "a = min(1, ", num(p[token], "p"), " / ", num(q[token], "q"), ") = ", num(a, "a"),
       ": ", h("b", {"data-field": "verdict"}, word)),
-    h("p", {class: "dim"}, "Whatever is drafted from this q is kept with probability ∑ min(p, q) = ",
-      num(overlap(p, q)))];
+    h("p", {class: "dim"}, "Whatever is drafted from this q is kept with probability ",
+      "∑ min(p, q) = ", num(overlap(p, q)))];
 }
 
-const WHY = {residual: `After a rejection the full model draws from norm(max(0, p - q)), what is still
-    owed. With min(p, q), which drafting has paid, that makes p, whatever q was.`,
-bonus: "All guesses were kept, and the full pass has said already what follows: one more from p.",
-plain: "Nothing was drafted, so the token is drawn from p, as in plain decoding."};
+const WHY = {
+  residual: `After a rejection the full model draws from norm(max(0, p - q)), what is still owed.
+    With min(p, q), which drafting has paid, that makes p, whatever q was.`,
+  bonus: "All guesses were kept, and the full pass has said already what follows: one more from p.",
+  plain: "Nothing was drafted, so the token is drawn from p, as in plain decoding.",
+};
 
 function own(r) {
   const dist = residual(r.p[r.accepted], r.q[r.accepted]);
@@ -378,8 +381,9 @@ const leaveOut = {
       [`the best known of ${j}`, its.best[j]]];
     const beaten = mine === J && yours > programs;
     return [yours === undefined || programs === undefined ? "The drafts are running …" :
-      `Without your ${mine} layers a draft keeps ${short(yours)} of its tokens, without the program's
-      ${J} ${short(programs)}.${beaten ? " You beat it: it looks at states, not at tokens." : ""}`,
+      `Without your ${mine} layers a draft keeps ${short(yours)} of its tokens, without the
+      program's ${J} ${short(programs)}.
+      ${beaten ? "You beat it: it looks at states, not at tokens." : ""}`,
     section(layers(skip, i => set(skip.map((out, n) => n === i ? !out : out))),
       h("div", {class: "controls"}, button("none", () => set([]), "run all"),
         button("program", () => set(theirs), `the program's ${J}`))),
@@ -433,7 +437,6 @@ function table(o, last, cell, whole) {
   // Most cells are near 1, where a small difference should show: 0.9 is a quarter, 0.99 a half.
   const heat = c => Math.max(0, -Math.log10(Math.max(1e-4, 1 - c)) / 4);
   const rows = o.D.slice(0, last + 1);
-  const left = o.back().skip;
   const pick = (i, j) => j in (rows[i] ?? {}) && go({cell: `${i},${j}`});
   const keydown = e => {
     if (!STEPS[e.key]) return;
@@ -443,14 +446,12 @@ function table(o, last, cell, whole) {
     e.stopPropagation();
   };
   return drawing(`the table up to row ${last} of ${L}; arrow keys choose a cell`, {id: "grid",
-    role: "application", tabindex: 0, keydown, width: x(o.M + 1) + 120, height: y(L + 1)},
+    role: "application", tabindex: 0, keydown, width: x(o.M + 1) + 2, height: y(L + 1)},
   o.D[L].map((_, j) => write("soft", x(j) + 10, 12, j)),
   rows.map((row, i) => [write("soft end", 24, y(i) + 15, i),
     row.map((c, j) => [v("rect", {class: "heat", x: x(j) + 1, y: y(i) + 1, width: W - 2,
       height: H - 2, "fill-opacity": 0.04 + 0.86 * heat(c), click: () => pick(i, j)}),
-    i ? v("path", {class: "edge", d: line([[i, j], [i - 1, j - o.skipped[i][j]]])}) : ""]),
-    whole && i ? write("", x(o.M + 1) + 6, y(i) + 15,
-      `layer ${i - 1} ${left[i - 1] ? "left out" : "run"}`) : ""]),
+    i ? v("path", {class: "edge", d: line([[i, j], [i - 1, j - o.skipped[i][j]]])}) : ""])]),
   v("path", {class: "back", d: line(o.back(...cell).cells)}),
   whole ? v("path", {class: "way", d: line(o.back().cells)}) : "",
   v("rect", {class: "here", x: x(cell[1]), y: y(cell[0]), width: W, height: H}));
@@ -625,7 +626,8 @@ const isItExact = {
     if (!found) return ["Looking for a guess at which the faults can be seen …"];
     const [plain, n, i] = found;
     if (plain < 0.02) return ["Here p and q agree: take a higher temperature, or a greater K."];
-    const exam = run.exam ??= newExam();
+    run.exam ??= newExam();
+    const exam = run.exam;
     const [p, q] = [run.rounds[n].p[i], run.rounds[n].q[i]];
     const tokens = likeliest(p, q, p.indexOf(Math.max(...p)));
     const places = x => x.toFixed(3).replace(/^0/, "");
@@ -755,7 +757,8 @@ function carried() {
   const values = changed.map(id => id === "prompt" ? "another beginning" : `${id} ${at()[id]}`);
   const said = run.trace ?? (values.length > 0 ? `with ${values.join(", ")}` : "");
   const back = () => {
-    run = filled = null;
+    run = null;
+    filled = null;
     go({...NOWHERE, ...Object.fromEntries(changed.map(id => [id, undefined]))});
     followed();
   };

@@ -49,7 +49,8 @@ FORWARDS = ["forward", "forward-skip", "tiny-forward", "tiny-forward-skip"]
 RUNS = ["temperature", "stop-in-draft", "tiny-greedy", "tiny-temperature"]
 TEXTS = ["def f(x):\n    return 'it''s'", "I'VE they'll 12345", "  \n\n \t x\r\n",
          "naïve ſ's 東京 🙂", "\u0085\ufeff\u00a0 x", "<|end_of_text|>", "", "—…“quoted”"]
-TEXTS += [json.loads(line)["turns"][0] for line in (ROOT / "demo/prompts.jsonl").open("r", -1, "utf-8")]
+TEXTS += [json.loads(line)["turns"][0]
+          for line in (ROOT / "demo/prompts.jsonl").read_text("utf-8").splitlines()]
 ENGINE = """
   const said = file => new TextDecoder().decode(bytesOf(atob(files[file])));
   const models = {};
@@ -222,8 +223,8 @@ SCENES = """
   await open(base + "&scene=6");
   $("draw1000").click();
   told.exam = [$("seen").textContent, stage("tr").slice(1).map(tr =>
-    [tr.querySelector("[data-id]")?.dataset.id, tr.children[1].textContent, tr.children[2].textContent,
-      tr.querySelectorAll(".far").length])];
+    [tr.querySelector("[data-id]")?.dataset.id, tr.children[1].textContent,
+      tr.children[2].textContent, tr.querySelectorAll(".far").length])];
   const [, n, i] = run.known.get("looking for a guess that shows the faults");
   told.guess = [[...run.rounds[n].q[i]], [...run.rounds[n].p[i]]];
 
@@ -239,8 +240,12 @@ SCENES = """
     const [, how, id, then] = key.match(/^(click|focus) (\\w+) ?(.*)/) ?? [];
     if (key === " ") document.activeElement.blur();            // else it presses the button
     if (key[0] === "#") location.hash = `${base}&${key.slice(1)}`;
-    else if (how) [$(id).focus(), how === "click" ? $(id).click() : press(then)];
-    else press(key);
+    else if (!how) press(key);
+    else {
+      $(id).focus();
+      if (how === "click") $(id).click();
+      else press(then);
+    }
     await sleep(key === " " ? 1500 : 100);
     told.where.push([at().scene, $("where").textContent, at().cell].join(" ").trim());
   }
@@ -253,8 +258,8 @@ SCENES = """
   location.hash = base;                                // a shorter run
   return told;"""
 KEYS = ["#scene=3&round=2&step=2", "ArrowRight", "ArrowUp", "ArrowLeft", "Home", "ArrowLeft",
-        "ArrowDown", "#scene=3&round=2&step=33", "focus grid ArrowLeft", "End", "click back", "ArrowLeft",
-        "1", " "]
+        "ArrowDown", "#scene=3&round=2&step=33", "focus grid ArrowLeft", "End", "click back",
+        "ArrowLeft", "1", " "]
 
 
 @pytest.fixture(scope="module")
