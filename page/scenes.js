@@ -41,11 +41,12 @@ const skipOf = list => flags(list, model.cfg.L);
 // The run that the address asks for, unless it is there already.
 function follow() {
   $("fault").hidden = true;
-  const said = JSON.stringify(fields.map(field => asked(field.id)));
+  const said = JSON.stringify([at().scene, ...fields.map(field => asked(field.id))]);
   if (said === filled) return show();                  // and what is being typed stays
   filled = said;
   for (const field of fields) {
-    field.value = asked(field.id);
+    const wrong = field.type === "number" && Number.isNaN(Number(asked(field.id)));
+    field.value = wrong ? "" : asked(field.id);
     if (!field.checkValidity()) field.value = defaults[field.id];
   }
   const s = {stop_ids: [tokenizer.bos + 1]};
@@ -539,7 +540,7 @@ const doesItPay = {
       return {name, curve, cells: [price.draft(22), price.verify(K + 1),
         price.choice, best, M]};
     });
-    const one = rows.find(r => r.name === asked("price"));
+    const one = rows.find(r => r.name === $("price").value);
     const [, , , best, M] = one.cells;
     const here = prices["this browser, now"];
     const took = sum(run.rounds.slice(1).map(r => r.seconds));
@@ -753,13 +754,14 @@ function bringIntoView(mark) {
 
 // All scenes show the same run: which, and the way back to the default.
 function carried() {
-  const changed = ["prompt", ...numbers.map(field => field.id)].filter(id => id in at());
-  const values = changed.map(id => id === "prompt" ? "another beginning" : `${id} ${at()[id]}`);
+  const all = ["prompt", ...numbers.map(field => field.id)];
+  const values = all.filter(id => id in at())
+    .map(id => id === "prompt" ? "another beginning" : `${id} ${run.s[id]}`);
   const said = run.trace ?? (values.length > 0 ? `with ${values.join(", ")}` : "");
   const back = () => {
-    run = null;
+    run.key = null;
     filled = null;
-    go({...NOWHERE, ...Object.fromEntries(changed.map(id => [id, undefined]))});
+    go({...NOWHERE, ...Object.fromEntries(all.map(id => [id, undefined]))});
     followed();
   };
   $("carried").replaceChildren(`All scenes show one run, ${said || "with the default settings"}. `,

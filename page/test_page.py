@@ -269,7 +269,7 @@ def told(tmp_path_factory):
         pytest.skip("no Chromium (apt-get install chromium)")
     hostile = "%3Cimg+src=x+onerror='hacked=1'%3E%E2%80%AEx"
     given = {"trace": (VECTORS / "temperature.jsonl").read_text(), "keys": KEYS,
-             "other": f"N=20&K=4&interval=2&temperature=0&prompt={hostile}"}
+             "other": f"N=20&K=4&interval=2&temperature=0&seed=abc&prompt={hostile}"}
     script = f"const given = {json.dumps(given)};\n{SCENES}"
     return look(tmp_path_factory.mktemp("page"), whole(), script,
                 "#N=16&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
