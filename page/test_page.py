@@ -272,7 +272,7 @@ def told(tmp_path_factory):
              "other": f"N=20&K=4&interval=2&temperature=0&seed=abc&prompt={hostile}"}
     script = f"const given = {json.dumps(given)};\n{SCENES}"
     return look(tmp_path_factory.mktemp("page"), whole(), script,
-                "#N=16&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
+                "#N=20&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
                 "&text0=class+A%3A%0A&text1=%0AThe+server+&text2=%0Aimport+os%0A")
 
 
@@ -291,8 +291,8 @@ def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
     kept = sum(x.get("accepted") is True for x in lines)
     watch = {name: float(value) for name, value in told["watch"].items()}
     assert (watch["kept"], watch["drafted"]) == (kept, len(drafts)) and kept < len(drafts) > 12
-    assert watch["per pass"] == pytest.approx(15 / len(rounds))
-    assert watch["saved"] == pytest.approx(15 - cost - len(rounds) - len(tables))
+    assert watch["per pass"] == pytest.approx(19 / len(rounds))
+    assert watch["saved"] == pytest.approx(19 - cost - len(rounds) - len(tables))
     for n, step, shown in told["tokens"]:
         own = ("draft", n, step) not in by
         line = by["own", n, None] if own else by["verify", n, step]
@@ -353,12 +353,14 @@ def test_prices_samplers_and_sets_are_what_they_are_called(told):
                for M, x in told["points"] if M % 2 == 0]
     assert speeds[0][3] == pytest.approx(max(counted), rel=1e-6)
     shown, rounds = told["talk"]
-    old = []                                           # until, of a part, layers are chosen
+    old, new = [], []                                  # until, of a part, layers are chosen
     for part in (1, 2):
         its = [r for r in rounds if r["part"] == part]
-        chosen = [n for n, r in enumerate(its) if r["chosen"]] or [len(its)]
-        old += [r["kept"] for r in its[:chosen[0] + 1]]
+        n = next((n for n, r in enumerate(its) if r["chosen"]), len(its))
+        old += [r["kept"] for r in its[:n + 1]]
+        new += [r["kept"] for r in its[n + 1:]]
     assert int(shown["kept after a change, by the old set"]) == sum(old) > 0
+    assert int(shown["kept by the set chosen since"]) == sum(new) > 0
     p, q = torch.tensor([[.50, .25, .15, .07, .03], [.20, .40, .15, .05, .20]]).double()
     a, owed, most = acceptance(p, q), residual(p, q), torch.eye(5).double()[1]
     for (drafts, kept, own), ours in zip(((q, a, owed), (q, a, p), (q, a, (p - q).softmax(0)),
