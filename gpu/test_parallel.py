@@ -195,8 +195,10 @@ def decisions(job):
 
 
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
-    """Rejects any decision that differs, by the policy, for which each rank has guessed and
-    measured other costs (rank 0's hold), or by fixed numbers."""
+    """Rejects any decision of the policy that differs, though each rank has guessed and measured
+    other costs (rank 0's hold)."""
+    flags = ("--temperature", 1, "--seed", 5, "--max-new-tokens", 60)
+
     def check(kind):
         rank = int(os.environ["RANK"])
         own = dict(draft=[1 - 0.5 * rank, *[0.01 + 0.2 * rank] * 6], optimise=0, risk=[0.1] * 7)
@@ -210,13 +212,9 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
         whole = job_of(clasp_mini.Job, *flags)
         assert got == decisions(whole.load())
         assert any(r[3] for r in got) and any(r[1] for r in got)
-        if job.strategy == "clasp":
-            assert (job.costs["draft"][0], job.costs["verify"][5]) == (1, 1)
+        assert (job.costs["draft"][0], job.costs["verify"][5]) == (1, 1)
         return 0
-
-    for flags in (("--seed", 5, "--max-new-tokens", 60), (*FIXED, "--top-p", 0.9, "--probe", 2)):
-        flags = (*flags, "--temperature", 1)
-        assert_all_well(start(2, lambda _: ranks.together(check, clasp_mini.Job), tmp_path))
+    assert_all_well(start(2, lambda _: ranks.together(check, clasp_mini.Job), tmp_path))
 
 
 def test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model(tmp_path):
