@@ -29,8 +29,12 @@ def draft_of(x):
 
 def verified(policy, xs=(), accepted=0, confidence=(0.9, 0.9, 0.9)):
     """A verify of tokens that p accepts with chances xs; of none, a plain step."""
-    x = torch.tensor([1.0, *xs], dtype=torch.float64)
-    policy.judged(list(confidence), draft_of(torch.ones_like(x)), [*draft_of(x[1:])], accepted)
+    p = None                                           # nobody has to look at it
+    q = []
+    if xs:
+        p = draft_of(torch.ones(len(xs) + 1, dtype=torch.float64))
+        q = [*draft_of(torch.tensor(xs, dtype=torch.float64))]
+    policy.judged(list(confidence), p, q, accepted)
 
 
 def look(policy, *shown):

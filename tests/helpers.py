@@ -7,8 +7,7 @@ import torch
 import dp_layer_skip
 import llama
 import speculative
-from policy.adaptive import Adaptive
-from speculative import Chance, Settings
+from speculative import Chance
 
 torch.set_num_threads(1)
 ROOT = Path(llama.__file__).resolve().parent
@@ -80,18 +79,3 @@ def decode(model, prompt, s, chance=0, loop=None):
 def tokens(rounds):
     """The text that came out."""
     return [token for r in rounds for token in r.emitted]
-
-
-def adaptive(c=None, v=None, L=3, K=None, M=None, exit_threshold=None, interval=None, probe=1,
-             **settings):
-    """(settings, loop): a run by the policy that adapts, at these costs of a draft step and of a
-    verify (default: cheap), which decides what is not given."""
-    s = Settings(**dict(N=4) | settings)
-    c = c or [1 - 0.9 * j / L for j in range(L + 1)]
-    v = v or [1 + 0.01 * n for n in range((K or 3) + 2)]
-
-    def loop(model, prompt, s, chance, choose):
-        policy = Adaptive(s, c, v, K=K, M=M, exit_threshold=exit_threshold, interval=interval,
-                          probe=probe)
-        return speculative.generate(model, prompt, s, chance, choose, policy)
-    return s, loop
