@@ -183,7 +183,7 @@ def test_who_asks_a_gpu_is_seen(ask, read):
 
 
 @pytest.mark.parametrize("how, ours", [
-    (dict(), False), (dict(K=3, M=2, interval=1), False), (dict(), True),
+    (dict(), False), (dict(), True),
     (dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9), False)])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
