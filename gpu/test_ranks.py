@@ -23,7 +23,7 @@ import command.job
 import llama
 import speculative
 from dp_layer_skip import choose_skip, torch
-from gpu import parallel, ranks
+from gpu import ranks
 from gpu.trial import replaying
 from oracle import check_trace
 from policy import costs
@@ -32,7 +32,7 @@ from speculative import Settings
 from tests.helpers import DEMO, ROOT, assert_same_choice, decode
 from tests.slow_llama import AS_5, IDS, random_checkpoint
 
-dist = parallel.dist
+dist = ranks.dist
 FOUR = dict(AS_5, num_attention_heads=8, num_key_value_heads=4, intermediate_size=24,
             num_hidden_layers=4)                       # 50 tokens: not to be divided by 4
 TINY = ("--model", ROOT / "oracle" / "tiny", "--dtype", "float64", "--prompt-ids", "3,1,2",
@@ -130,7 +130,7 @@ def test_logits_states_cache_tables_and_runs_are_those_of_one_process(
 
     def check(rank):
         whole = llama.Llama.load(tmp_path, dtype=torch.float64)
-        mine = parallel.Parallel.load(tmp_path, "cpu", torch.float64)
+        mine = ranks.Parallel.load(tmp_path, "cpu", torch.float64)
         both = ((whole, whole.cache(30)), (mine, mine.cache(30)))
         t = 0
         for T, skip in ((5, ()), (4, ()), (1, (True, False, True, False)), (2, ())):
@@ -150,7 +150,7 @@ def test_logits_states_cache_tables_and_runs_are_those_of_one_process(
         s = Settings(temperature=0.9, N=15, K=3, M=2, interval=2)
         got = decode(None, (3, 1), s, loop=replaying(mine, s.K, s.M))
         assert decided(got) == decided(decode(whole, (3, 1), s))
-        half = parallel.Parallel.load(tmp_path, "cpu", torch.bfloat16)
+        half = ranks.Parallel.load(tmp_path, "cpu", torch.bfloat16)
         cache = half.cache(12)
         h = half.forward(IDS, cache.sequence(0, 12), cache)
         same_everywhere(*(x.float() for x in h), half.head(h[-1]))
@@ -167,14 +167,14 @@ def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
 
     def check(rank):
         copied, sent = [], []
-        cut, add = parallel.own_part, dist.all_reduce
+        cut, add = ranks.own_part, dist.all_reduce
 
         def part(name, x):
             copied.append(cut(name, x).numel())
             return cut(name, x)
-        parallel.own_part = part
+        ranks.own_part = part
         dist.all_reduce = lambda x: sent.append(x.numel()) or add(x)
-        model = parallel.Parallel.load(tmp_path, "cpu", torch.float32)
+        model = ranks.Parallel.load(tmp_path, "cpu", torch.float32)
         tensors = [model.embed, model.norm, model.lm_head, *(x for w in model.layers for x in w)]
         storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}
         assert sum(storages.values()) == 4 * sum(copied) == 4 * held
@@ -322,7 +322,7 @@ def chooses_otherwise(rank):
 
 def cannot_load(rank):
     if rank == 1:
-        parallel.own_part = failing(llama.ModelError("a norm is broken"))
+        ranks.own_part = failing(llama.ModelError("a norm is broken"))
 
 
 def never_comes(rank):
