@@ -310,12 +310,17 @@ def failing(error):
     return act
 
 
+def interrupted(rank):                                 # Ctrl-C reaches both
+    at_round(9, signalled(signal.SIGINT))(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def hangs(rank):
     at_round(9, lambda *_: time.sleep(9))(rank)
     ranks.TIMEOUT = 1
 
 
-def chooses_otherwise(rank):
+def chooses_otherwise(rank):                           # the text is the same
     if rank == 1:
         command.job.choose_skip = lambda h, f, M: choose_skip(h.flip(0), f, M)
 
@@ -331,52 +336,41 @@ def never_comes(rank):
         sys.exit(0)
 
 
+def another(token, p):
+    return (token + 1) % len(p)
+
+
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
 GONE = "did another rank end?"
 DIFFER = "the ranks decided differently"
-ENDS = {                                               # statuses, and what each rank says
-    at_round(9, signalled(signal.SIGKILL)): (1, -signal.SIGKILL, GONE, None),
-    at_round(9, failing(OUT_OF_MEMORY)): (1, 1, GONE, "CUDA out of memory ("),
-    hangs: (1, 1, "no round ended within 1 seconds (on GPUs --eager may help)", ""),
-    chooses_otherwise: (1, 1, DIFFER, DIFFER),         # the text is the same
-    cannot_load: (1, 1, GONE, "is broken"),
-    never_comes: (1, 0, "", None)}
+SUMMARY = "8 tokens"         # of a text that was interrupted
+ENDS = [                     # statuses, what each rank says, how many tokens rank 0 shows before
+    (at_round(9, signalled(signal.SIGKILL)), ALONE, 1, -signal.SIGKILL, GONE, None, 8),
+    (at_round(9, failing(OUT_OF_MEMORY)), ALONE, 1, 1, GONE, "CUDA out of memory (", 8),
+    (at_round(12, another), (*ALONE, "--max-new-tokens", 12), 1, 1, DIFFER, DIFFER, 11),
+    (at_round(1, another), ALONE, 1, 1, DIFFER, DIFFER, 0),
+    (interrupted, ALONE, 130, 130, SUMMARY, None, 8),
+    (interrupted, (*FIXED, "--compare"), 130, 130, "rank 0: interrupted", "rank 1: int", 0),
+    (hangs, ALONE, 1, 1, "no round ended within 1 seconds (on GPUs --eager may help)", "", 8),
+    (chooses_otherwise, FIXED, 1, 1, DIFFER, DIFFER, 0),
+    (cannot_load, ALONE, 1, 1, GONE, "is broken", 0),
+    (never_comes, ALONE, 1, 0, "", None, 0)]
 
 
-@pytest.mark.parametrize("before", ENDS)
-def test_a_rank_that_ends_hangs_or_differs_ends_all_of_them_with_a_line(tmp_path, before):
+@pytest.mark.parametrize("before, flags, status_0, status_1, said_0, said_1, shown", ENDS)
+def test_a_rank_that_ends_hangs_or_differs_ends_all_of_them_with_a_line(
+        tmp_path, before, flags, status_0, status_1, said_0, said_1, shown):
     """Rejects ranks that wait without an end, for the connection, at the first exchange or in a
-    round; tracebacks; status 0; and a comparison of the text alone."""
-    *statuses, said_0, said_1 = ENDS[before]
-    results = start(2, the_command(*FIXED, "--max-new-tokens", 12, before=before), tmp_path, 20)
-    assert [status for status, *_ in results] == statuses, results
-    assert one_line(results[0][2], "rank 0: ", said_0), results[0][2]
-    assert said_1 is None or one_line(results[1][2], said_1), results[1][2]
-
-
-def test_ctrl_c_ends_all_and_what_was_written_is_kept(tmp_path):
-    """Rejects a rank that hangs, aborts or loses its text when it is interrupted."""
-    def before(rank):
-        at_round(9, signalled(signal.SIGINT))(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    (status, out, err), other = start(2, the_command(*ALONE, before=before), tmp_path)
-    assert (status, other, out.count(" ")) == (130, (130, "", ""), 8), err
-    results = start(2, the_command(*FIXED, "--compare", before=before), tmp_path)
-    for rank, (status, _, err) in enumerate(results):
-        assert status == 130 and one_line(err, f"rank {rank}: interrupted"), err
-
-
-def test_a_wrong_token_on_one_rank_ends_all_of_them_before_it_is_shown(tmp_path):
-    """Rejects a comparison that is left out, in the first round or in the last, or made late."""
-    for n in (12, 1):
-        results = start(2, the_command(
-            *ALONE, "--max-new-tokens", 12, "--temperature", 1, "--verbose",
-            before=at_round(n, lambda token, p: (token + 1) % len(p))), tmp_path)
-        for rank, (status, _, err) in enumerate(results):
-            *rounds, last, _ = err.split("\n")
-            assert one_line(last + "\n", f"rank {rank}: {DIFFER}")
-            shown = n if rank == 0 and n > 1 else 0    # rounds before it, and the legend
-            assert status == 1 and len(rounds) == shown
+    round; tracebacks; status 0; a comparison of the text alone, one that is left out, in the first
+    round or in the last, or made when the token is shown; and text that Ctrl-C loses."""
+    results = start(2, the_command(*flags, before=before), tmp_path, 20)
+    assert [status for status, *_ in results] == [status_0, status_1], results
+    assert [out.count(" ") for _, out, _ in results] == [shown, 0]
+    for (_, _, err), said in zip(results, (said_0, said_1)):
+        if said is None:
+            assert err == ""
+        else:
+            assert one_line(err, said) or (said == SUMMARY and said in err), err
 
 
 def test_the_alarm_of_a_round_is_off_while_the_text_is_shown(monkeypatch):
