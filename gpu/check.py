@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+from bench.passes import spread  # noqa: E402
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
@@ -33,11 +34,6 @@ from tests.every_outcome import distance  # noqa: E402
 from tests.helpers import tiny_llama  # noqa: E402
 
 K = 12                       # tokens drafted at most, as the command has it
-
-
-def spread(L: int, j: int) -> list[bool]:
-    """j of L layers, evenly spread: for passes whose cost alone matters."""
-    return [(i + 1) * j // L > i * j // L for i in range(L)]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

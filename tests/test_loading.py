@@ -24,18 +24,11 @@ def configure(**overrides):
     return file("config.json", c)
 
 
-def test_both_spellings_of_the_8b_are_the_8b(tmp_path):
-    """Rejects a reader of one spelling only, which from the other gets theta 10000, no scaling."""
-    c = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-             intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=131072)
-    for how in (dict(rope_theta=5e5, rope_scaling=SCALED),
-                dict(rope_parameters=dict(SCALED, rope_theta=5e5), head_dim=128)):
-        configure(**c, **how)(tmp_path)
-        assert llama.Config.load(tmp_path) == llama.Config(
-            L=32, D=4096, H=32, G=8, hd=128, ffn=14336, V=128256, eps=1e-5, context=131072,
-            tied=False, theta=5e5, scaling=(8.0, 1.0, 4.0, 64))
+def test_what_is_not_given_is_as_transformers_has_it(tmp_path):
+    """Rejects LLaMA-3's own values, or a refusal, for a file that leaves them out."""
     configure(rms_norm_eps=None)(tmp_path)
-    assert llama.Config.load(tmp_path).eps == 1e-6     # Transformers' default
+    c = llama.Config.load(tmp_path)
+    assert (c.eps, c.context, c.theta, c.tied) == (1e-6, 2048, 1e4, False)
 
 
 ONCE = {k.replace("rope_", ""): v for k, v in SCALED.items()}                # "type" was its name
