@@ -1,5 +1,6 @@
 """config.json and weights: every spelling and variant is read, and computes what a slow LLaMA
 does; whatever is wrong with a folder is one line."""
+import json
 import math
 import os
 
@@ -7,21 +8,25 @@ import pytest
 import torch
 
 import llama
-from tests.helpers import put
 from tests.slow_llama import (AS_4, AS_5, BASE, IDS, INDEX, SCALED, passes, random_checkpoint,
                               reference, same, worst_error)
 from text.safetensors_file import save
 
 
 def file(name, content=None):
-    """A function that has other content in a file of a folder, or takes it away."""
-    return lambda folder: put(folder, {name: content})
+    """A function that has other content, bytes, in a file of a folder, or takes it away."""
+    def harm(folder):
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+    return harm
 
 
 def configure(**overrides):
     """... that has BASE with overrides in config.json; `...` takes a key away."""
     c = {k: v for k, v in {**BASE, **overrides}.items() if v is not ...}
-    return file("config.json", c)
+    return file("config.json", json.dumps(c).encode())
 
 
 def test_what_is_not_given_is_as_transformers_has_it(tmp_path):
@@ -142,8 +147,8 @@ BROKEN = [              # what harms the folder, what is said; None: it is no ha
     *[(configure(num_hidden_layers=v), f"num_hidden_layers is {v}, not a number above 0")
       for v in (True, -1, 0, "wide", 2.5, math.inf, [1])],
     (configure(head_dim=7), "do not fit"), (configure(num_key_value_heads=3), "do not fit"),
-    (file("config.json"), "config.json: cannot be read"), (file("config.json", "{]"), "cannot be"),
-    (file("config.json", "[1]"), "a JSON object"), (file("config.json", b"\xff\xfe"), "cannot be"),
+    (file("config.json"), "config.json: cannot be read"), (file("config.json", b"{]"), "cannot be"),
+    (file("config.json", b"[1]"), "a JSON object"), (file("config.json", b"\xff\xfe"), "cannot be"),
     (weights(lambda w: w.pop(NORM)), f"the weights lack {NORM}"),
     (weights(lambda w: w.update(extra=torch.ones(2), more=torch.ones(1))),
      "2 weights too many, such as extra"),
@@ -152,8 +157,8 @@ BROKEN = [              # what harms the folder, what is said; None: it is no ha
     (weights(lambda w: w.update({K: w[K].to(torch.int8)})), f"{K} has torch.int8"),
     (file(SHARD), f"{SHARD}: missing, broken"),
     (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 9), f"{SHARD}: missing, broken"),
-    (file(INDEX, '{"weight_map": [1]}'), "weight_map does not say where"),
-    (file(INDEX, "{}"), "the weights lack model.embed"),
+    (file(INDEX, b'{"weight_map": [1]}'), "weight_map does not say where"),
+    (file(INDEX, b"{}"), "the weights lack model.embed"),
     (file(INDEX), "model.safetensors: missing")]
 
 
