@@ -24,7 +24,7 @@ from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.replay import Replay, first_line, fused, unfused, unusable, wake  # noqa: E402
-from gpu.trial import EIGHT_B, TINY, moved, random_llama, replayed, replaying, twin  # noqa: E402
+from gpu.trial import EIGHT_B, TINY, random_llama, replayed, replaying, twin  # noqa: E402
 from llama import Llama, Tensor, torch  # noqa: E402
 from policy import costs  # noqa: E402
 from policy.adaptive import Adaptive, budgets  # noqa: E402
@@ -141,7 +141,7 @@ class Check:
 
     def lossless(self) -> dict:
         """Every branch of chance of a small model by graphs, against the full model's products."""
-        model = moved(tiny_llama(), self.device)
+        model = tiny_llama(device=self.device)
         s = Settings(temperature=0.8, top_p=0.9, N=4, K=2, M=1, interval=1)
         return dict(largest_error=distance(model, s, replaying(model, s.K, s.M)))
 

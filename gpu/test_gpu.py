@@ -14,7 +14,7 @@ import clasp_mini
 import llama
 from dp_layer_skip import choose_skip, torch
 from gpu import check, replay, trial
-from gpu.trial import moved, replayed, replaying, rerun, tensors
+from gpu.trial import replayed, replaying, rerun, tensors
 from oracle import check_trace
 from policy.adaptive import Adaptive
 from policy.costs import layer_weights
@@ -39,8 +39,7 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
     layer, a row too many or too few, a row that sees or writes another slot, results where others
     work, recordings of a cache that is gone, and a chooser asked for what was not recorded that
     answers from the recording."""
-    model, K, M = tiny_llama(V=11, L=5, D=16, H=4, G=2, seed=6), 3, 3
-    model = moved(model, device)
+    model, K, M = tiny_llama(V=11, L=5, D=16, H=4, G=2, seed=6, device=device), 3, 3
     fast = replayed(model, K, M, r, fuse)
     gen = torch.Generator().manual_seed(0)
     text = []
@@ -201,7 +200,7 @@ def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *of, **on: made.append(of) or tensor(*of, **on))
     with Far() as far:
-        model = moved(tiny_llama(V=9, L=3), "meta")
+        model = tiny_llama(V=9, device="meta")
         choose = choose_skip
         if graphs:
             model = replayed(model, 3, 2)

@@ -84,13 +84,6 @@ def twin(model: Llama) -> Any:
     return other.eval()
 
 
-def moved(model: Llama, device: str | torch.device) -> Llama:
-    """The same model there."""
-    layers = [Layer(*(x.to(device) for x in w)) for w in model.layers]
-    embed, norm, head = (x.to(device) for x in (model.embed, model.norm, model.lm_head))
-    return Llama(model.cfg, embed, layers, norm, head)
-
-
 # ---------------------------------------------------------------------- in the place of a graph
 
 def tensors(out: Any) -> list[Tensor]:

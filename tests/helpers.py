@@ -27,15 +27,15 @@ def assert_same_choice(a, b, tolerance):
     assert [a.skip(j) for j in range(len(a.D[0]))] == [b.skip(j) for j in range(len(b.D[0]))]
 
 
-def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8):
+def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8, device="cpu"):
     """Random weights, large enough that every layer matters and q is far from p."""
     gen = torch.Generator().manual_seed(seed)
 
     def new(*shape, scale=1.0):
-        return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(device, dtype)
 
     cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
-    one = torch.ones(D, dtype=dtype)
+    one = torch.ones(D, dtype=dtype, device=device)
     layers = [llama.Layer(one, new(D, (H + 2 * G) * hd, scale=D ** -0.5), new(H * hd, D, scale=0.5),
                           one, new(D, 2 * ffn, scale=D ** -0.5), new(ffn, D, scale=0.5))
               for _ in range(L)]
