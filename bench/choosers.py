@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.spec_bench import first_turns, opened, parser, told  # noqa: E402
+from bench.spec_bench import first_turns, opened, told  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.flags import DEMO  # noqa: E402
 from command.job import Job  # noqa: E402
@@ -171,9 +171,8 @@ def table(found: Found) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser(__doc__.partition("?")[0] + "?")
-        p.set_defaults(eager=True)                     # recorded passes are of one setting alone
-        job, questions = opened(p, argv)
+        # Recorded passes are of one setting alone.
+        job, questions = opened(__doc__.partition("?")[0] + "?", argv, eager=True)
         questions = first_turns(job, questions)
         if len(questions) < 3 or job.M == 0:
             raise UsageError("needed are three questions, of which one is for the one set, and a "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.spec_bench import first_turns, opened, parser, told  # noqa: E402
+from bench.spec_bench import first_turns, opened, told  # noqa: E402
 from command.cli import answer  # noqa: E402
 from command.job import Job  # noqa: E402
 from dp_layer_skip import torch  # noqa: E402
@@ -120,10 +120,7 @@ def table(took: dict[Key, float], job: Job) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser("What passes cost on this machine, in plain steps; behind questions also how "
-                   "risky each budget of layers is.")
-        p.set_defaults(file=None, repeats=20)
-        job, questions = opened(p, argv)
+        job, questions = opened(__doc__.partition(".")[0], argv, file=None, repeats=20)
         prompts = first_turns(job, questions)
         took = measured(job.load())
         job.costs = tables(took, job.cfg.L, job.K)

@@ -15,9 +15,8 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from clasp_mini import pair  # noqa: E402
-from command.cli import Parser, UsageError, answer  # noqa: E402
-from command.flags import DEMO, parsed  # noqa: E402
-from command.flags import parser as main_parser  # noqa: E402
+from command.cli import UsageError, answer  # noqa: E402
+from command.flags import DEMO, parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from policy import costs  # noqa: E402
@@ -30,20 +29,15 @@ COLUMNS = dict(tokens_per_verify="tokens/verify", acceptance="acceptance", speed
 
 # ------------------------------------------------------ a file of questions, for all tools here
 
-def parser(description: str) -> Parser:
-    """The flags of the main command, for prompts that are not the model's own."""
-    p = main_parser()
+def opened(description: str, argv: Sequence[str] | None, **defaults: Any) -> tuple[Job, Questions]:
+    """A model whose weights are not yet read, and the questions for it, by the main command's flags
+    and a file. Where all questions are token ids it needs no tokenizer."""
+    p = parser()
     p.usage = "python bench/%(prog)s [FILE] [flags]"
     p.description = description
     p.add_argument("file", nargs="?", default=DEMO / "prompts.jsonl", metavar="FILE",
                    help="questions in Spec-Bench's format, or token ids")
-    p.set_defaults(temperature=0.0, seed=0)
-    return p
-
-
-def opened(p: Parser, argv: Sequence[str] | None) -> tuple[Job, Questions]:
-    """A model whose weights are not yet read, and the questions for it. Where all are token ids it
-    needs no tokenizer."""
+    p.set_defaults(temperature=0.0, seed=0, **defaults)     # the prompts are not the model's own
     a = parsed(argv, p)
     if a.prompt is not None or a.prompt_ids or a.compare or a.verbose or a.trace:
         raise UsageError("a file holds the prompts, and no text is shown: without --prompt, "
@@ -198,7 +192,7 @@ def bench(job: Job, questions: Questions) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        job, questions = opened(parser(__doc__.partition(":")[0]), argv)
+        job, questions = opened(__doc__.partition(":")[0], argv)
         if job.a.strategy == "ar":
             raise UsageError("both kinds of decoding are run: without --strategy ar")
         return bench(job.load(), questions)
