@@ -238,45 +238,35 @@ def test_the_guess_is_by_the_bytes_that_a_pass_reads():
     assert table["verify"] == [1.0] * 14 and table["optimise"] == 2.0
 
 
-class Played:
-    """A model, its cache of S slots and a clock. A pass takes 10 seconds, the first of each size
-    100 more, and the head some for each row."""
-    device = torch.device("cpu")
+@mark.parametrize("S, per_row, sizes, want", [
+    (40, 1, (1, 4, 13), {0: 1, 1: 1, 2: 1 + (14 / 11 - 1) / 3, 4: 14 / 11, 13: 23 / 11}),
+    (10, -2, (1, 4, 7), dict.fromkeys(range(14), 1))])                      # 7 slots behind the text
+def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(
+        monkeypatch, S, per_row, sizes, want):
+    """Rejects a warm-up that counts, a mean, seconds for plain steps, one row's logits, another
+    place than behind the text, slots that are not there, and a gain that is only noise. A pass
+    takes 10 seconds, the first of each size 100 more, and the head some for each row."""
+    now = [0.0]
+    passes = []
 
-    def __init__(self, monkeypatch, S=40, per_row=1):
-        self.S = S
-        self.per_row = per_row
-        self.now = 0.0
-        self.passes = []
-        monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: self.now))
-
-    def sequence(self, t, T):
-        assert t + T <= self.S
+    def sequence(t, T):
+        assert t + T <= S
         return t, T
 
-    def forward(self, ids, rows, cache):
+    def forward(ids, rows, cache):
         done = (*rows, ids[0].item())
-        self.now += 10 if done in self.passes else 110
-        self.passes.append(done)
+        now[0] += 10 if done in passes else 110
+        passes.append(done)
         return [torch.zeros(len(ids), 1)]
 
-    def head(self, x):
-        self.now += self.per_row * len(x)
+    def head(x):
+        now[0] += per_row * len(x)
         return x
-
-
-def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(monkeypatch):
-    """Rejects a warm-up that counts, a mean, seconds for plain steps, one row's logits, another
-    place than behind the text, slots that are not there, and a gain that is only noise."""
-    model = Played(monkeypatch)
-    table = costs.measure(model, model, [3, 5, 7], 12)
-    assert model.passes == [(3, n, 7) for n in (1, 4, 13)] * 3
-    assert len(table) == 14 and [table[n] for n in (0, 1)] == [1, 1]
-    steps = [14 / 11, 23 / 11, 1 + (14 / 11 - 1) / 3]
-    assert [table[n] for n in (4, 13, 2)] == approx(steps, abs=1e-3)
-    model = Played(monkeypatch, S=10, per_row=-2)      # 7 slots behind the text
-    assert costs.measure(model, model, [3, 5, 7], 12) == [1.0] * 14
-    assert {T for _, T, _ in model.passes} == {1, 4, 7}
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    model = SimpleNamespace(device="cpu", forward=forward, head=head)
+    table = costs.measure(model, SimpleNamespace(S=S, sequence=sequence), [3, 5, 7], 12)
+    assert passes == [(3, n, 7) for n in sizes] * 3 and len(table) == 14
+    assert {n: table[n] for n in want} == approx(want, abs=1e-3)
 
 
 def test_a_table_is_kept_under_a_name_of_what_it_depends_on(tmp_path, monkeypatch):
