@@ -243,9 +243,9 @@ def test_the_guess_is_by_the_bytes_that_a_pass_reads():
     (10, -2, (1, 4, 7), dict.fromkeys(range(14), 1))])                      # 7 slots are left
 def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(
         monkeypatch, S, per_row, sizes, want):
-    """Rejects a warm-up that counts, a mean, the last, seconds for plain steps, one row's logits, another
-    place than behind the text, slots that are not there, and a gain that is only noise. A pass
-    takes 110, then 10, then 20 seconds, and the head some for each row."""
+    """Rejects a warm-up that counts, a mean, the last of three, seconds for plain steps, one row's
+    logits, another place than behind the text, slots that are not there, and a gain that is only
+    noise. A pass takes 110, then 10, then 20 seconds, and the head some for each row."""
     now = [0.0]
     passes = []
 
