@@ -18,7 +18,7 @@ memory is short or the processes of several GPUs do not agree.
 """
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 if __name__ == "__main__":
     import command.start  # noqa: F401  the clock, and what Ctrl-C means while the rest is imported
@@ -44,13 +44,13 @@ def policy_of(job: Job) -> Paper | Adaptive:
     return Paper(job.settings, job.cfg.L)
 
 
-def run(job: Job, ids: list[int], seed: int) -> Iterator[Round]:
+def run(job: Job, ids: list[int], seed: int, chance: Callable = Chance) -> Iterator[Round]:
     """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
     policy = policy_of(job)
     if job.a.trace:
         from oracle.trace import record
         return job.guarded(record(job, ids, seed, policy))
-    return job.guarded(generate(job.model, ids, job.settings, Chance(seed), job.choose, policy))
+    return job.guarded(generate(job.model, ids, job.settings, chance(seed), job.choose, policy))
 
 
 def pair(job: Job, ids: list[int], seed: int) -> Pair:
@@ -64,7 +64,7 @@ def write(job: Job, ids: list[int]) -> int:
     screen = Screen(job, ids)
     status = 0
     try:
-        for r in run(job, ids, job.a.seed):
+        for r in run(job, ids, job.a.seed, screen.chance):
             screen.show(r)
     except KeyboardInterrupt:
         status = 130

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command.cli import UsageError, out_of_memory, reading, waiting
+from command.cli import UsageError, note, out_of_memory, reading, waiting
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError, read_json
@@ -31,10 +31,6 @@ def waited_since() -> float:
     """When the user began to wait: with the process, if this is its first and only job."""
     start = sys.modules.pop("command.start", None)
     return start.BEGAN if start else time.perf_counter()
-
-
-def note(text: str) -> None:
-    print(f"clasp_mini.py: note: {text}", file=sys.stderr)
 
 
 class Job:
