@@ -63,21 +63,23 @@ class Job:
         c = self.cfg
         weights = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
         self.weights = weights * self.dtype.itemsize   # bytes of matrices; vectors do not count
-        self.numbers = dict(K=a.draft_length, M=a.skip_layers,
-                            exit_threshold=a.draft_exit_threshold, interval=a.interval)
-        if a.strategy == "ar":
-            if any(value is not None for value in (*self.numbers.values(), a.probe)):
-                note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
-            self.numbers = dict(K=0, M=0, exit_threshold=0.0, interval=1)
-        if a.strategy == "paper":
-            self.numbers = {name: value if self.numbers[name] is None else self.numbers[name]
-                            for name, value in paper_numbers(c.L).items()}
+        flags = dict(K=a.draft_length, M=a.skip_layers, exit_threshold=a.draft_exit_threshold,
+                     interval=a.interval)
+        named = {name: value for name, value in flags.items() if value is not None}
+        if a.strategy == "ar" and (named or a.probe):
+            note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
+        self.numbers = dict(clasp=dict.fromkeys(flags) | named, paper=paper_numbers(c.L) | named,
+                            ar=dict(K=0, M=0, exit_threshold=0.0, interval=1))[a.strategy]
         self.strategy = a.strategy                     # who decides
-        if self.strategy == "clasp" and None not in self.numbers.values():
+        if self.strategy == "clasp" and named == self.numbers:
             self.strategy = "paper"
         ours = self.strategy == "clasp"
-        self.K = 12 if self.numbers["K"] is None else self.numbers["K"]
-        self.M = budgets(c.L)[-1] if self.numbers["M"] is None else self.numbers["M"]
+        self.K = self.numbers["K"]
+        if self.K is None:
+            self.K = 12
+        self.M = self.numbers["M"]
+        if self.M is None:
+            self.M = budgets(c.L)[-1]
         if self.M > c.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {c.L} layers")
         self.probe = a.probe or 1
