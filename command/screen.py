@@ -84,8 +84,7 @@ class Terminal:
             ("own", "the model's own"),
             ("", f"  {run} layer run, {left_out} left out  * chosen anew")], self.width))
 
-    def round(self, n: int, r: Round, spelled: Callable[[list[int]], str], anew: bool = False
-              ) -> str:
+    def round(self, n: int, r: Round, spelled: Callable, anew: bool = False) -> str:
         """Round n: a cell per layer, light where left out, behind a * where they were chosen anew;
         kept/drafted; the tokens. What does not fit goes on below."""
         bar = "".join(self.cells[left_out] for left_out in r.skip)
@@ -121,7 +120,11 @@ class Text:
         ids = [i for i in ids if i not in self.stops]
         if self.tokenizer:
             return self.utf8.decode(self.tokenizer.decode_bytes(ids), final)
-        return "".join(f"{i} " for i in ids)
+        return self.whole(ids)
+
+    def whole(self, ids: Sequence[int]) -> str:
+        """These alone, with the tokens that end a text."""
+        return self.tokenizer.decode(ids) if self.tokenizer else "".join(f"{i} " for i in ids)
 
 
 class Screen:
@@ -150,11 +153,7 @@ class Screen:
         self.drawn.append(token)
         if self.rounds:
             L = len(self.rounds[0].skip)
-            waiting(self.err.drawing(len(self.rounds), L, self.spelled(self.drawn)))
-
-    def spelled(self, ids: list[int]) -> str:
-        tokenizer = self.job.tokenizer
-        return tokenizer.decode(ids) if tokenizer else "".join(f"{i} " for i in ids)
+            waiting(self.err.drawing(len(self.rounds), L, self.text.whole(self.drawn)))
 
     def put(self, text: str, stream: TextIO) -> None:
         print(text, end="", file=stream, flush=True)
@@ -183,7 +182,7 @@ class Screen:
         self.shown.append(self.text.add(r.emitted))
         if self.job.a.verbose:
             anew = bool(self.rounds) and self.rounds[-1].choice is not None
-            line = self.err.round(len(self.rounds), r, self.spelled, anew)
+            line = self.err.round(len(self.rounds), r, self.text.whole, anew)
             waiting("")
             print(line, file=sys.stderr, flush=True)
         elif not self.job.a.json:

@@ -549,6 +549,8 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
     assert with_value == {*LIMITS, *FREE}, "a new flag needs its limits here"
     for flag, (right, wrong) in LIMITS.items():
         prompt = () if flag == "--prompt-ids" else ("--prompt", "x")
+        if flag == "--repeats":
+            prompt += ("--compare",)
         for value in right:
             assert job(*prompt, f"{flag}={value}").prompt()
         for value in wrong:
