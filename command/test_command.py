@@ -36,8 +36,10 @@ NAMED = ("--skip-layers", 22, "--draft-length", 12, "--draft-exit-threshold", 0.
 
 
 @pytest.fixture(autouse=True)
-def no_costs_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def nothing_is_left_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))                     # costs that are kept
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -189,11 +191,9 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     odd = ("--top-k", 9, "--top-p", 0.8, "--max-new-tokens", 5, "--draft-length", 3,
            "--skip-layers", 2, "--draft-exit-threshold", 0.25, "--probe", 3)
     seed = 2 ** 32 - 1
-    try:
-        said = result(*of_this, *odd, "--interval", 4, "--temperature", 0.7, "--seed", seed,
-                      "--dtype", "float64", "--threads", 2)
-    finally:
-        torch.set_num_threads(1)
+    said = result(*of_this, *odd, "--interval", 4, "--temperature", 0.7, "--seed", seed,
+                  "--dtype", "float64", "--threads", 2)
+    torch.set_num_threads(1)
     want = Settings(temperature=0.7, top_k=9, top_p=0.8, N=5, K=3, M=2, exit_threshold=0.25,
                     interval=4)
     model, ids, s, chance, choose, policy = calls[0]
@@ -223,20 +223,17 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     assert job("--compare").a.repeats == 5
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_papers_loop_is_one_flag_on_every_device(monkeypatch, device):
-    """Rejects other numbers than the paper's 44 of 80 layers, 0.7 and 64, a probe of several tokens
-    on a GPU, and flags that do not replace them."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for how, want in ((("--strategy", "paper"), (12, 18, 0.7, 64)),
-                      (("--strategy", "paper", "--skip-layers", 5, "--interval", 8),
-                       (12, 5, 0.7, 8)),
-                      (NAMED, (12, 22, 0.3, 64))):      # the same loop, by the default strategy
-        paper = job("--device", device, "--prompt", "x", *how)
-        s = paper.settings
-        assert (s.K, s.M, s.exit_threshold, s.interval) == want
-        assert (paper.strategy, paper.probe) == ("paper", 1)
-        assert type(clasp_mini.policy_of(paper)) is Paper
+@pytest.mark.parametrize("how, want", [
+    (["--strategy", "paper"], (12, 18, 0.7, 64)), (NAMED, (12, 22, 0.3, 64)),
+    (["--strategy", "paper", "--skip-layers", 5, "--interval", 8], (12, 5, 0.7, 8))])
+def test_the_papers_loop_is_one_flag_or_four_numbers(how, want):
+    """Rejects other numbers than the paper's 44 of 80 layers, 0.7 and 64, and flags that do not
+    replace them; another loop by the default strategy where all four are named."""
+    paper = job("--prompt", "x", *how)
+    s = paper.settings
+    assert (s.K, s.M, s.exit_threshold, s.interval) == want
+    assert (paper.strategy, paper.probe) == ("paper", 1)
+    assert type(clasp_mini.policy_of(paper)) is Paper
 
 
 def test_prompts_become_ids_as_the_tokenizer_says(tmp_path):
@@ -276,18 +273,21 @@ CODE = r"\033\[[\d;]*m"
 REJECTED = r"\033\[9;31m.*?\033\[0m"
 
 
-def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(terminal, run, result):
+def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(terminal, run, result,
+                                                                           tmp_path):
     """Rejects a bar of another skip set, rounds that are not shown, rounds among the text that a
     pipe receives, and on a terminal a text that stands between its rounds a second time; a choice
     of layers that is not marked; a line of more than 79 columns. Of what is drawn: a token that is
     shown late, twice or elsewhere than where it stays, struck or kept, numbers that showing it uses
-    up, and a screen that is written to where nobody looks."""
+    up. A trace of another run than the one that is shown, and an unfinished one."""
     how = ("--prompt", "import os\n", "--max-new-tokens", 24, "--strategy", "paper", "--interval",
            2, "--temperature", 1, "--seed", 6)
     r = result(*how)
     n = r["stats"]["verifies"] + 1
-    status, out, err = run(*how, "--verbose")
+    path = tmp_path / "trace"
+    status, out, err = run(*how, "--verbose", "--trace", path)
     assert status == 0 and out == r["text"]
+    assert json.loads(path.read_text().splitlines()[-1])["event"] == "end"
     painted, stood = terminal(*how, "--verbose")
     for shown in (err, re.sub(CODE, "", painted)):
         legend, first, *lines, head, rate = shown.splitlines()
@@ -361,20 +361,9 @@ def test_a_large_model_is_bfloat16_where_that_is_fast_and_says_so(
     small model on many threads and a large one on one."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     torch.set_num_threads(2)
-    try:
-        this = job(*of_size(tmp_path, width), *how)
-        assert (this.dtype, torch.get_num_threads()) == (dtype, threads)
-        assert ("note: computing in bfloat16 on cpu" in capsys.readouterr().err) == said
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_the_trace_flag_leaves_the_text_alone(run, tmp_path):
-    """Rejects a trace of another run than the one that is printed, and an unfinished one."""
-    prompt = ("--prompt", "x = ", "--max-new-tokens", 24, "--temperature", 1)
-    path = tmp_path / "t"
-    assert run(*prompt, "--trace", path)[:2] == run(*prompt)[:2]
-    assert json.loads(path.read_text().splitlines()[-1])["event"] == "end"
+    this = job(*of_size(tmp_path, width), *how)
+    assert (this.dtype, torch.get_num_threads()) == (dtype, threads)
+    assert ("note: computing in bfloat16 on cpu" in capsys.readouterr().err) == said
 
 
 def test_help_fits_a_screen_and_names_every_flag(run, monkeypatch):
@@ -405,6 +394,19 @@ def test_ctrl_c_ends_with_the_account_so_far(tmp_path):
     assert len(out) < 4000                             # no buffer had to fill before any was seen
 
 
+@pytest.mark.parametrize("stop, status", [(KeyboardInterrupt, 130), (FloatingPointError, 1)])
+def test_what_was_drawn_in_a_round_that_never_ends_is_taken_away(terminal, monkeypatch, stop,
+                                                                 status):
+    """Rejects an account or a complaint behind tokens that were never judged."""
+    def run(job, ids, seed, chance):
+        yield speculative.Round(1, (False,), [], [], 0, [9], None, (0, 1, 0))
+        chance(seed).draw(torch.eye(V)[97])
+        raise stop("not finite")
+    monkeypatch.setattr(clasp_mini, "run", run)
+    stays, stood = terminal("--prompt", "x", "--verbose", status=status)
+    assert re.sub(CODE, "", stood[-2]) == "   1" + " " * 9 + "a" and stood[-1] == ""
+
+
 def test_ctrl_c_before_there_is_a_text_just_ends_it():
     """Rejects the traceback of an import that was broken off: of PyTorch's, which has begun."""
     p = process(python=["-X", "importtime"])
@@ -424,16 +426,14 @@ def test_without_its_packages_it_says_how_to_install_them():
                         rb"this folder:\n.* -m venv .* -r requirements.txt\n.*clasp_mini.py\n", err)
 
 
-@pytest.mark.parametrize("was, will", [(signal.SIG_IGN, signal.SIG_IGN),
-                                       (signal.SIG_DFL, signal.default_int_handler)])
-def test_where_ctrl_c_is_ignored_it_stays_ignored(tiny, was, will):
+def test_where_ctrl_c_is_ignored_it_stays_ignored(tiny):
     """Rejects a run under nohup that a Ctrl-C meant for another program ends."""
-    before = signal.signal(signal.SIGINT, was)
-    try:
+    before = signal.getsignal(signal.SIGINT)
+    for was, will in ((signal.SIG_IGN, signal.SIG_IGN),
+                      (signal.SIG_DFL, signal.default_int_handler)):
+        signal.signal(signal.SIGINT, was)
         job("--model", tiny, "--prompt-ids", 1).load()
-        assert signal.getsignal(signal.SIGINT) is will
-    finally:
-        signal.signal(signal.SIGINT, before)
+        assert signal.signal(signal.SIGINT, before) is will
 
 
 class Full(io.StringIO):
