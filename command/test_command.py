@@ -24,7 +24,7 @@ from policy.adaptive import Adaptive
 from policy.probe import PaperByProbe
 from speculative import Paper, Settings
 from tests.slow_llama import BASE, random_checkpoint
-from text.tokenizer import EOT, Tokenizer
+from text.tokenizer import Tokenizer
 
 ROOT = DEMO.parent
 TOK = Tokenizer(DEMO)
