@@ -6,15 +6,17 @@
     python clasp_mini.py --verbose                            # round by round
     python clasp_mini.py --prompt "class Stack:" --compare    # against plain decoding
 
-Who decides how much is drafted, and when layers are chosen anew?
+Who decides how much is drafted, by which layers, and when these are chosen anew?
 
-    --strategy clasp   policy/adaptive.py, ours: the default. If flags name all four of the paper's
-                       numbers (K, M, exit threshold, interval) nothing is left to decide: paper
-    --strategy paper   speculative.Paper, by these numbers
+    --strategy clasp   our policy (policy/adaptive.py), the default: what was accepted and what
+                       passes cost
+    --strategy paper   speculative.Paper: four fixed numbers, K, M, exit threshold and interval. A
+                       flag that names one of them is obeyed by both; who names all four leaves
+                       clasp nothing to decide, and runs paper
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
 
-A Job (command/job.py) holds what the flags ask for, checked. Its `guarded` hands rounds on, unless
-memory is short or the processes of several GPUs do not agree.
+A Job (command/job.py) holds what the flags ask for, checked, and the model. Its `guarded` hands
+rounds on, unless memory is short or the processes of several GPUs do not agree.
 """
 import os
 import sys
@@ -33,9 +35,8 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides. `numbers` are those that flags name, None what is open; `costs` is what passes
-    cost, and if that is a guess, `measure` tells. Layers may be chosen by several tokens (--probe).
-    """
+    """Who decides. Ours is told the numbers that flags name (None: open), what passes cost and, if
+    that is only a guess, how to measure it. --probe: several tokens choose layers, not one."""
     if job.strategy == "clasp":
         measure = job.measure if job.costs_guessed else None
         return Adaptive(job.settings, **job.costs, **job.numbers, probe=job.probe, measure=measure)
@@ -85,7 +86,7 @@ def work(argv: Sequence[str] | None, kind: type[Job] = Job) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C)."""
-    if "LOCAL_RANK" in os.environ:                     # torchrun has started several of us
+    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU
         from gpu.ranks import together
         return answer(lambda: together(lambda kind: work(argv, kind), Job))
     return answer(lambda: work(argv))
