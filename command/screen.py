@@ -41,7 +41,7 @@ class Terminal:
         self.is_screen = is_screen(stream)
         self.colour = self.is_screen and not os.environ.get("NO_COLOR")
         self.width = 79
-        with contextlib.suppress(OSError):             # no terminal
+        with contextlib.suppress(OSError, AttributeError):             # no terminal
             self.width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
         self.bar = BAR if self.width > 2 * BAR else BAR // 4
         self.cells = "█░"
