@@ -671,7 +671,7 @@ def test_what_departs_from_what_was_asked_is_said_once(tmp_path, monkeypatch, ca
                                                        words):
     """Rejects silence, and a note for the template that is followed, the model that is stopped, the
     device that was named; an 8B that runs on the CPU without a word."""
-    monkeypatch.setattr("gpu.driver.unusable", lambda: "there seems to be a GPU")
+    monkeypatch.setattr("gpu.replay.unusable", lambda: "there seems to be a GPU")
     own = {"clasp.json": dict(device="cpu")}
     folder = copy_of_the_demo(tmp_path, CHATS | ends([3841, 3849]) | own | files)
     job("--model", folder, "--prompt", "x", *how).prompt()
