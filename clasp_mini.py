@@ -8,11 +8,10 @@
 
 Who decides how much is drafted, by which layers, and when these are chosen anew?
 
-    --strategy clasp   our policy (policy/adaptive.py), the default: what was accepted and what
-                       passes cost
-    --strategy paper   speculative.Paper: four fixed numbers, K, M, exit threshold and interval. A
-                       flag that names one of them is obeyed by both; who names all four leaves
-                       clasp nothing to decide, and runs paper
+    --strategy clasp   our policy, the default (policy/adaptive.py), by what passes cost and what
+                       was accepted; flags may name some of the paper's numbers
+    --strategy paper   speculative.Paper, by four numbers: K, M, exit threshold and interval. Flags
+                       that name all four leave clasp nothing to decide: then it is this one, too
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
 
 A Job (command/job.py) holds what the flags ask for, checked, and the model. Its `guarded` hands
