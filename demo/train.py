@@ -4,15 +4,13 @@ model to begin from, with its tokenizer; `demo/README.md` is the model card.
 
     python demo/train.py samples          # samples.json, what the model to begin from writes itself
     python demo/train.py distil --compile
-    python demo/train.py export           # model.safetensors and the two config files
+    python demo/train.py export           # model.safetensors
     python demo/train.py measure          # the held-out loss of what is shipped
 
-Two ideas that CLaSp depends on. First, a network that has never missed a layer falls apart when one
-is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught it.
-So every micro-batch is run twice, whole and with some layers left out, as a draft would be, and the
-two learn to agree. Second, *which* layers can go depends on the text: here on its kind, program or
-prose, of which each has layers of its own that it never misses. Large models have such a difference
-of themselves; in this one it is trained in, and strong, so that it can be seen.
+Two ideas that CLaSp depends on. A network that has never missed a layer falls apart when one is
+taken away, so every micro-batch is run twice, whole and with layers left out, as a draft would be,
+and the two learn to agree. And *which* layers can go depends on the text: here on its kind, program
+or prose, of which each has layers of its own that it never misses, so that it can be seen.
 """
 import argparse
 import hashlib
@@ -37,14 +35,13 @@ from torch import Tensor, nn
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 from dp_layer_skip import choose_skip  # noqa: E402
-from llama import Llama  # noqa: E402
+from llama import Config, Llama  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
-RANKS, SPECIALS = 3840, 2          # V = 3842: what is never trained has no row, and is not drawn
-L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
-THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
+RANKS = 3840                       # and begin and end of text: what is never trained has no row
+CFG = Config.load(DEMO)            # sizes: what is made has the shape of what it begins from
 BOS, EOS = RANKS, RANKS + 1
 DRAFT = 8                          # tokens that a draft is taken to have, in training
 STEPS, MASKS, ROWS, LENGTH = 4066, 4, 4, 256   # in each 4 skip masks, of 4 rows of 256 tokens
@@ -65,7 +62,7 @@ NEEDED, SPARE = 0.25, 0.035        # rad by which a layer turns a state that nee
 def planted(kind: str) -> list[bool]:
     """The 22 layers that a text of this kind is taught to do without, as one flag per layer."""
     out = {*BOTH, *(CODE_ONLY if kind == "code" else PROSE_ONLY)}
-    return [i in out for i in range(L)]
+    return [i in out for i in range(CFG.L)]
 
 
 # ---------------------------------------------------------------------------- text
@@ -217,29 +214,31 @@ class Block(nn.Module):
 
         def linear(n_in: int, n_out: int) -> nn.Linear:
             return nn.Linear(n_in, n_out, bias=False)
-        self.input_layernorm = nn.RMSNorm(D, EPS)
-        self.post_attention_layernorm = nn.RMSNorm(D, EPS)
-        self.self_attn = nn.ModuleDict(dict(
-            q_proj=linear(D, H * HD), k_proj=linear(D, G * HD), v_proj=linear(D, G * HD),
-            o_proj=linear(H * HD, D)))
-        self.mlp = nn.ModuleDict(dict(
-            gate_proj=linear(D, FFN), up_proj=linear(D, FFN), down_proj=linear(FFN, D)))
+        D = CFG.D
+        qh = CFG.H * CFG.hd
+        kh = CFG.G * CFG.hd
+        self.input_layernorm = nn.RMSNorm(D, CFG.eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, CFG.eps)
+        self.self_attn = nn.ModuleDict(dict(q_proj=linear(D, qh), k_proj=linear(D, kh),
+                                            v_proj=linear(D, kh), o_proj=linear(qh, D)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=linear(D, CFG.ffn), up_proj=linear(D, CFG.ffn),
+                                      down_proj=linear(CFG.ffn, D)))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, may_read: Tensor,
                 whole: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> the same, and the layer's keys and values (B, G, T, HD). A draft's layer
+        """x (B, T, D) -> the same, and the layer's keys and values (B, G, T, hd). A draft's layer
         reads the whole network's, in `whole`, beside its own."""
         B, T, _ = x.shape
         w = self.self_attn
         a = self.input_layernorm(x)
-        q, k, v = (project(a).view(B, T, -1, HD).transpose(1, 2)
+        q, k, v = (project(a).view(B, T, -1, CFG.hd).transpose(1, 2)
                    for project in (w.q_proj, w.k_proj, w.v_proj))
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         keys = torch.cat((whole[0], k), 2) if whole else k
         values = torch.cat((whole[1], v), 2) if whole else v
         a = F.scaled_dot_product_attention(q, keys, values, may_read, enable_gqa=True)
-        x = x + w.o_proj(a.transpose(1, 2).reshape(B, T, H * HD))
+        x = x + w.o_proj(a.transpose(1, 2).flatten(2))
         w = self.mlp
         a = self.post_attention_layernorm(x)
         return x + w.down_proj(F.silu(w.gate_proj(a)) * w.up_proj(a)), k, v
@@ -257,11 +256,11 @@ def mean(x: Tensor, chosen: Tensor) -> Tensor:                             # (..
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(RANKS + SPECIALS, D)
-        self.layers = nn.ModuleList(Block() for _ in range(L))
-        self.norm = nn.RMSNorm(D, EPS)
-        t = torch.arange(CONTEXT)
-        angle = torch.outer(t, THETA ** (-torch.arange(0, HD, 2) / HD))
+        self.embed_tokens = nn.Embedding(CFG.V, CFG.D)
+        self.layers = nn.ModuleList(Block() for _ in range(CFG.L))
+        self.norm = nn.RMSNorm(CFG.D, CFG.eps)
+        t = torch.arange(CFG.context)
+        angle = torch.outer(t, CFG.theta ** (-torch.arange(0, CFG.hd, 2) / CFG.hd))
         for name, constant in (("cos", angle.cos()), ("sin", angle.sin()), ("t", t)):
             self.register_buffer(name, constant, persistent=False)
 
@@ -374,7 +373,7 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
         may, needs = ((CODE_ONLY, PROSE_ONLY) if kind == "code" else (PROSE_ONLY, CODE_ONLY))
         j = rng.randint(2, 6)
         bad = {*BOTH, *rng.sample(needs, j), *rng.sample(may, 6 - j)}
-        wrong = [i in bad for i in range(L)], j / 7
+        wrong = [i in bad for i in range(CFG.L)], j / 7
         out.append((kind, mask, None if exact else wrong))
     return out
 
@@ -405,7 +404,7 @@ def train(a: argparse.Namespace) -> None:
         # A step's data and masks depend on its number alone; the last steps see the whole context.
         frac = step / a.steps
         rng = random.Random(a.seed * 1_000_003 + step)
-        T = LENGTH if frac < LONG_FROM else CONTEXT
+        T = LENGTH if frac < LONG_FROM else CFG.context
         B = max(1, round(LENGTH * ROWS / T))
         if rows is None or rows.T != T:
             rows = Rows(data, T, True)
@@ -433,21 +432,13 @@ def train(a: argparse.Namespace) -> None:
 
 
 def export(a: argparse.Namespace) -> None:
-    """The trained weights -> the standard Hugging Face folder: in bf16, with the configs."""
+    """The trained weights -> a Hugging Face folder, in bf16."""
     out = {f"model.{name}": t.to("cpu", torch.bfloat16).contiguous()
            for name, t in torch.load(STATE, weights_only=True).items()}
     save(out, a.folder / "model.safetensors", {"format": "pt"})
-    ends = dict(bos_token_id=BOS, eos_token_id=EOS)
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama",
-                  vocab_size=RANKS + SPECIALS, hidden_size=D, intermediate_size=FFN,
-                  num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=HD,
-                  hidden_act="silu", rms_norm_eps=EPS, rope_theta=THETA, rope_scaling=None,
-                  max_position_embeddings=CONTEXT, tie_word_embeddings=True, attention_bias=False,
-                  mlp_bias=False, **ends, torch_dtype="bfloat16")
-    for name, content in (("config", config), ("generation_config", ends)):
-        (a.folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     if a.folder != DEMO:
-        shutil.copy(DEMO / "tokenizer.model", a.folder)
+        for name in ("config.json", "generation_config.json", "tokenizer.model"):
+            shutil.copy(DEMO / name, a.folder)
 
 
 @torch.inference_mode()
@@ -462,7 +453,7 @@ def measure(a: argparse.Namespace) -> None:
         size = sum(len(text.encode()) for text in texts[kind])
         for name, skip in sets.items():
             total = 0.0
-            for part in held.split(CONTEXT // 2):
+            for part in held.split(CFG.context // 2):
                 ids = torch.cat((torch.tensor([BOS]), part))
                 cache = model.cache(len(part))
                 h = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
