@@ -160,7 +160,7 @@ class Job:
         if not cuda and (small or not torch.cpu._is_avx512_bf16_supported()):
             return torch.float32
         threads = "" if cuda else f", {torch.get_num_threads()} threads"
-        note(f"computing in bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
+        note(f"bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
         return torch.bfloat16
 
     def known_costs(self) -> dict[str, Any]:
