@@ -71,8 +71,10 @@ class Job:
             note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
         fixed = dict(clasp=named, paper=paper_numbers(c.L) | named,
                      ar=dict(K=0, M=0, exit_threshold=0.0, interval=1))[a.strategy]
-        ours = a.strategy == "clasp" and len(named) < len(flags)
-        self.strategy = "paper" if a.strategy == "clasp" and not ours else a.strategy
+        self.strategy = a.strategy
+        if self.strategy == "clasp" and len(named) == len(flags):
+            self.strategy = "paper"                    # nothing is left to decide
+        ours = self.strategy == "clasp"
         self.numbers = dict.fromkeys(flags) | fixed
         largest = dict(K=12, M=budgets(c.L)[-1]) | fixed
         self.K = largest["K"]

@@ -10,8 +10,8 @@ from command.cli import UsageError
 from command.compare import compare, compared, comparison
 from command.flags import DEMO
 from command.report import figures, ideal_speedup, summary
-from command.screen import Terminal, Text
-from speculative import Round
+from command.screen import Screen, Terminal, Text
+from speculative import Chance, Round
 from text.tokenizer import Tokenizer
 
 TOK = Tokenizer(DEMO)
@@ -208,6 +208,11 @@ def a_job(**flags):
     return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), strategy="clasp", load_seconds=0.0,
                            measure_seconds=0.0, settings=SimpleNamespace(temperature=0),
                            own_prompt=False, report=lambda: dict(dtype="float32"))
+
+
+def test_what_is_drawn_is_watched_only_where_someone_looks():
+    """Rejects a GPU that is waited for at every token for nobody."""
+    assert type(Screen(a_job(verbose=True), [1]).chance(7)) is Chance
 
 
 @pytest.fixture
