@@ -423,7 +423,7 @@ def test_without_its_packages_it_says_how_to_install_them():
     out, err = p.communicate(timeout=60)
     assert (p.returncode, out) == (1, b"")
     assert re.fullmatch(rb"clasp_mini.py: not installed for .*: torch, safetensors, tiktoken.\n"
-                        rb"In this folder:\n.* -m venv .* -r requirements.txt\n.*clasp_mini.py\n", err)
+                        rb"In this folder:\n.* -m venv .* -r requirements.txt\n.*mini.py\n", err)
 
 
 def test_where_ctrl_c_is_ignored_it_stays_ignored(tiny):
@@ -563,14 +563,15 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
 
 TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
 WRONG_INPUTS = [        # arguments, exit status, what is said
-    (["--prompt", ""], 2, "--prompt is missing or empty"),
+    (["--prompt", ""], 2, "--prompt is missing or empty"), (["--prompt", b""], 2, "is missing"),
     (["--prompt"], 2, "--prompt: expected one argument"),
     (["--promt", "x"], 2, "--promt x; did you mean --prompt?"),
     (["--max=3"], 2, "--max=3; did you mean --max-new-tokens?"),
     (["--max-tokens", "3"], 2, "--max-tokens 3; did you mean --max-new-tokens?"),
     (["--zzz"], 2, "unrecognized arguments: --zzz (--help"),
     (["hello"], 2, "hello; a prompt stands behind --prompt, in quotes"),
-    (["--chat=yes"], 2, "--chat"), (["--prompt", "\udc80"], 2, "not valid UTF-8"),
+    (["--prompt", "\udc80"], 2, "not valid UTF-8"), (["--prompt", b"\xff"], 2, "not valid UTF-8"),
+    (["--chat=yes"], 2, "--chat"),
     (["--prompt-ids", V], 2, f"token {V} is not in the model's vocabulary of {V}"),
     (["--prompt-ids", "3,9" + "9" * 30], 2, "vocabulary"),
     (["--prompt-ids", "1", "--prompt", "x"], 2, "--prompt-ids goes without --prompt and --chat"),
@@ -597,14 +598,6 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--costs", DEMO / "config.json"], 1, "config.json: costs are ")]
 
 
-@pytest.mark.parametrize("arguments, status, words", WRONG_INPUTS)
-def test_wrong_input_gets_one_clear_line(complaint, tiny, arguments, status, words):
-    """Rejects a traceback, a guess, an error that does not name what is wrong or does not end with
-    the advice that helps."""
-    got, said = complaint(*(tiny if x == "TINY" else x for x in arguments))
-    assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
-
-
 WRONG_FOLDERS = [       # what differs from the demo's, what is said
     ({"clasp.json": [1]}, "clasp.json: cannot be read as a JSON object"),
     ({"clasp.json": dict(skip_layers=3)}, "clasp.json: skip_layers is not one of"),
@@ -619,27 +612,31 @@ WRONG_FOLDERS = [       # what differs from the demo's, what is said
     ({"config.json": None}, "config.json: cannot be read")]
 
 
-@pytest.mark.parametrize("files, words", WRONG_FOLDERS)
-def test_what_is_wrong_in_a_models_folder_is_named_with_the_file(complaint, tmp_path, files, words):
-    """Rejects a traceback, a name that is passed over, a value that its flag does not take; "no
-    such file" for a folder that holds a model, only in another form."""
-    status, said = complaint("--model", copy_of_the_demo(tmp_path, files), "--prompt", "x")
-    assert status == 1 and words in said
+@pytest.mark.parametrize("arguments, status, words", WRONG_INPUTS + [
+    (["--prompt", "x", "--model", files], 1, words) for files, words in WRONG_FOLDERS])
+def test_wrong_input_gets_one_clear_line(complaint, tiny, tmp_path, monkeypatch, arguments, status,
+                                         words):
+    """Rejects a traceback, a guess, an error that does not name what is wrong or does not end with
+    the advice that helps; of a folder: a name that is passed over, a value that its flag does not
+    take, "no such file" where a model lies in another form; of a pipe: bytes that are no text, and
+    an empty one as a prompt."""
+    def given(x):
+        if isinstance(x, bytes):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(x)))
+            return "-"
+        if isinstance(x, dict):
+            return copy_of_the_demo(tmp_path, x)
+        return tiny if x == "TINY" else x
+    got, said = complaint(*map(given, arguments))
+    assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
 
 
-def test_a_pipe_that_is_not_text_is_said_to_be_none(complaint, monkeypatch):
-    """Rejects a traceback for a file of another kind, an empty pipe as a prompt, and a byte order
-    mark as a part of it."""
-    def sends(text):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-
-    for sent, words in ((b"\xff", "the prompt is not valid UTF-8"), (b"", "is missing or empty")):
-        sends(sent)
-        status, said = complaint("--prompt", "-")
-        assert status == 2 and words in said
+def test_a_prompt_is_utf_8_whatever_the_locale_takes_it_for(monkeypatch):
+    """Rejects other ids for "é" where the locale lacks it, and a byte order mark as a part of a
+    text."""
     for ids in (job("--prompt", "é").prompt(), job("--prompt", "\udcc3\udca9").prompt()):
-        assert ids == [TOK.bos, *TOK.encode("é")]      # "é" as a locale without it hands it on
-    sends(b"\xef\xbb\xbfx\r\n")
+        assert ids == [TOK.bos, *TOK.encode("é")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfx\r\n")))
     assert job("--prompt", "-").prompt() == job("--prompt", "x\r\n").prompt()
 
 
