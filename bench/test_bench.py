@@ -283,6 +283,15 @@ def test_a_risk_is_the_part_of_the_judged_tokens_that_was_rejected(monkeypatch):
     assert found == [0.005, *(round(1 / (4 + M), 3) for M in (1, 2, 3, 4, 5, 6)), *found[7:]]
 
 
+def test_the_demo_decodes_faster_than_plainly():
+    """Rejects a policy that never drafts or that drafts what does not pay: counted by the demo's
+    own costs, on its own prompt."""
+    job = job_of().load()
+    rounds = list(clasp_mini.run(job, job.prompt(), job.a.seed))
+    decoded = len(ids_of(rounds)) - 1
+    assert decoded / spec_bench.plain_steps(rounds, job.costs) > 1.3
+
+
 # ---------------------------------------------------------------- choosers.py, picture.py
 
 def test_a_set_is_judged_on_the_tokens_behind_those_that_chose_it(monkeypatch):

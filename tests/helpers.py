@@ -1,4 +1,5 @@
 """Small models and short ways to run them, for the tests of every room."""
+import json
 from pathlib import Path
 
 import torch
@@ -11,6 +12,16 @@ from speculative import Chance
 torch.set_num_threads(1)
 ROOT = Path(llama.__file__).resolve().parent
 DEMO = ROOT / "demo"
+
+
+def put(folder, files):
+    """Write files, name -> bytes, text or a JSON value; None: take it away."""
+    for name, content in files.items():
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            text = content if isinstance(content, str | bytes) else json.dumps(content)
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
 
 
 def flags(L, chosen):

@@ -1,6 +1,5 @@
 """config.json and weights: every spelling and variant is read, and computes what a slow LLaMA
 does; whatever is wrong with a folder is one line."""
-import json
 import math
 import os
 
@@ -8,25 +7,21 @@ import pytest
 import torch
 
 import llama
+from tests.helpers import put
 from tests.slow_llama import (AS_4, AS_5, BASE, IDS, INDEX, SCALED, passes, random_checkpoint,
                               reference, same, worst_error)
 from text.safetensors_file import save
 
 
 def file(name, content=None):
-    """A function that has other content, bytes, in a file of a folder, or takes it away."""
-    def harm(folder):
-        if content is None:
-            (folder / name).unlink()
-        else:
-            (folder / name).write_bytes(content)
-    return harm
+    """A function that has other content in a file of a folder, or takes it away."""
+    return lambda folder: put(folder, {name: content})
 
 
 def configure(**overrides):
     """... that has BASE with overrides in config.json; `...` takes a key away."""
     c = {k: v for k, v in {**BASE, **overrides}.items() if v is not ...}
-    return file("config.json", json.dumps(c).encode())
+    return file("config.json", c)
 
 
 def test_what_is_not_given_is_as_transformers_has_it(tmp_path):
