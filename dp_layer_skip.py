@@ -34,7 +34,6 @@ from math import inf, nan
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # nothing here needs it
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
@@ -111,20 +110,19 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     D = torch.full((L + 1, M + 1), nan, dtype=wide, device=h.device)
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
-    g = h[:1]
+    g = h[:1].repeat(M + 1, 1)                         # in row i the states of cells 0 .. i count
+    run = torch.full_like(D[0], -inf)                                       # (M+1,)
     for i in range(1, L + 1):
-        J = min(i, M) + 1                              # cells of row i; g has those of row i-1
-        after = run_layer(i - 1, g)
-        # Two ways lead to cell j: to run, from cell j of the row above; to skip, from its cell j-1.
-        run = F.pad(near(after, h[i]), (0, 1), value=-inf)[:J]              # (J,)
-        skip = F.pad(near(g, h[i]), (1, 0), value=-inf)[:J]                 # (J,)
+        J = min(i, M + 1)                              # cells of row i-1
+        after = run_layer(i - 1, g[:J])
+        run[:J] = near(after, h[i])                    # behind them nothing can be run: -inf
+        skip = near(g, h[i]).roll(1)                   # cell j is reached from cell j-1 of row i-1
         run_wins = run > skip                          # strict: a tie skips
         run_wins[0] = True                             # it skips nothing, even where run is nan
-        D[i, :J] = torch.where(run_wins, run, skip)
-        skipped[i, :J] = ~run_wins
-        g_run = F.pad(after, (0, 0, 0, 1))[:J]                              # (J, width)
-        g_skip = F.pad(g, (0, 0, 1, 0))[:J]                                 # (J, width)
-        g = torch.where(run_wins[:, None], g_run, g_skip)
+        D[i, :i + 1] = torch.where(run_wins, run, skip)[:i + 1]
+        skipped[i, :i + 1] = ~run_wins[:i + 1]
+        g = g.roll(1, 0)                               # all skip ...
+        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # ... or not
         g[0] = h[i]                                    # as nothing was skipped; less rounding
     return D, skipped, g
 

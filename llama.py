@@ -38,13 +38,29 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 
+@dataclass(frozen=True)
+class Config:
+    """What the forward pass needs of config.json; in brackets its values in the 8B."""
+    L: int                      # num_hidden_layers [32]
+    D: int                      # hidden_size [4096]
+    H: int                      # num_attention_heads [32]
+    G: int                      # num_key_value_heads [8]
+    hd: int                     # head_dim [128]; H * hd need not be D
+    ffn: int                    # intermediate_size [14336]
+    V: int                      # vocab_size [128256]
+    eps: float                  # rms_norm_eps [1e-5]
+    context: int                # max_position_embeddings [8192]
+    tied: bool                  # tie_word_embeddings [False]: the head is the embedding table
+    theta: float                # rope_theta [500000]
+    scaling: tuple[float, float, float, int] | None     # LLaMA-3.1: factor, low, high, original
+
+
 class Rows(NamedTuple):
     """What the T rows of a pass are told about themselves."""
     cos: Tensor                 # (T, 1, hd) rotary table at each row's position
     sin: Tensor                 # (T, 1, hd) likewise, the first half negated (see `rotate`)
     slots: Tensor               # (T,) cache slot that each row writes
-    bias: Tensor                # (T, R, W) added to the row's scores, the same for all R query
-                                #           heads of a kv head. 0: may read this slot, -inf: not
+    bias: Tensor                # (T, W) added to the row's scores. 0: may read this slot, -inf: not
 
     def first(self, J: int) -> Rows:
         """The first J of these rows."""
@@ -60,8 +76,6 @@ class Cache:
         self.v = torch.zeros_like(self.k)
         self.layers = list(zip(self.k, self.v))                     # L times (G, S, hd), (G, S, hd)
         self.S = S
-        self.R = cfg.H // cfg.G
-        self.dtype = dtype
         self.slot = torch.arange(S, device=device)
         angle = torch.outer(torch.arange(S, dtype=torch.float64), rope_frequencies(cfg))
         cos = torch.cat((angle.cos(), angle.cos()), 1)[:, None]                 # (S, 1, hd)
@@ -93,8 +107,7 @@ class Cache:
 
     def rows(self, position: Tensor, slots: Tensor, may_read: Tensor) -> Rows:
         """(T,), (T,), (T, W) of bool -> Rows, with the rotary table and the bias looked up."""
-        bias = torch.zeros_like(may_read, dtype=self.dtype).masked_fill(~may_read, -math.inf)
-        bias = bias[:, None].repeat(1, self.R, 1)                               # -> (T, R, W)
+        bias = torch.zeros_like(may_read, dtype=self.k.dtype).masked_fill(~may_read, -math.inf)
         return Rows(self.cos[position], self.sin[position], slots, bias)
 
 
@@ -123,11 +136,11 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) * weight. eps is a tensor of one number, and its dtype is that of
-    the statistics: float32 or wider."""
+    """x / sqrt(mean(x^2) + eps) * weight, in the dtype of eps until the weight: float32 or wider.
+    eps is a tensor: with a number each of these small calls would take twice as long."""
     x_wide = x.type(eps.dtype)
     total = x_wide.square().sum(-1, keepdim=True)
-    under_root = torch.add(eps, total, alpha=1 / x.shape[-1])   # total / D + eps, in one call
+    under_root = torch.add(eps, total, alpha=1 / x.shape[-1])               # mean(x^2) + eps
     return (x_wide * under_root.rsqrt()).type(x.dtype) * weight
 
 
@@ -154,11 +167,10 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     # need neither copies of K and V nor a kernel that knows about them.
     q = rotated[:, :c.H].reshape(T, c.G, R, c.hd).transpose(0, 1)           # (G, T, R, hd)
     q = q.reshape(c.G, T * R, c.hd)
-    bias = rows.bias.view(T * R, W)
-    product = torch.bmm(q, keys[:, :W].transpose(1, 2))                     # (G, T*R, W)
-    score = torch.add(bias, product, alpha=c.hd ** -0.5)
-    weight = score.softmax(-1, dtype=eps.dtype).type(x.dtype)               # (G, T*R, W)
-    mixed = torch.bmm(weight, values[:, :W])                                # (G, T*R, hd)
+    product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
+    score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
+    weight = score.softmax(-1, dtype=eps.dtype).type(x.dtype)
+    mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
     mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
     return mixed @ w.out
 
@@ -226,7 +238,7 @@ class Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
         `device` in `dtype` (default: bfloat16 on a GPU, else float32). Every tensor is used exactly
         once, as `part(name, tensor)` returns it. Raises ModelError."""
-        c = Config.load(folder)
+        c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         left = tensors(Path(folder))
@@ -274,66 +286,48 @@ class ModelError(Exception):
     """What is wrong with a model folder or with what is asked of it, in one line for its user."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """What the forward pass needs of config.json; in brackets its values in the 8B."""
-    L: int                      # num_hidden_layers [32]
-    D: int                      # hidden_size [4096]
-    H: int                      # num_attention_heads [32]
-    G: int                      # num_key_value_heads [8]
-    hd: int                     # head_dim [128]; H * hd need not be D
-    ffn: int                    # intermediate_size [14336]
-    V: int                      # vocab_size [128256]
-    eps: float                  # rms_norm_eps [1e-5]
-    context: int                # max_position_embeddings [8192]
-    tied: bool                  # tie_word_embeddings [False]: the head is the embedding table
-    theta: float                # rope_theta [500000]
-    scaling: tuple[float, float, float, int] | None     # LLaMA-3.1: factor, low, high, original
+def read_config(folder: str | Path) -> Config:
+    """Read `folder`/config.json, of Transformers 4 or 5. What is not implemented is refused by
+    name: a setting silently ignored gives a model silently wrong. Raises ModelError."""
+    path = Path(folder) / "config.json"
+    c = {key: v for key, v in read_json(path).items() if v is not None}     # null is "not given"
+    # Transformers 4 has rope_theta beside rope_scaling, 5 has all in rope_parameters. To read the
+    # old spelling alone would give a new file theta 10000.
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = c.get(name, {})
+        c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
+    unnamed = "unnamed" if "factor" in c else "default"
+    c.setdefault("rope_type", c.get("type", unnamed))  # once it was called type
+    supported = dict(
+        architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
+        mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
+        rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
+    for key, values in supported.items():
+        if key in c and c[key] not in values:
+            raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (LLaMA-3 only)")
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Config:
-        """Read `folder`/config.json, of Transformers 4 or 5. What is not implemented is refused by
-        name: a setting silently ignored gives a model silently wrong. Raises ModelError."""
-        path = Path(folder) / "config.json"
-        c = {key: v for key, v in read_json(path).items() if v is not None}  # null is "not given"
-        # Transformers 4 has rope_theta beside rope_scaling, 5 has all in rope_parameters. To read
-        # the old spelling alone would give a new file theta 10000.
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = c.get(name, {})
-            c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
-        if "rope_type" not in c:                       # it was once called type
-            unknown = "factor" in c                    # stretched, and nobody says how
-            c["rope_type"] = c.get("type", None if unknown else "default")
-        supported = dict(
-            architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
-            mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
-            rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
-        for key, values in supported.items():
-            if key in c and c[key] not in values:
-                raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (LLaMA-3 only)")
+    def number(key: str, default: float | None = None, kind: type = int) -> Any:
+        value = c.get(key, default)                # JSON's true is no number
+        if type(value) not in (int, float) or not 0 < value < 1e15 or kind(value) != value:
+            raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
+        return kind(value)
 
-        def number(key: str, default: float | None = None, kind: type = int) -> Any:
-            value = c.get(key, default)                # JSON's true is no number
-            if type(value) not in (int, float) or not 0 < value < 1e15 or kind(value) != value:
-                raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
-            return kind(value)
-
-        scaling = None
-        if c["rope_type"] == "llama3":
-            scaling = (number("factor", kind=float), number("low_freq_factor", kind=float),
-                       number("high_freq_factor", kind=float),
-                       number("original_max_position_embeddings"))
-        D = number("hidden_size")
-        H = number("num_attention_heads")
-        cfg = cls(L=number("num_hidden_layers"), D=D, H=H, G=number("num_key_value_heads", H),
-                  hd=number("head_dim", D // H), ffn=number("intermediate_size"),
-                  V=number("vocab_size"), eps=number("rms_norm_eps", 1e-6, float),
-                  context=number("max_position_embeddings", 2048),
-                  tied=c.get("tie_word_embeddings", False),
-                  theta=number("rope_theta", 1e4, float), scaling=scaling)
-        if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
-            raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
-        return cfg
+    scaling = None
+    if c["rope_type"] == "llama3":
+        scaling = (number("factor", kind=float), number("low_freq_factor", kind=float),
+                   number("high_freq_factor", kind=float),
+                   number("original_max_position_embeddings"))
+    D = number("hidden_size")
+    H = number("num_attention_heads")
+    cfg = Config(L=number("num_hidden_layers"), D=D, H=H, G=number("num_key_value_heads", H),
+                 hd=number("head_dim", D // H), ffn=number("intermediate_size"),
+                 V=number("vocab_size"), eps=number("rms_norm_eps", 1e-6, float),
+                 context=number("max_position_embeddings", 2048),
+                 tied=c.get("tie_word_embeddings", False),
+                 theta=number("rope_theta", 1e4, float), scaling=scaling)
+    if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
+        raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
+    return cfg
 
 
 def read_json(path: Path) -> dict:
@@ -381,7 +375,7 @@ def main() -> None:
             ("verify: that token and four drafted ones", range(6, 11), cache.sequence(6, 5)),
             ("five candidates of the DP for the token at 6", [6] * 5, cache.candidates(6, 5))):
         print(f"\n{title}\n  position   slot " + "".join(f"{s:3}" for s in range(cache.S)))
-        for t, slot, bias in zip(position, rows.slots.tolist(), rows.bias[:, 0].tolist()):
+        for t, slot, bias in zip(position, rows.slots.tolist(), rows.bias.tolist()):
             marks = ("w" if s == slot else "#" if b == 0 else "." for s, b in enumerate(bias))
             print(f"  {t:8} {slot:6}   " + "  ".join(marks))
 

@@ -20,8 +20,8 @@ Glossary
     p, q       target (full model) and draft distributions over V tokens
     L, D       layers of the model; width of its states h[0..L]
     own        the token that the full model adds behind the accepted ones: a correction or a bonus
-    probe      the last accepted token or, if there is none, the one before the draft: the last that
-               the full model has read and kept. Its states choose the layers
+    probe      the token whose states choose the layers: the last accepted one or, if none was, the
+               one before the draft. (`own` has not been read yet.)
     confidence of a drafted token: the draft's top-1 probability there, at temperature 1
 
 This file knows no LLaMA and no dynamic program. A model and its cache are anything with the methods
@@ -133,13 +133,12 @@ class Chance:
 
     def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
-        total; -1 if p holds no number above 0."""
+        total."""
         cdf = p.cumsum(0, dtype=torch.float64)
         # Summed in parallel it may rise or fall by rounding, even at a token of probability 0.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > self.uniform() * cdf.amax()
-        first = exceeds.int().argmax(0, keepdim=True)
-        return torch.where(exceeds.any(), first, -1)
+        return exceeds.int().argmax(0, keepdim=True)
 
 
 class Paper:
@@ -162,7 +161,7 @@ class Paper:
         return not confidence or confidence[-1] >= self.s.exit_threshold
 
     def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
-        """The draft has been judged: p (k+1, V), q k times (V,)."""
+        """The draft has been judged: p (k+1, V), q k times (V,). Of the prefill too: k = 0."""
 
     def due(self, n: int) -> bool:
         """After verification n, where 0 is the prefill: are layers to be chosen?"""
@@ -187,7 +186,7 @@ class Round:
     drafted: list[int]          # d1..dk
     confidence: list[float]     # at each
     accepted: int               # how many of them
-    emitted: list[int]          # these and the full model's own, cut after a stop token
+    emitted: list[int]          # these and own; without own, if the last of them is a stop token
     choice: Any                 # what the chooser returned, if it was asked after this round
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
@@ -197,7 +196,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
              policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
     Exactly the full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`)
-    decide. Raises FloatingPointError where logits are not finite numbers."""
+    decide; up to rounding, for passes of one row and of several differ in the last bits. Raises
+    FloatingPointError where logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
     text = list(prompt)
@@ -209,8 +209,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         start = len(text)
         began = _clock(model)
 
-        # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers:
-        #    none reads an entry that was not written because another one skipped the layer.
+        # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
+        #    none looks into a layer for an entry that was never written.
         skip = policy.skip
         most = end - start - 1 if n > 0 else 0         # the full model adds a token of its own
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
@@ -225,8 +225,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, finite = torch.cat((*verdict, finite)).tolist()      # a GPU is waited for
-        if not finite:
+        accepted, own, sound = torch.cat((*verdict, finite)).tolist()       # a GPU is waited for
+        if not sound:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]
@@ -264,13 +264,13 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         q.append(probabilities(logits, s))
         last = chance.draw(q[-1])
         sure = logits.softmax(-1).amax(0, keepdim=True)
-        # Together, for a GPU is waited for; as float32 an id below 2^24 is exact.
+        # Fetched together, for a GPU is waited for. As float32 an id below 2^24 is exact.
         token, top = torch.cat((last, sure)).tolist()
         if math.isnan(top):                            # of infinite logits too
             raise FloatingPointError(NOT_FINITE)
         drafted.append(int(token))
         confidence.append(top)
-        if token in s.stop_ids:
+        if drafted[-1] in s.stop_ids:
             break
     return drafted, q, confidence
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from command.cli import UsageError, note, out_of_memory, reading, waiting
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
-from llama import Config, Llama, ModelError, read_json
+from llama import Llama, ModelError, read_config, read_json
 from policy import costs
 from policy.adaptive import budgets
 from speculative import Round, Settings
@@ -55,7 +55,7 @@ class Job:
                 what = f"a file; give its folder, {self.folder.parent}"
             raise ModelError(f"{self.folder}: {what}")
         with reading(self.folder):
-            self.cfg = Config.load(self.folder)
+            self.cfg = read_config(self.folder)
         self.stops = stop_ids(self.folder)
         self.take_saved_flags()
         self.device = self.checked_device()

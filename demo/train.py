@@ -35,13 +35,13 @@ from torch import Tensor, nn
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 from dp_layer_skip import choose_skip  # noqa: E402
-from llama import Config, Llama  # noqa: E402
+from llama import Llama, read_config  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 RANKS = 3840                       # and begin and end of text: what is never trained has no row
-CFG = Config.load(DEMO)            # sizes: what is made has the shape of what it begins from
+CFG = read_config(DEMO)            # sizes: what is made has the shape of what it begins from
 BOS, EOS = RANKS, RANKS + 1
 DRAFT = 8                          # tokens that a draft is taken to have, in training
 STEPS, MASKS, ROWS, LENGTH = 4066, 4, 4, 256   # in each 4 skip masks, of 4 rows of 256 tokens

@@ -161,7 +161,7 @@ def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
     """Rejects a rank that keeps the whole, in a view's storage too, that copies more from the
     memory map than it keeps, or exchanges once too often."""
     random_checkpoint(tmp_path, FOUR, shards=2)
-    c = llama.Config.load(tmp_path)
+    c = llama.read_config(tmp_path)
     layer = 2 * c.D + costs.layer_weights(c) // 2      # norms are not shared, nor the embedding
     held = c.L * layer + c.D + c.V * c.D + c.V // 2 * c.D
 

@@ -31,7 +31,7 @@ from typing import Any  # noqa: E402
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.flags import DEMO, DTYPES  # noqa: E402
 from dp_layer_skip import Choice  # noqa: E402
-from llama import Config, Llama, ModelError, Tensor, torch  # noqa: E402
+from llama import Llama, ModelError, Tensor, read_config, torch  # noqa: E402
 from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
 from oracle.diagnosis import RULES, Departure, Tally  # noqa: E402
@@ -479,7 +479,7 @@ def alike(ours: Any, theirs: Any) -> bool:
 def prepare(lines: Lines, a: argparse.Namespace) -> Check:
     """The header: is this a trace of the model at hand, of a size it can have?"""
     h = lines.header()
-    cfg = Config.load(a.model)
+    cfg = read_config(a.model)
     prompt, said = h["prompt_ids"], h["settings"]
     dtype = a.dtype or h["dtype"]
     X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])

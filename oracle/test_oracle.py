@@ -24,7 +24,7 @@ import llama
 import speculative
 from command.cli import Parser
 from command.flags import DEMO, DTYPES
-from llama import Cache, Config, Llama
+from llama import Cache, Llama, read_config
 from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
@@ -74,7 +74,7 @@ def check(capsys, random_model, tmp_path):
 def traced(tmp_path):
     """traced(model, *flags) -> the lines that the command writes, told these costs."""
     def call(folder, *flags):
-        L = Config.load(folder).L
+        L = read_config(folder).L
         costs, path = tmp_path / "costs", tmp_path / "trace"
         costs.write_text(json.dumps(dict(draft=[1] + [0.1] * L, verify=[1] * 14, optimise=0)))
         assert clasp_mini.main(["--model", str(folder), "--device", "cpu", "--trace", str(path),

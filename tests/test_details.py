@@ -68,7 +68,7 @@ def test_in_bfloat16_norms_are_computed_in_float32():
 def test_in_bfloat16_rows_are_turned_by_exact_tables_to_the_end_of_a_long_context(tmp_path):
     """Rejects angles computed in float32, wrong by 1e-3 there, and rows turned in bfloat16."""
     c, _ = random_checkpoint(tmp_path, AS_4)
-    cfg = llama.Config.load(tmp_path)
+    cfg = llama.read_config(tmp_path)
     narrow, wide = (llama.Cache(cfg, 32768, torch.device("cpu"), dtype).sequence(32704, 64)
                     for dtype in (torch.bfloat16, torch.float64))
     want = [cmath.exp(32767j * f) for f in reference_frequencies(c)]

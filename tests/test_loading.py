@@ -27,7 +27,7 @@ def configure(**overrides):
 def test_what_is_not_given_is_as_transformers_has_it(tmp_path):
     """Rejects LLaMA-3's own values, or a refusal, for a file that leaves them out."""
     configure(rms_norm_eps=None)(tmp_path)
-    c = llama.Config.load(tmp_path)
+    c = llama.read_config(tmp_path)
     assert (c.eps, c.context, c.theta, c.tied) == (1e-6, 2048, 1e4, False)
 
 
@@ -128,7 +128,7 @@ BROKEN = [              # what harms the folder, what is said; None: it is no ha
     (configure(architectures=["LlamaForSequenceClassification"]), "SequenceClassification"),
     (configure(rope_scaling=dict(type="linear", factor=2.0)), "rope_type = 'linear'"),
     (configure(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_type = 'yarn'"),
-    (configure(rope_scaling=dict(factor=8.0)), "rope_type = None"),
+    (configure(rope_scaling=dict(factor=8.0)), "rope_type = 'unnamed'"),
     (configure(rope_scaling="yarn"), "rope_type = 'yarn'"),
     (configure(rope_scaling=dict(rope_type="llama3", factor=8)), "low_freq_factor is None"),
     (configure(**{**AS_4, "rope_scaling": dict(SCALED, high_freq_factor=1.0)}), "do not fit"),

@@ -27,7 +27,7 @@ import dp_layer_skip
 import llama
 import speculative
 from command import report
-from llama import Cache, Config, Llama
+from llama import Cache, Llama
 from policy import probe
 from speculative import Chance, Paper
 
@@ -102,7 +102,6 @@ def rejects(*names):
 dp = types.SimpleNamespace(**vars(dp_layer_skip))
 sp = types.SimpleNamespace(**vars(speculative))
 ll = types.SimpleNamespace(**vars(llama))
-load = Config.load
 accept = Chance.accept
 optimise = Paper.optimise
 
@@ -214,7 +213,8 @@ SAMPLER_AND_LOOP = {
         "if q[-1][int(token)] < s.exit_threshold:\n            q.pop()\n            break\n"
         "        drafted.append(int(token))")),
     "a policy can reach into the text": loop(("text[:cached], probe", "text, probe")),
-    "drafting goes on behind a stop token": drafting(("if token in s.stop_ids:", "if False:")),
+    "drafting goes on behind a stop token": drafting(
+        ("if drafted[-1] in s.stop_ids:", "if False:")),
     "drafting ends at the threshold": edit(
         Paper, "goes_on", (">= self.s.exit_threshold", "> self.s.exit_threshold")),
     "the drafts' keys stay after a verify": loop(
@@ -234,7 +234,7 @@ SAMPLER_AND_LOOP = {
     "a stop in a draft is told twice": edit(
         report, "fates", ("own=r.emitted[r.accepted:]", "own=r.emitted[-1:]")),
     "infinite logits are numbers": loop(("logits.isfinite()", "~logits.isnan()")),
-    "only the prompt's logits are looked at": loop(("if not finite", "if n == 0 and not finite")),
+    "only the prompt's logits are looked at": loop(("if not sound", "if n == 0 and not sound")),
     "layers are optimised a round late": edit(
         Paper, "due", ("n % self.s.interval == 0", "n % self.s.interval == 1")),
     "the probe is the last drafted token": loop(("x[accepted] for", "x[-1] for")),
@@ -271,7 +271,8 @@ LLAMA = {
     "LLaMA-3.1's stretching left out": put(
         llama, "rope_frequencies", lambda c: ll.rope_frequencies(replace(c, scaling=None))),
     "Transformers 5 not understood": put(
-        Config, "load", lambda folder: replace(load(folder), theta=1e4, scaling=None)),
+        llama, "read_config", lambda folder: replace(
+            ll.read_config(folder), theta=1e4, scaling=None)),
     "query heads dealt to kv heads in turn": edit(
         llama, "attention",
         ("T, c.G, R, c.hd).transpose(0, 1)", "T, R, c.G, c.hd).permute(2, 0, 1, 3)"),
