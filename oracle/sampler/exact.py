@@ -97,6 +97,8 @@ class Answering(TorchFunctionMode):
         if name in OTHERS:
             raise Refused(f"{func.__name__} cannot be followed")
         hidden = [getattr(a, "hidden", None) for a in args[:2]]
+        if name in ("tensor", "stack", "cat") and any(hasattr(a, "hidden") for a in args[0]):
+            return self.joined(func, args, kwargs)
         if not any(hidden):
             return func(*args, **kwargs)
         x = hidden[0] or hidden[1]
