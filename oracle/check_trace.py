@@ -305,11 +305,15 @@ class Check:
                        hint="the verdict: a token is judged by the q that it was drawn from")
             self.close("ratio", "a", a, min(1.0, p / q) if q else math.inf, EXACT,
                        note="in float64")
-            self.equal("verdict", "u given", u is not None, not rejected)
-            self.equal("verdict", "accepted", line["accepted"], None if rejected else u < a)
-            if not rejected:
+            if u is not None:
                 self.uniforms.append(u)
                 self.pairs.append((d["u"], u))
+            if rejected:
+                self.equal("verdict", "accepted", line["accepted"], None)
+            else:
+                self.equal("verdict", "u given", u is not None, True)
+                self.equal("verdict", "accepted", line["accepted"], u < a)
+                self.last_u = u
                 rejected = not line["accepted"]
                 accepted += not rejected
             self.lines.advance()
@@ -327,7 +331,7 @@ class Check:
         q, of_q = None, [None]
         if rejected:
             q, of_q = self.nearest(self.draft_logits[accepted], "q", about)
-            self.corrections.append((self.uniforms[-1], line["u"]))
+            self.corrections.append((self.last_u, line["u"]))
         else:
             self.equal("own", "q", line["q"], 0)
         options = [(p, q), *itertools.product(of_p, of_q)]

@@ -43,17 +43,17 @@ TINY = Settings(N=30, K=4, M=2, interval=2, temperature=0.2)
 VECTORS: dict[str, tuple[str | list[int], Settings, int]] = {     # name: prompt, settings, seed
     "greedy": (CLASS, LIVELY, 0),
     "temperature": (MEAN, replace(LIVELY, temperature=1.0, M=22, K=3, exit_threshold=0.1), 1),
-    "top-p": (MEAN, NUCLEUS, 3),
+    "top-p": (MEAN, NUCLEUS, 9),
     "full-draft": (MEAN, replace(HOT, M=0), 2),
     "plain": (MEAN, replace(HOT, K=0), 0),
     "short-interval": (CLASS, replace(HOT, N=16, M=8, interval=2), 0),
-    "stop-in-draft": (MEAN, replace(HOT, stop_ids=(361,)), 0),
+    "stop-in-draft": (MEAN, replace(HOT, stop_ids=(361,)), 4),
     "zero-verdict": (MEAN, NUCLEUS, 3),
     "zero-draw": (MEAN, NUCLEUS, 0),
     "tiny-greedy": (SHORT, replace(TINY, temperature=0.0), 0),
     "tiny-temperature": (SHORT, TINY, 0),
     "tiny-probe": (SHORT, replace(TINY, N=20), 0),
-    "tiny-stops": (LONG, replace(TINY, N=60, stop_ids=(61, 9)), 0),
+    "tiny-stops": (LONG, replace(TINY, N=60, stop_ids=(61, 9)), 22),
     "tiny-top-p": (SHORT, replace(TINY, top_k=20, top_p=0.9), 0),
 }
 PROBE = {"tiny-probe": 3, "tiny-stops": 4}             # tokens of the probe, else 1

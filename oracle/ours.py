@@ -43,7 +43,7 @@ def run(case: dict, chance: Chance | None = None) -> list[int]:
     while len(text) <= s.N and text[-1] not in s.stop_ids:
         d, q, _ = draft(model, model, text, s.N - len(text), (True,), s, Paper(s, 1), chance)
         accepted, own = judge(probabilities(p_of[[text[-1], *d]], s), q, d, chance)
-        text += cut([*d[:accepted], int(own)], case["stop"])
+        text += cut([*d[:int(accepted)], int(own)], case["stop"])
     return text[1:]
 
 

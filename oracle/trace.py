@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 from command.flags import VERSION as PROGRAM_VERSION
 from llama import Tensor, torch
-from speculative import Chance, Round, Settings, acceptance, generate
+from speculative import Chance, Round, Settings, generate
 
-VERSION = 4                  # of the format
+VERSION = 5                  # of the format
 PROGRAM = "clasp-mini"
 
 
@@ -26,29 +26,29 @@ class Invalid(Exception):
 
 
 class Recording(Chance):
-    """A Chance whose uniforms come from `uniform`, and which keeps its answers of a round: `draws`,
-    (token, its probability, u), and `verdicts`, (a, u, accepted)."""
+    """A Chance whose uniforms come from `uniform`, and which keeps what a round asked: `u`, 2k + 1
+    numbers; `draws`, k + 1 times (token, its probability); `a`, of the k verdicts."""
 
     def __init__(self, uniform: Callable[[], float]) -> None:
         self.source = uniform
         self.forget()
 
     def forget(self) -> None:
-        self.draws: list[tuple[int, float, float]] = []
-        self.verdicts: list[tuple[float, float, bool]] = []
+        self.u: list[float] = []
+        self.a: list[float] = []
+        self.draws: list[tuple[int, float]] = []
 
     def uniform(self) -> float:
-        self.last = self.source()
-        return self.last
+        self.u.append(self.source())
+        return self.u[-1]
 
-    def accept(self, a: float) -> bool:
-        accepted = super().accept(a)
-        self.verdicts.append((a, self.last, accepted))
-        return accepted
+    def accept(self, a: Tensor) -> Tensor:
+        self.a = a.tolist()
+        return super().accept(a)
 
     def draw(self, p: Tensor) -> Tensor:
         token = super().draw(p)
-        self.draws.append((int(token), p[token].item(), self.last))
+        self.draws.append((int(token), p[token].item()))
         return token
 
 
@@ -117,22 +117,21 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
     k = len(r.drafted)
     yield "round", dict(start=r.start, skip=indices(r.skip), ended=why)
     for step, token in enumerate(r.drafted):
-        _, q, u = chance.draws[step]
-        yield "draft", dict(step=step, token=token, q=q, confidence=r.confidence[step], u=u)
+        _, q = chance.draws[step]
+        yield "draft", dict(step=step, token=token, q=q, confidence=r.confidence[step],
+                            u=chance.u[step])
     for step, token in enumerate(r.drafted):
-        p = witness.p[step, token]
-        q = witness.q[step][token]
-        never_judged = (acceptance(p, q).item(), None, None)
-        a, u, accepted = [*chance.verdicts, *[never_judged] * k][step]
-        yield "verify", dict(step=step, token=token, p=p.item(), q=q.item(), a=a, u=u,
-                             accepted=accepted)
+        verdict = step < r.accepted if step <= r.accepted else None         # None: not judged
+        yield "verify", dict(step=step, token=token, p=witness.p[step, token].item(),
+                             q=witness.q[step][token].item(), a=chance.a[step],
+                             u=chance.u[k + step], accepted=verdict)
     kind = "residual" if r.accepted < k else "bonus" if k > 0 else "plain"
-    token, probability, u = chance.draws[k]
+    token, probability = chance.draws[k]
     p = witness.p[r.accepted]
     q = witness.q[r.accepted] if kind == "residual" else torch.zeros_like(p)
     mass = (p - q).clamp(min=0).sum().item() if kind == "residual" else 1.0
-    yield "own", dict(kind=kind, token=token, probability=probability, u=u, p=p[token].item(),
-                      q=q[token].item(), mass=mass)
+    yield "own", dict(kind=kind, token=token, probability=probability, u=chance.u[2 * k],
+                      p=p[token].item(), q=q[token].item(), mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
         D, skipped = r.choice.D, r.choice.skipped
