@@ -101,8 +101,10 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
     model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
     -> how many are accepted, from the first on, and the full model's own token behind them; both
     (1,), on p's device: to read them is to wait for a GPU."""
+    if not drafted:
+        return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
-    token = torch.tensor(drafted, device=p.device, dtype=torch.long)
+    token = torch.tensor(drafted, device=p.device)
     # Behind the draft q is 0, for nothing is drafted there: all of p is owed.
     q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
     accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
@@ -122,11 +124,11 @@ class Chance:
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
     def accept(self, a: Tensor) -> Tensor:                                  # (k,) -> (1,)
-        """Each drafted token is accepted with its probability a, until one is not: how many. u < a
-        is strict: u <= a would pass a token of probability 0 at u = 0."""
-        u = torch.tensor([self.uniform() for _ in a], dtype=torch.float64).to(a.device)
-        kept = u < a
-        return kept.cumprod(0).sum(0, keepdim=True)
+        """How many drafted tokens are accepted: each with its probability a, until one is not.
+        u < a is strict: u <= a would pass a token of probability 0 at u = 0."""
+        uniforms = [self.uniform() for _ in range(len(a))]
+        kept = torch.tensor(uniforms, dtype=torch.float64, device=a.device) < a
+        return kept.cumprod(0).sum(0, keepdim=True)    # 1 1 0 1 -> 1 1 0 0 -> 2
 
     def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the

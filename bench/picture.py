@@ -19,7 +19,7 @@ from speculative import Round  # noqa: E402
 
 CELL = 9                                               # width of a layer
 LINE = 20                                              # height of a round
-MOST = 28                                              # rounds shown
+MOST = 32                                              # rounds shown
 STYLE = dict(kept='fill="#1a7f37"', dim='fill="#656d76"', own='fill="#0550ae" font-weight="bold"',
              rejected='fill="#cf222e" text-decoration="line-through"')
 FONT = 'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace" font-size="13"'

@@ -118,7 +118,7 @@ class Job:
 
     def checked_device(self) -> torch.device:
         if self.a.device is None:
-            from gpu.driver import unusable
+            from gpu.replay import unusable
             amiss = unusable()
             if amiss:
                 note(f"{amiss}; computing on the CPU")

@@ -676,7 +676,7 @@ def test_what_departs_from_what_was_asked_is_said_once(tmp_path, capsys, files, 
 def test_a_gpu_that_cannot_be_used_is_named_where_the_device_was_left_open(tmp_path, monkeypatch,
                                                                           capsys, how, said):
     """Rejects an 8B that runs on the CPU without a word, and one where that was asked for."""
-    monkeypatch.setattr("gpu.driver.unusable", lambda: "there seems to be a GPU")
+    monkeypatch.setattr("gpu.replay.unusable", lambda: "there seems to be a GPU")
     job("--model", copy_of_the_demo(tmp_path, {"clasp.json": dict(prompt="x")}), *how)
     assert ("note: there seems to be a GPU; computing on the CPU" in
             capsys.readouterr().err) == said

@@ -22,17 +22,15 @@ sys.path[0] = str(ROOT)
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
-from gpu.driver import unusable  # noqa: E402
-from gpu.replay import Replay, first_line, fused, unfused, wake  # noqa: E402
-from gpu.stand_in import replayed, replaying  # noqa: E402
-from gpu.synthetic import EIGHT_B, SMALL, TINY, random_llama  # noqa: E402
-from gpu.twin import twin  # noqa: E402
+from gpu.replay import Replay, first_line, fused, unfused, unusable, wake  # noqa: E402
+from gpu.trial import EIGHT_B, TINY, moved, random_llama, replayed, replaying, twin  # noqa: E402
 from llama import Llama, Tensor, torch  # noqa: E402
 from policy import costs  # noqa: E402
 from policy.adaptive import Adaptive, budgets  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Chance, Settings, generate, read  # noqa: E402
 from tests.every_outcome import distance  # noqa: E402
+from tests.helpers import tiny_llama  # noqa: E402
 
 K = 12                       # tokens drafted at most, as the command has it
 
@@ -147,8 +145,8 @@ class Check:
 
     def lossless(self) -> dict:
         """Every branch of chance of a small model by graphs, against the full model's products."""
-        model = random_llama(SMALL, self.device, torch.float64)
-        s = Settings(temperature=4.0, top_p=0.9, N=4, K=2, M=1, interval=1)
+        model = moved(tiny_llama(), self.device)
+        s = Settings(temperature=0.8, top_p=0.9, N=4, K=2, M=1, interval=1)
         return dict(largest_error=distance(model, s, replaying(model, s.K, s.M)))
 
     def passes(self, K: int, M: int, r: int, fuse: Callable) -> dict:

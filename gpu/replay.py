@@ -15,9 +15,12 @@ into small buffers first. What was not recorded runs as it does without graphs: 
 prompt, a probe of fewer than r tokens. The tests hold every pass against the plain model's.
 """
 import copy
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ from llama import Cache, Layer, Llama, ModelError, Rows
 from policy.probe import nearness
 
 Fuse = Callable[[Callable], Callable]                  # fused or unfused
+SIGNS = ("/proc/driver/nvidia/version", "/dev/nvidia0")                     # of a GPU
+OLDEST = {"12": 525, "13": 580}                        # driver that a release of CUDA asks for
 
 
 class Slots(Cache):
@@ -276,3 +281,21 @@ def unfused(f: Callable) -> Callable:
 
 def first_line(e: BaseException) -> str:
     return f"{type(e).__name__} {str(e).strip().partition(chr(10))[0]}"
+
+
+def unusable() -> str | None:
+    """What to say where PyTorch was built for CUDA, a driver or device is there, and no GPU can be
+    used: an 8B would run on the CPU without a word. None where nothing is amiss or the GPUs are
+    hidden on purpose."""
+    cuda = torch.version.cuda
+    if cuda is None or torch.cuda.is_available():
+        return None
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return None
+    if not any(Path(sign).exists() for sign in SIGNS) and not shutil.which("nvidia-smi"):
+        return None
+    line = f"there seems to be a GPU, but PyTorch, which was built for CUDA {cuda}, can use none"
+    oldest = OLDEST.get(cuda.partition(".")[0])
+    if oldest:
+        line += f"; it asks for driver {oldest} or later (nvidia-smi shows yours)"
+    return line

@@ -179,7 +179,7 @@ SAMPLER_AND_LOOP = {
         speculative, "residual", ("torch.where(mass > 0, owed / mass, p)", "owed / mass")),
     "lenient acceptance": put(
         speculative, "acceptance", lambda p, q: (1.3 * p.double() / q).clamp(max=1)),
-    "accepts at u = a": edit(Chance, "accept", ("u < a", "u <= a")),
+    "accepts at u = a": edit(Chance, "accept", ("device) < a", "device) <= a")),
     "draws at u = the running sum": edit(Chance, "draw", ("cdf > ", "cdf >= ")),
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
