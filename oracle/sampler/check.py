@@ -123,7 +123,7 @@ def average(request: dict, numbers: Any) -> float:
     try:
         return sum(map(float, numbers)) / TEXTS
     except (TypeError, ValueError):
-        raise Refused(f"{request['case']}: \"rounds\" should be a list of {TEXTS} numbers") from None
+        raise Refused(f"{request['case']}: \"rounds\" should be {TEXTS} numbers") from None
 
 
 def remark(case: str, counts: Counter) -> str:

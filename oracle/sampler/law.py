@@ -54,6 +54,11 @@ def token_rule(d: list[int], p: list[Row], q: list[Row], chance: Any, accept: Ca
     return d + [chance.draw(bonus(p, q))]
 
 
+def without_bonus(d: list[int], p: list[Row], q: list[Row], chance: Any) -> list[int]:
+    """As right, and slower."""
+    return token_rule(d, p, q, chance)[:max(1, len(d))]
+
+
 def kept(p: list[Row], q: list[Row], s: int, paid: float) -> float:
     """How likely a block of s tokens is kept, if no longer one was; all of them, as paid says."""
     if s == len(p) - 1:
@@ -159,11 +164,6 @@ class Round:
         return self.sampler.cut(self.sampler.rule(d, p, q, chance), self.case["stop"])
 
 
-def without_bonus(d: list[int], p: list[Row], q: list[Row], chance: Any) -> list[int]:
-    emitted = token_rule(d, p, q, chance)
-    return emitted[:max(1, len(d))]
-
-
 RIGHT = {
     "token rule": Sampler(),
     "block rule": Sampler(block_rule),
@@ -183,9 +183,9 @@ def law(sampler: Sampler, case: dict) -> Law:
     batch = isinstance(case["prompt"], list)
     prompts = case["prompt"] if batch else [case["prompt"]]
     if batch and sampler.batch is apart:
-        laws = [law(sampler, dict(case, prompt=prompt)) for prompt in prompts]
-        return {texts: math.prod(law[text] for law, text in zip(laws, texts))
-                for texts in itertools.product(*laws)}
+        rows = [law(sampler, dict(case, prompt=prompt)) for prompt in prompts]
+        return {texts: math.prod(row[text] for row, text in zip(rows, texts))
+                for texts in itertools.product(*rows)}
     of = Round(sampler, case)
 
     @cache
@@ -217,7 +217,9 @@ def rounds(sampler: Sampler, case: dict) -> dict[int, float]:
     @cache
     def rest(row: tuple[int, int]) -> dict[int, float]:
         counts = defaultdict(float)
-        for likely, emitted in [] if of.ended(*row) else every(partial(apart, of, [row])):
+        if of.ended(*row):
+            return counts
+        for likely, emitted in every(partial(apart, of, [row])):
             counts[len(emitted[0])] += likely
             for n, more in rest(*behind([row], emitted)).items():
                 counts[n] += likely * more
