@@ -6,19 +6,20 @@
     python clasp_mini.py --verbose                            # round by round
     python clasp_mini.py --prompt "class Stack:" --compare    # against plain decoding
 
-Who decides how much is drafted, and when layers are chosen anew?
+Who decides how much is drafted, by which layers, and when these are chosen anew?
 
-    --strategy clasp   policy/adaptive.py, ours: the default. If flags name all four of the paper's
-                       numbers (K, M, exit threshold, interval) nothing is left to decide: paper
-    --strategy paper   speculative.Paper, by these numbers
+    --strategy clasp   our policy, the default (policy/adaptive.py), by what passes cost and what
+                       was accepted; flags may name some of the paper's numbers
+    --strategy paper   speculative.Paper, by four numbers: K, M, exit threshold and interval. Flags
+                       that name all four leave clasp nothing to decide: then it is this one, too
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
 
-A Job (command/job.py) holds what the flags ask for, checked. Its `guarded` hands rounds on, unless
-memory is short or the processes of several GPUs do not agree.
+A Job (command/job.py) holds what the flags ask for, checked, and the model. Its `guarded` hands
+rounds on, unless memory is short or the processes of several GPUs do not agree.
 """
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 if __name__ == "__main__":
     import command.start  # noqa: F401  the clock, and what Ctrl-C means while the rest is imported
@@ -33,9 +34,8 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides. `numbers` are those that flags name, None what is open; `costs` is what passes
-    cost, and if that is a guess, `measure` tells. Layers may be chosen by several tokens (--probe).
-    """
+    """Who decides. Ours is told the numbers that flags name (None: open), what passes cost and, if
+    that is only a guess, how to measure it. --probe: several tokens choose layers, not one."""
     if job.strategy == "clasp":
         measure = job.measure if job.costs_guessed else None
         return Adaptive(job.settings, **job.costs, **job.numbers, probe=job.probe, measure=measure)
@@ -44,13 +44,13 @@ def policy_of(job: Job) -> Paper | Adaptive:
     return Paper(job.settings, job.cfg.L)
 
 
-def run(job: Job, ids: list[int], seed: int) -> Iterator[Round]:
+def run(job: Job, ids: list[int], seed: int, chance: Callable = Chance) -> Iterator[Round]:
     """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
     policy = policy_of(job)
     if job.a.trace:
         from oracle.trace import record
         return job.guarded(record(job, ids, seed, policy))
-    return job.guarded(generate(job.model, ids, job.settings, Chance(seed), job.choose, policy))
+    return job.guarded(generate(job.model, ids, job.settings, chance(seed), job.choose, policy))
 
 
 def pair(job: Job, ids: list[int], seed: int) -> Pair:
@@ -64,7 +64,7 @@ def write(job: Job, ids: list[int]) -> int:
     screen = Screen(job, ids)
     status = 0
     try:
-        for r in run(job, ids, job.a.seed):
+        for r in run(job, ids, job.a.seed, screen.chance):
             screen.show(r)
     except KeyboardInterrupt:
         status = 130
@@ -85,7 +85,7 @@ def work(argv: Sequence[str] | None, kind: type[Job] = Job) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C)."""
-    if "LOCAL_RANK" in os.environ:                     # torchrun has started several of us
+    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU
         from gpu.ranks import together
         return answer(lambda: together(lambda kind: work(argv, kind), Job))
     return answer(lambda: work(argv))

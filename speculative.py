@@ -100,11 +100,11 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
     """Leviathan et al. 2023, Algorithm 1. q: k times (V,). p (k+1, V): its first row is the full
     model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
     -> how many are accepted, from the first on, and the full model's own token behind them; both
-    (1,), on p's device: to read them is to wait for a GPU."""
+    (1,), on p's device, which is not waited for."""
     if not drafted:
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
-    token = torch.tensor(drafted, device=p.device)
+    token = torch.tensor(drafted).to(p.device, non_blocking=True)
     # Behind the draft q is 0, for nothing is drafted there: all of p is owed.
     q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
     accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
@@ -127,7 +127,8 @@ class Chance:
         """How many drafted tokens are accepted: each with its probability a, until one is not.
         u < a is strict: u <= a would pass a token of probability 0 at u = 0."""
         uniforms = [self.uniform() for _ in range(len(a))]
-        kept = torch.tensor(uniforms, dtype=torch.float64, device=a.device) < a
+        u = torch.tensor(uniforms, dtype=torch.float64).to(a.device, non_blocking=True)
+        kept = u < a
         return kept.cumprod(0).sum(0, keepdim=True)    # 1 1 0 1 -> 1 1 0 0 -> 2
 
     def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.questions import first_turns, opened, parser, told  # noqa: E402
+from bench.spec_bench import first_turns, opened, told  # noqa: E402
 from command.cli import UsageError, answer  # noqa: E402
 from command.flags import DEMO  # noqa: E402
 from command.job import Job  # noqa: E402
@@ -132,8 +132,8 @@ def trained(job: Job, kind: str) -> Sets:
 
 
 @torch.inference_mode()
-def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Iterator[Found]:
-    """What every chooser's sets are worth on the texts behind (category, prompt), one by one."""
+def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Found:
+    """What every chooser's sets are worth on the texts behind (category, prompt)."""
     L = job.cfg.L
     settings = [replace(job.plain, temperature=temperature) for temperature in (0.0, 1.0)]
     apart = [written(job, ids, settings[1])
@@ -143,14 +143,14 @@ def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Iterator[F
     drawn = [flags(L, random.Random(n).sample(range(L), job.M)) for n in range(RANDOM)]
     sets = {"one set for all texts": [flags(L, order)], f"{RANDOM} random sets": drawn}
     others = [question for n, question in enumerate(questions) if n % 3 != 2]
+    found = defaultdict(list)
     for category, ids in told(others, "prompt"):
         kind = kind_of(category)
-        found = defaultdict(list)
         for s in settings:
             text, start = written(job, ids, s)
             for who, value in walk(job.model, text, start, job.M, s, sets | trained(job, kind)):
                 found[who, kind, s.temperature].append(value)
-        yield found
+    return found
 
 
 def table(found: Found) -> str:
@@ -171,25 +171,15 @@ def table(found: Found) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser(__doc__.partition("?")[0] + "?")
-        p.set_defaults(eager=True)                     # recorded passes are of one setting alone
-        job, questions = opened(p, argv)
+        # Recorded passes are of one setting alone.
+        job, questions = opened(__doc__.partition("?")[0] + "?", argv, eager=True)
         questions = first_turns(job, questions)
         if len(questions) < 3 or job.M == 0:
             raise UsageError("needed are three questions, of which one is for the one set, and a "
                              "layer to leave out")
-        found = defaultdict(list)
-        status = 0
-        try:
-            for of in measured(job.load(), questions):
-                for key, values in of.items():
-                    found[key] += values
-        except KeyboardInterrupt:                      # the prompts that were finished count
-            if not found:
-                raise
-            status = 130
+        found = measured(job.load(), questions)
         print(f"{job.M} of {job.cfg.L} layers left out\n{table(found)}")
-        return status
+        return 0
     return answer(work)
 
 

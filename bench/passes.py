@@ -5,8 +5,7 @@ gpu/check.py.)
     python bench/passes.py --json > costs.json              # as tables, for --costs
     python bench/passes.py demo/prompts.jsonl --json        # with the risks of the budgets
 
-The passes take turns, so that a machine that slows down does so for all; medians of --repeats, or
-of those that were finished before Ctrl-C.
+The passes take turns, so that a machine that slows down does so for all; medians of --repeats.
 """
 import json
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.questions import first_turns, opened, parser, told  # noqa: E402
+from bench.spec_bench import first_turns, opened, told  # noqa: E402
 from command.cli import answer  # noqa: E402
 from command.job import Job  # noqa: E402
 from dp_layer_skip import torch  # noqa: E402
@@ -33,6 +32,11 @@ CONTEXT = 128                                          # tokens of text before
 Key = tuple[str, int]                                  # a kind of pass, and how large
 
 
+def spread(L: int, j: int) -> list[bool]:
+    """j of L layers, evenly spread: for passes whose cost alone matters."""
+    return [(i + 1) * j // L > i * j // L for i in range(L)]
+
+
 def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
     """("draft", j) is a draft step with j layers left out, ("verify", n) one of n rows, ("choice",
     r) of up to M layers by r tokens, with all that the policy does then."""
@@ -44,8 +48,8 @@ def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
 
     def draft(j: int) -> Tensor:
         one = torch.zeros(1, dtype=torch.long, device=model.device)
-        skip = [(i + 1) * j // L > i * j // L for i in range(L)]            # evenly spread
-        return model.head(model.forward(one, cache.sequence(CONTEXT, 1), cache, skip)[-1])
+        rows = cache.sequence(CONTEXT, 1)
+        return model.head(model.forward(one, rows, cache, spread(L, j))[-1])
 
     def verify(n: int) -> Tensor:
         return model.head(read(model, [0] * n, CONTEXT, cache)[-1])
@@ -61,25 +65,18 @@ def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
 
 
 @torch.inference_mode()
-def measured(job: Job) -> tuple[dict[Key, float], int]:
-    """The seconds of every pass, and the exit status."""
+def measured(job: Job) -> dict[Key, float]:
+    """The seconds of every pass."""
     timed = passes(job)
     turns = []
-    status = 0
-    try:
-        for _ in told(range(1 + job.a.repeats), "turn"):
-            turn = {}
-            for key, call in timed.items():
-                began = time.perf_counter()
-                call()[0, 0].item()                    # waits for a GPU
-                turn[key] = time.perf_counter() - began
-            turns.append(turn)
-    except KeyboardInterrupt:
-        if len(turns) < 2:
-            raise
-        status = 130
-    warm = turns[1:]
-    return {key: statistics.median(turn[key] for turn in warm) for key in timed}, status
+    for _ in told(range(1 + job.a.repeats), "turn"):
+        turn = {}
+        for key, call in timed.items():
+            began = time.perf_counter()
+            call()[0, 0].item()                        # waits for a GPU
+            turn[key] = time.perf_counter() - began
+        turns.append(turn)
+    return {key: statistics.median(turn[key] for turn in turns[1:]) for key in timed}
 
 
 def tables(took: dict[Key, float], L: int, K: int) -> dict[str, Any]:
@@ -123,17 +120,14 @@ def table(took: dict[Key, float], job: Job) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = parser("What passes cost on this machine, in plain steps; behind questions also how "
-                   "risky each budget of layers is.")
-        p.set_defaults(file=None, repeats=20)
-        job, questions = opened(p, argv)
+        job, questions = opened(__doc__.partition(".")[0], argv, file=None, repeats=20)
         prompts = first_turns(job, questions)
-        took, status = measured(job.load())
+        took = measured(job.load())
         job.costs = tables(took, job.cfg.L, job.K)
-        if prompts and status == 0:
+        if prompts:
             job.costs["risk"] = risks(job, prompts)
         print(json.dumps(dict(settings=job.report())) if job.a.json else table(took, job))
-        return status
+        return 0
     return answer(work)
 
 

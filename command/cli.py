@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from llama import ModelError
 
@@ -26,7 +27,6 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized"):
             message += self.meant(message.split()[2].partition("=")[0])
         raise UsageError(message.removeprefix("argument ") + " (--help lists the flags)")
-
 
     def meant(self, word: str) -> str:
         """A hint at the flag that was meant by an unknown word."""
@@ -76,10 +76,20 @@ def open_streams() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
 
 
+def is_screen(stream: TextIO) -> bool:
+    """Does someone look, and understand escape codes?"""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+stands = False                                         # does a line of `waiting`?
+
+
 def waiting(what: str) -> None:
-    """Say on a terminal what the user waits for, in place of what was said so before."""
-    if sys.stderr.isatty():
-        print(f"\r{what:40}\r", end="", file=sys.stderr, flush=True)
+    """On a terminal, a line that stands until the next one takes its place. "" takes it away."""
+    global stands
+    if (what or stands) and is_screen(sys.stderr):
+        print(f"\r\033[K{what}\r", end="", file=sys.stderr, flush=True)
+    stands = bool(what)
 
 
 # What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.
@@ -113,10 +123,19 @@ def reading(folder: Path) -> Iterator[None]:
         raise ModelError(f"{e}{instead(folder)}") from None
 
 
+def say(what: str) -> None:
+    """One line on stderr, in this program's name."""
+    waiting("")
+    print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
+
+
+def note(what: str) -> None:
+    say(f"note: {what}")
+
+
 def answer(work: Callable[[], int]) -> int:
     """Run a command; its exit status, or for what stopped it one line and 1 (model, memory, file),
     2 (usage), 130 (Ctrl-C) or 141 (the reader of our output has gone)."""
-    name = Path(sys.argv[0]).name
     try:
         open_streams()
         try:
@@ -130,15 +149,14 @@ def answer(work: Callable[[], int]) -> int:
     except (UsageError, ModelError, FloatingPointError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not out_of_memory(e):
             raise
-        line = str(e).strip().replace("\n", " ")
-        print(f"{name}: {line or 'out of memory'}", file=sys.stderr)
+        say(str(e).strip().replace("\n", " ") or "out of memory")
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e:                               # a file of the user's, or a full disk
-        print(f"{name}: {e.filename or 'output'}: {e.strerror}", file=sys.stderr)
+        say(f"{e.filename or 'output'}: {e.strerror}")
         return 1

@@ -37,7 +37,7 @@ def parser() -> Parser:
     add("--no-compile", action="store_true", help="GPU: graphs of plain kernels")
     add("--trace", metavar="FILE", help="write every draw, verdict and table (oracle/TRACE.md)")
     add("--compare", action="store_true", help="time plain decoding and CLaSp, interleaved")
-    add("--repeats", type=positive, default=5, metavar="N", help="pairs that --compare runs (5)")
+    add("--repeats", type=positive, metavar="N", help="pairs that --compare runs (5)")
     add("--verbose", action="store_true", help="a line per round: skip map, what became of tokens")
     add("--json", action="store_true", help="one JSON object on standard output")
     add("--version", action="version", version=f"clasp-mini {VERSION}")
@@ -76,4 +76,7 @@ def parsed(argv: Sequence[str] | None, p: Parser | None = None) -> argparse.Name
     if a.compare and (a.strategy == "ar" or a.verbose or a.trace):
         raise UsageError("--compare runs plain decoding too: without --strategy ar, --verbose "
                          "and --trace")
+    if p is None and a.repeats and not a.compare:
+        raise UsageError("--repeats goes with --compare")
+    a.repeats = a.repeats or 5
     return a

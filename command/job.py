@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command.cli import UsageError, out_of_memory, reading, waiting
+from command.cli import UsageError, note, out_of_memory, reading, waiting
 from command.flags import DTYPES, parser
 from dp_layer_skip import choose_skip
 from llama import Config, Llama, ModelError, read_json
@@ -33,13 +33,10 @@ def waited_since() -> float:
     return start.BEGAN if start else time.perf_counter()
 
 
-def note(text: str) -> None:
-    print(f"clasp_mini.py: note: {text}", file=sys.stderr)
-
-
 class Job:
     """What the flags `a` ask for. Raises ModelError, UsageError.
 
+    strategy  who decides
     numbers   the paper's K, M, exit_threshold and interval. None: left open, for our policy
     K, M      the largest that may come of them
     costs     what passes cost, if that policy decides; costs_guessed: nobody has measured them
@@ -66,28 +63,28 @@ class Job:
         self.dtype = self.chosen_dtype()
         c = self.cfg
         weights = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
-        self.weights = weights * self.dtype.itemsize   # bytes of matrices; vectors do not count
-        self.numbers = dict(K=a.draft_length, M=a.skip_layers,
-                            exit_threshold=a.draft_exit_threshold, interval=a.interval)
-        if a.strategy == "ar":
-            if any(value is not None for value in (*self.numbers.values(), a.probe)):
-                note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
-            self.numbers = dict(K=0, M=0, exit_threshold=0.0, interval=1)
-        if a.strategy == "paper":
-            self.numbers = {name: value if self.numbers[name] is None else self.numbers[name]
-                            for name, value in paper_numbers(c.L).items()}
-        self.strategy = a.strategy                     # who decides
-        if self.strategy == "clasp" and None not in self.numbers.values():
-            self.strategy = "paper"
+        self.weights = weights * self.dtype.itemsize / 1e9     # GB of matrices, not of vectors
+        flags = dict(K=a.draft_length, M=a.skip_layers, exit_threshold=a.draft_exit_threshold,
+                     interval=a.interval)
+        named = {name: value for name, value in flags.items() if value is not None}
+        if a.strategy == "ar" and (named or a.probe):
+            note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
+        fixed = dict(clasp=named, paper=paper_numbers(c.L) | named,
+                     ar=dict(K=0, M=0, exit_threshold=0.0, interval=1))[a.strategy]
+        self.strategy = a.strategy
+        if self.strategy == "clasp" and len(named) == len(flags):
+            self.strategy = "paper"                    # nothing is left to decide
         ours = self.strategy == "clasp"
-        self.K = 12 if self.numbers["K"] is None else self.numbers["K"]
-        self.M = budgets(c.L)[-1] if self.numbers["M"] is None else self.numbers["M"]
+        self.numbers = dict.fromkeys(flags) | fixed
+        largest = dict(K=12, M=budgets(c.L)[-1]) | fixed
+        self.K = largest["K"]
+        self.M = largest["M"]
         if self.M > c.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {c.L} layers")
         self.probe = a.probe or 1
         N = 128 if a.max_new_tokens is None else a.max_new_tokens
         self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
-                                 **({} if ours else self.numbers))
+                                 **({} if ours else fixed))
         self.length = N                                # of a text and its prompt
         self.load_seconds = 0.0
         self.measure_seconds = 0.0
@@ -165,7 +162,7 @@ class Job:
         if not cuda and (small or not torch.cpu._is_avx512_bf16_supported()):
             return torch.float32
         threads = "" if cuda else f", {torch.get_num_threads()} threads"
-        note(f"computing in bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
+        note(f"bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
         return torch.bfloat16
 
     def known_costs(self) -> dict[str, Any]:
@@ -203,12 +200,11 @@ class Job:
     def enough_memory(self) -> Iterator[None]:
         """For what weights and cache do not fit into, found beforehand or by who allocates."""
         c = self.cfg
-        cache = 2 * c.L * c.G * c.hd * self.length * self.dtype.itemsize
-        short = ModelError(f"out of memory: the weights take {self.weights / 1e9:.1f} GB in "
+        cache = 2 * c.L * c.G * c.hd * self.length * self.dtype.itemsize / 1e9
+        short = ModelError(f"out of memory: the weights take {self.weights:.1f} GB in "
                            f"{str(self.dtype).removeprefix('torch.')}, the cache of {self.length} "
-                           f"tokens {cache / 1e9:.1f} GB; take fewer --max-new-tokens or a "
-                           "smaller model")
-        if self.device.type == "cpu" and self.weights + cache > memory_here():
+                           f"tokens {cache:.1f} GB; take fewer --max-new-tokens or a smaller model")
+        if self.device.type == "cpu" and 1e9 * (self.weights + cache) > memory_here():
             raise short
         try:
             yield
@@ -219,22 +215,21 @@ class Job:
 
     def progress(self) -> Callable[[str, Tensor], Tensor]:
         """Says of a large model how much is read: in a log once, on a terminal as it comes."""
-        total = self.weights / 1e9
-        done = 0
-        if total > MUCH and not sys.stderr.isatty():
-            note(f"loading {total:.1f} GB")
+        done = 0.0
+        if self.weights > MUCH and not sys.stderr.isatty():
+            note(f"loading {self.weights:.1f} GB")
 
         def part(_: str, x: Tensor) -> Tensor:
             nonlocal done
-            done += x.numel() * self.dtype.itemsize
-            if total > MUCH:
-                waiting(f"loading: {done / 1e9:.1f} of {total:.1f} GB")
+            done += x.numel() * self.dtype.itemsize / 1e9
+            if self.weights > MUCH:
+                waiting(f"loading: {done:.1f} of {self.weights:.1f} GB")
             return x
         return part
 
     def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
         """What a verify costs here, for the policy: measured once, kept for later runs."""
-        if self.weights / 1e9 > MUCH:
+        if self.weights > MUCH:
             note("timing passes, which is kept for later runs")
         began = time.perf_counter()
         self.costs["verify"] = costs.measure(model, cache, text, self.K)

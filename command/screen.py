@@ -1,34 +1,49 @@
 """What a run shows while it goes on: text on stdout; prompt, rounds and account on stderr."""
 import codecs
+import contextlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TextIO
 
-from command.cli import waiting
-from command.job import Job, note
+from command.cli import is_screen, note, waiting
+from command.job import Job
 from command.report import fates, figures, ids_of, summary
-from speculative import Round
+from speculative import Chance, Round, Tensor
 from text.tokenizer import Tokenizer
 
-BAR = 32                     # layers that one line shows
+BAR = 32                     # layers that one line shows, on a narrow terminal a quarter of them
+
+
+class Watched(Chance):
+    """Draws as every Chance does, and tells of each token."""
+
+    def __init__(self, seed: int, tell: Callable[[int], None]) -> None:
+        super().__init__(seed)
+        self.tell = tell
+
+    def draw(self, p: Tensor) -> Tensor:
+        token = super().draw(p)
+        self.tell(int(token))                          # a GPU is waited for
+        return token
 
 
 class Terminal:
     """A stream to watch a run on. Colour only where someone looks, and never with NO_COLOR; lines
-    of 79 columns, or as many as a wider terminal has."""
+    of 79 columns, or of all but the last that a terminal has."""
     CODES = dict(kept="32", rejected="9;31", own="1;34", dim="2")
     MARKS = dict(rejected="~~", own="[]")              # without colour
 
     def __init__(self, stream: TextIO) -> None:
-        self.colour = (stream.isatty() and not os.environ.get("NO_COLOR")
-                       and os.environ.get("TERM") != "dumb")
-        columns = shutil.get_terminal_size((79, 24)).columns if stream.isatty() else 79
-        self.width = max(79, columns)
+        self.is_screen = is_screen(stream)
+        self.colour = self.is_screen and not os.environ.get("NO_COLOR")
+        self.width = 79
+        with contextlib.suppress(OSError, AttributeError):             # no terminal
+            self.width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
+        self.bar = BAR if self.width > 2 * BAR else BAR // 4
         self.cells = "█░"
         try:
             self.cells.encode(stream.encoding or "ascii")
@@ -36,7 +51,8 @@ class Terminal:
             self.cells = "#."
 
     def paint(self, kind: str, text: str) -> str:
-        return f"\033[{self.CODES[kind]}m{text}\033[0m" if self.colour and text else text
+        code = self.CODES.get(kind)
+        return f"\033[{code}m{text}\033[0m" if self.colour and code and text else text
 
     def folded(self, pieces: Iterable[tuple[str, str]], width: int) -> list[str]:
         """Texts of a kind each, painted or marked, in lines of at most `width` columns."""
@@ -62,30 +78,34 @@ class Terminal:
         return lines
 
     def legend(self) -> str:
-        names = [("kept", "kept"), ("dim", " "), ("rejected", "rejected"), ("dim", " "),
-                 ("own", "the model's own")]
         run, left_out = self.cells
-        marked, = self.folded(names, self.width)
-        return f"{marked}  {run} layer run, {left_out} left out  * chosen anew"
+        return "\n".join(self.folded([
+            ("kept", "kept"), ("", " "), ("rejected", "rejected"), ("", " "),
+            ("own", "the model's own"),
+            ("", f"  {run} layer run, {left_out} left out  * chosen anew")], self.width))
 
-    def round(self, n: int, r: Round, tokenizer: Tokenizer | None, anew: bool = False) -> str:
+    def round(self, n: int, r: Round, spelled: Callable, anew: bool = False) -> str:
         """Round n: a cell per layer, light where left out, behind a * where they were chosen anew;
         kept/drafted; the tokens. What does not fit goes on below."""
-        def spelled(ids: list[int]) -> str:
-            return tokenizer.decode(ids) if tokenizer else "".join(f"{i} " for i in ids)
-
         bar = "".join(self.cells[left_out] for left_out in r.skip)
-        bars = [bar[i:i + BAR] for i in range(0, len(bar), BAR)]
-        number = f"{n:4}{'*' if anew else ' '}"
+        tokens = [(kind, spelled(ids)) for kind, ids in fates(r).items() if ids]
         sums = f" {r.accepted:2}/{len(r.drafted):<2} "
-        tokens = self.folded([(kind, spelled(ids)) for kind, ids in fates(r).items() if ids],
-                             self.width - len(number + bars[0] + sums))
+        return "\n".join(self.beside(f"{n:4}{'*' if anew else ' '}", bar, sums, tokens))
+
+    def drawing(self, n: int, L: int, text: str) -> str:
+        """A line for the time in which round n goes on: what was drawn, where it is to stand."""
+        return self.beside(f"{n:4} ", " " * L, " " * len(" 12/12 "), [("dim", text)])[0]
+
+    def beside(self, number: str, bar: str, sums: str, tokens: list[tuple[str, str]]) -> list[str]:
+        """Lines of four columns: a round's number, bar and sums, and its tokens."""
+        bars = [bar[i:i + self.bar] for i in range(0, len(bar), self.bar)]
+        folded = self.folded(tokens, self.width - len(number + bars[0] + sums))
         lines = []
-        for cells, text in itertools.zip_longest(bars, tokens, fillvalue=""):
+        for cells, text in itertools.zip_longest(bars, folded, fillvalue=""):
             lines.append(f"{number}{cells:{len(bars[0])}}{sums}{text}".rstrip())
             number = " " * len(number)
             sums = " " * len(sums)
-        return "\n".join(lines)
+        return lines
 
 
 class Text:
@@ -100,7 +120,11 @@ class Text:
         ids = [i for i in ids if i not in self.stops]
         if self.tokenizer:
             return self.utf8.decode(self.tokenizer.decode_bytes(ids), final)
-        return "".join(f"{i} " for i in ids)
+        return self.whole(ids)
+
+    def whole(self, ids: Sequence[int]) -> str:
+        """These alone, with the tokens that end a text."""
+        return self.tokenizer.decode(ids) if self.tokenizer else "".join(f"{i} " for i in ids)
 
 
 class Screen:
@@ -110,12 +134,26 @@ class Screen:
         self.job = job
         self.ids = ids
         self.rounds: list[Round] = []
+        self.drawn: list[int] = []                     # in the round that goes on
         self.text = Text(job.tokenizer, job.stops)
         self.shown: list[str] = []
         self.open = False                              # does the text's last line go on?
         self.err = Terminal(sys.stderr)
         self.one = sys.stdout.isatty() and sys.stderr.isatty()      # text and rounds on one screen
         waiting(f"reading {len(ids)} tokens")
+
+    def chance(self, seed: int) -> Chance:
+        """The run's Chance. Where rounds are watched, what is drawn is seen at once."""
+        if self.job.a.verbose and self.err.is_screen:
+            return Watched(seed, self.draw)
+        return Chance(seed)
+
+    def draw(self, token: int) -> None:
+        """A token was drawn. It stands there until its round has ended and its fate is known."""
+        self.drawn.append(token)
+        if self.rounds:
+            L = len(self.rounds[0].skip)
+            waiting(self.err.drawing(len(self.rounds), L, self.text.whole(self.drawn)))
 
     def put(self, text: str, stream: TextIO) -> None:
         print(text, end="", file=stream, flush=True)
@@ -140,10 +178,12 @@ class Screen:
         """A round has ended."""
         if not self.rounds:
             self.begin()
+        self.drawn = []
         self.shown.append(self.text.add(r.emitted))
         if self.job.a.verbose:
             anew = bool(self.rounds) and self.rounds[-1].choice is not None
-            line = self.err.round(len(self.rounds), r, self.job.tokenizer, anew)
+            line = self.err.round(len(self.rounds), r, self.text.whole, anew)
+            waiting("")
             print(line, file=sys.stderr, flush=True)
         elif not self.job.a.json:
             self.put(self.shown[-1], sys.stdout)
@@ -151,6 +191,7 @@ class Screen:
 
     def end(self) -> None:
         """The run has ended, or was interrupted: what was made so far is kept."""
+        waiting("")
         a = self.job.a
         if not self.rounds:
             self.begin()
@@ -172,6 +213,6 @@ class Screen:
         if whole.encode(encoding, "ignore").decode(encoding) != whole:
             note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
         print(self.err.paint("dim", summary(stats, self.job.strategy)), file=sys.stderr)
-        if self.job.own_prompt and sys.stderr.isatty():
-            print("Next: --verbose to watch the rounds; --prompt TEXT; --compare to time them; "
-                  "--help", file=sys.stderr)
+        if self.job.own_prompt and self.err.is_screen:
+            print("Next: --verbose shows the rounds; --prompt TEXT; --compare times them; --help",
+                  file=sys.stderr)

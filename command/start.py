@@ -12,7 +12,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 LACKING = [name for name in ("torch", "safetensors", "tiktoken")
            if not importlib.util.find_spec(name)]
 if LACKING:
-    sys.exit(f"clasp_mini.py: not installed for {sys.executable}: {', '.join(LACKING)}. In this "
-             "folder:\n"
+    sys.exit(f"clasp_mini.py: not installed for {sys.executable}: {', '.join(LACKING)}.\n"
+             "In this folder:\n"
              "  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt\n"
              "  .venv/bin/python clasp_mini.py")

@@ -18,7 +18,7 @@ def flags_of(path):
     source = path.read_text(encoding="utf-8")
     flags = {*re.findall(r'"(--[a-z-]+)"', source), "--help"}
     for file, use in (("command/flags.py", r"from command\.flags import|clasp_mini\.parser\(\)"),
-                      ("bench/questions.py", r"from bench\.questions import")):
+                      ("bench/spec_bench.py", r"from bench\.spec_bench import")):
         if re.search(use, source):
             flags |= flags_of(ROOT / file)
     return flags

@@ -1,5 +1,6 @@
 """What is said of a run, held against rounds whose counts and times are known."""
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,8 @@ from command.cli import UsageError
 from command.compare import compare, compared, comparison
 from command.flags import DEMO
 from command.report import figures, ideal_speedup, summary
-from command.screen import Terminal, Text
-from speculative import Round
+from command.screen import Screen, Terminal, Text
+from speculative import Chance, Round
 from text.tokenizer import Tokenizer
 
 TOK = Tokenizer(DEMO)
@@ -53,7 +54,7 @@ def test_figures_count_each_thing_once():
 def test_a_comparison_is_of_clasp_with_plain_decoding():
     """Rejects a speed-up upside down or against itself, the ideal of the other side, counts of one
     pair for all, equality of some pair for that of all, and equality claimed of samples; in words a
-    figure in the place of another."""
+    figure in the place of another; a line of more than 79 columns."""
     # 6 decoded tokens per pair: plain in 6 steps of 1 s, CLaSp in 2 rounds of 3 * .2 + 1.2 s and a
     # layer optimisation of .4: 6 / 4 tokens/s. Ideal: 6 / (6 * .2 + 2). The pair in the middle is
     # slow on both sides, and no median.
@@ -67,51 +68,35 @@ def test_a_comparison_is_of_clasp_with_plain_decoding():
         "speed-up 1.50 80% of 1.88, the ideal for these drafts",
         "in plain steps a draft step 0.20, a verify 1.20, a layer optimisation 0.40",
         "texts equal"]
+    assert max(map(len, compared(c, pairs, "float32").split("\n"))) < 80
     assert c["ideal_speedup"] == pytest.approx(6 / 3.2) and c["equal"] is True
     assert c["stats"]["drafted"] == 6 and c["plain_stats"]["drafted"] == 0
     pairs[1] = plain_run(IDS, 5.0), clasp_run([0, 1, 2, 30, 4, 5, 6], 2.0, 6.0)
     c = comparison(pairs, greedy=True)
     assert c["equal"] is False
-    assert "DIFFERENT from token 3 on: a tie, by the rounding of float32?" in compared(
-        c, pairs, "float32")
+    last = compared(c, pairs, "float32").split("\n")[-1]
+    assert last.endswith(" DIFFERENT from token 3 on: a tie, by the rounding of float32?")
+    assert len(last) < 80
     c = comparison([(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)), (CUT[:1], CUT)], greedy=False)
     assert c["equal"] is None and "two samples" in compared(c, pairs, "float32")
     assert c["tokens_per_verify"] == pytest.approx((6 + 5) / (2 + 2))
     assert c["acceptance"] == pytest.approx((4 + 4) / (6 + 5))
 
 
-def test_a_comparison_broken_off_is_of_the_pairs_that_were_finished(capsys):
-    """Rejects minutes of work that are lost, an exit status of success, a pair that is half done,
-    and a table of no pair; lines of more than 79 columns."""
-    def pair(seed):
-        seeds.append(seed)
-        if len(seeds) == last:
-            raise KeyboardInterrupt
-        return plain_run(IDS, 0.01), clasp_run(IDS[:-1] + [9], 0.002, 0.012)
-    job = a_job()
-    job.load_seconds = job.measure_seconds = 123.4
-    for temperature, words in ((0, "DIFFERENT from token 6"), (1, "two samples")):
-        job.settings.temperature = temperature
-        seeds, last = [], 4
-        assert compare(job, pair, [1]) == 130
-        out = capsys.readouterr().out
-        assert "median of 2 runs" in out and words in out
-        assert max(map(len, out.splitlines())) < 80
-    seeds, last = [], 2
-    with pytest.raises(KeyboardInterrupt):
-        compare(job, pair, [1])
-
-
-def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_warm_up(capsys):
-    """Rejects one seed for all repeats, a warm-up that is counted, the text of another pair, and a
-    division by zero where there was nothing to do."""
-    seeds = []
-
+def test_every_pair_has_a_seed_of_its_own_the_first_is_a_warm_up_and_ctrl_c_keeps_what_is_whole(
+        capsys):
+    """Rejects one seed for all repeats, a warm-up that is counted, the text of another pair, a
+    division by zero where there was nothing to do. Of a comparison that is broken off: work that is
+    lost, an exit status of success, a pair that is half done, a table of no pair."""
     def pair(seed):
         seeds.append(seed)                             # the warm-up is 100 times as slow
+        if len(seeds) == last:
+            raise KeyboardInterrupt
         slow = 100.0 if len(seeds) == 1 else 1.0
         ids = [len(seeds), 1, 2, 3, 4, 9, 5]
         return plain_run(ids, 1.0), clasp_run(ids, 0.2 * slow, 1.2 * slow)
+
+    seeds, last = [], None
     assert compare(a_job(json=True), pair, [1]) == 0
     out, err = capsys.readouterr()
     c = json.loads(out)
@@ -120,6 +105,11 @@ def test_every_pair_of_a_comparison_has_a_seed_of_its_own_and_the_first_is_a_war
     assert c["text"] == TOK.decode([2, 1, 2, 3, 4, 9]) and err == ""       # no progress in a log
     with pytest.raises(UsageError, match="nothing to compare"):
         compare(a_job(), lambda seed: (CUT[:1], CUT[:1]), [1])
+    seeds, last = [], 4
+    assert compare(a_job(), pair, [1]) == 130 and "median of 2 runs" in capsys.readouterr().out
+    seeds, last = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        compare(a_job(), pair, [1])
 
 
 def test_an_account_says_what_there_is_to_say_in_two_short_lines():
@@ -140,8 +130,8 @@ def test_an_account_says_what_there_is_to_say_in_two_short_lines():
     assert max(map(len, said.split("\n"))) < 80
 
 
-def stream(tty, encoding="utf-8"):
-    return SimpleNamespace(isatty=lambda: tty, encoding=encoding, fileno=lambda: 1)
+def stream(tty, encoding="utf-8", number=-1):
+    return SimpleNamespace(isatty=lambda: tty, encoding=encoding, fileno=lambda: number)
 
 
 @pytest.mark.parametrize("tty, env, coloured", [
@@ -159,16 +149,17 @@ def test_colour_is_for_terminals_and_never_with_no_color(monkeypatch, tty, env, 
     assert painted == (codes if coloured else "x~x~[x]x")
 
 
-def test_a_round_is_a_line_of_its_layers_its_sums_and_its_tokens(monkeypatch):
+def letters(ids):
+    return "".join(map(chr, ids))
+
+
+def test_a_round_is_a_line_of_its_layers_its_sums_and_its_tokens():
     """Rejects a bar of the layers that run, sums of something else than kept / drafted, a token in
     the wrong place or twice, a line broken by the text, cells that an encoding does not have; a
-    line of more than 79 columns where the terminal is no wider, or of 79 where it is; a character
-    counted as one column that takes two; a bar of 80 layers in one line."""
+    character counted as one column that takes two; a bar of 80 layers in one line."""
     t, skip = Terminal(stream(tty=False)), (True, False, False, True)
-    letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
     r = a_round([97, 10, 99], 2, [97, 10, 100], skip=skip)
     assert t.round(7, r, letters) == "   7 ░██░  2/3  a\\n~c~[d]"
-    assert t.round(7, r, None) == "   7 ░██░  2/3  97 10 ~99 ~[100 ]"
     all_kept = a_round([97] * 12, 12, [97] * 12 + [98], skip=skip)
     assert t.round(12, all_kept, letters, anew=True) == f"  12*░██░ 12/12 {'a' * 12}[b]"
     stopped = a_round([97, 98], 2, [97, 98], skip=skip)
@@ -179,27 +170,36 @@ def test_a_round_is_a_line_of_its_layers_its_sums_and_its_tokens(monkeypatch):
         "   3 " + "█" * 31 + "░ 60/79 " + "abc" * 11 + "ab",
         "     " + "█" * 32 + "       c" + "abc" * 8 + "~" + "日" * 4,
         "     " + "█" * 15 + "░" + " " * 23 + "日" * 15 + "~[d]"]
-    for columns, width in ("200", 200), ("40", 79):
-        monkeypatch.setenv("COLUMNS", columns)
-        assert Terminal(stream(tty=True)).width == width
+
+
+@pytest.mark.parametrize("columns, width, bar", [(200, 199, 32), (40, 39, 8), (0, 79, 32)])
+def test_what_is_shown_on_a_terminal_is_no_wider(monkeypatch, columns, width, bar):
+    """Rejects a line that the terminal would break, of a round or of what is drawn in it, and one
+    of 79 columns on a wide terminal or one that does not know its width."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda number: os.terminal_size((number, 24)))
+    monkeypatch.setenv("NO_COLOR", "1")
+    t = Terminal(stream(True, number=columns))
+    r = a_round([97] * 99, 99, [97] * 99, skip=(True,) * 32)
+    lines = t.round(1, r, lambda ids: "b" * 9 * len(ids)).split("\n")
+    drawing = t.drawing(1, 32, "日" * 200)
+    assert max(map(len, [*lines, *t.legend().split("\n")])) == len(lines[0]) == width
+    assert lines[0].count("░") == bar and drawing.index("日") == lines[0].index("b")
+    assert width - 1 <= len(drawing) + drawing.count("日") <= width and "\n" not in drawing
 
 
 def test_a_character_split_over_tokens_is_shown_when_it_is_whole():
     """Rejects decoding token by token, which shows U+FFFD for every half, and a half character at
-    the end that is not shown at all; a stop token is not shown."""
+    the end that is not shown at all; a stop token is not shown. Without a tokenizer: ids that run
+    together."""
     text = "naïve 🦙 日本"
-    ids, stream = TOK.encode(text), Text(TOK, (5,))
-    parts = [stream.add([i]) for i in [*ids[:3], 5, *ids[3:]]]
-    assert "" in parts and "".join(parts) + stream.add([], final=True) == text
-    stream = Text(TOK, ())
-    assert "\ufffd" not in stream.add(ids[:-1]) and stream.add([], final=True) == "\ufffd"
-
-
-def test_without_a_tokenizer_the_text_is_ids_with_blanks_between():
-    """Rejects ids that run together, and a stop token that is shown."""
-    stream = Text(None, (5,))
-    parts = [stream.add(ids) for ids in ([], [1, 2], [], [5], [3])] + [stream.add([], final=True)]
-    assert "".join(parts) == "1 2 3 "
+    ids, shown = TOK.encode(text), Text(TOK, (5,))
+    parts = [shown.add([i]) for i in [*ids[:3], 5, *ids[3:]]]
+    assert "" in parts and "".join(parts) + shown.add([], final=True) == text
+    shown = Text(TOK, ())
+    assert "\ufffd" not in shown.add(ids[:-1]) and shown.add([], final=True) == "\ufffd"
+    shown = Text(None, (5,))
+    parts = [shown.add(ids) for ids in ([], [1, 2], [], [5], [3])]
+    assert "".join(parts) + shown.add([], final=True) == "1 2 3 "
 
 
 def a_job(**flags):
@@ -210,11 +210,16 @@ def a_job(**flags):
                            own_prompt=False, report=lambda: dict(dtype="float32"))
 
 
+def test_what_is_drawn_is_watched_only_where_someone_looks():
+    """Rejects a GPU that is waited for at every token for nobody."""
+    assert type(Screen(a_job(verbose=True), [1]).chance(7)) is Chance
+
+
 @pytest.fixture
 def written(monkeypatch, capsys):
     """written(rounds, **flags) -> exit status, stdout and stderr of a run with these rounds."""
     def call(rounds, **flags):
-        monkeypatch.setattr(clasp_mini, "run", lambda job, ids, seed: iter(rounds))
+        monkeypatch.setattr(clasp_mini, "run", lambda *_: iter(rounds))
         status = clasp_mini.write(a_job(**flags), [1])
         return status, *capsys.readouterr()
     return call

@@ -4,24 +4,24 @@ model to begin from, with its tokenizer; `demo/README.md` is the model card.
 
     python demo/train.py samples          # samples.json, what the model to begin from writes itself
     python demo/train.py distil --compile
-    python demo/train.py export           # model.safetensors and the two config files
+    python demo/train.py export           # model.safetensors
     python demo/train.py measure          # the held-out loss of what is shipped
 
-Two ideas that CLaSp depends on. First, a network that has never missed a layer falls apart when one
-is taken away. Large LLaMAs are redundant by size; a model of 6 million weights has to be taught it.
-So every micro-batch is run twice, whole and with some layers left out, as a draft would be, and the
-two learn to agree. Second, *which* layers can go depends on the text: here on its kind, program or
-prose, of which each has layers of its own that it never misses. Large models have such a difference
-of themselves; in this one it is trained in, and strong, so that it can be seen.
+Two ideas that CLaSp depends on. A network that has never missed a layer falls apart when one is
+taken away, so every micro-batch is run twice, whole and with layers left out, as a draft would be,
+and the two learn to agree. And *which* layers can go depends on the text: here on its kind, program
+or prose, of which each has layers of its own that it never misses, so that it can be seen.
 """
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
 import sys
 import sysconfig
 import tokenize
@@ -35,14 +35,13 @@ from torch import Tensor, nn
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 from dp_layer_skip import choose_skip  # noqa: E402
-from llama import Llama  # noqa: E402
+from llama import Config, Llama  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
-RANKS, SPECIALS = 3840, 2          # V = 3842: what is never trained has no row, and is not drawn
-L, D, H, G, HD, FFN = 32, 128, 4, 1, 32, 352
-THETA, EPS, CONTEXT = 10000.0, 1e-5, 1024
+RANKS = 3840                       # and begin and end of text: what is never trained has no row
+CFG = Config.load(DEMO)            # sizes: what is made has the shape of what it begins from
 BOS, EOS = RANKS, RANKS + 1
 DRAFT = 8                          # tokens that a draft is taken to have, in training
 STEPS, MASKS, ROWS, LENGTH = 4066, 4, 4, 256   # in each 4 skip masks, of 4 rows of 256 tokens
@@ -56,14 +55,14 @@ BOTH = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 17, 19, 22, 25, 27, 29)
 CODE_ONLY = (13, 15, 18, 21, 23, 26)
 PROSE_ONLY = (7, 9, 11, 20, 24, 28)
 KINDS = ("code", "prose")
-NEEDED, SPARE = 0.25, 0.035        # by how much a layer turns a state that needs it, and one that
-                                   # may miss it: at least and at most, in rad
+NEEDED, SPARE = 0.25, 0.035        # rad by which a layer turns a state that needs it, at least,
+                                   # and one that may miss it, at most
 
 
 def planted(kind: str) -> list[bool]:
     """The 22 layers that a text of this kind is taught to do without, as one flag per layer."""
     out = {*BOTH, *(CODE_ONLY if kind == "code" else PROSE_ONLY)}
-    return [i in out for i in range(L)]
+    return [i in out for i in range(CFG.L)]
 
 
 # ---------------------------------------------------------------------------- text
@@ -71,16 +70,13 @@ def planted(kind: str) -> list[bool]:
 FOREIGN = {"test", "tests", "idle_test", "site-packages", "dist-packages"}     # folders
 
 
-def kept_back(name: str) -> bool:
-    """Is a file held out? The hash of its name says so (1 in 20), so that the split never moves."""
-    return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
-
-
 def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """(training files, held-out files) of each kind: the standard library's source, no tests,
     nothing installed beside it; and the source of Python's documentation, as Debian's package
-    python3.11-doc holds it."""
-    train, held = {k: [] for k in KINDS}, {k: [] for k in KINDS}
+    python3.11-doc holds it. One file in 20 is held out, by the hash of its name, so that the split
+    never moves."""
+    train = {kind: [] for kind in KINDS}
+    held = {kind: [] for kind in KINDS}
     docs = Path(os.environ.get("PYTHON_DOCS", "/usr/share/doc/python3.11/html/_sources"))
     for kind, root, pattern in (("code", Path(sysconfig.get_path("stdlib")), "*.py"),
                                 ("prose", docs, "*.rst.txt")):
@@ -92,7 +88,8 @@ def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
                 text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError:                 # a few files declare another encoding
                 continue
-            (held if kept_back(name) else train)[kind].append(text)
+            kept_back = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+            (held if kept_back else train)[kind].append(text)
         if not train[kind]:
             sys.exit(f"{root}: no {pattern} files here (set PYTHON_DOCS for the documentation)")
     return train, held
@@ -100,33 +97,40 @@ def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 def prose_in_code(text: str) -> list[tuple[int, int]]:
     """Where the comments and docstrings of a Python file stand: (start, end) in characters."""
-    first, out, fresh = [0], [], True
-    for line in io.StringIO(text):
-        first.append(first[-1] + len(line))
+    first = [0, *itertools.accumulate(len(line) for line in io.StringIO(text))]     # of each line
     quiet = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+    out = []
+    fresh = True                                       # has no statement begun?
     try:
         for t in tokenize.generate_tokens(io.StringIO(text).readline):
-            if t.type == tokenize.COMMENT or t.type == tokenize.STRING and fresh:
+            if t.type == tokenize.COMMENT or (t.type == tokenize.STRING and fresh):
                 out.append((first[t.start[0] - 1] + t.start[1], first[t.end[0] - 1] + t.end[1]))
-            fresh = t.type in quiet or t.type == tokenize.COMMENT and fresh
+            fresh = t.type in quiet or (t.type == tokenize.COMMENT and fresh)
     except (tokenize.TokenError, SyntaxError, IndexError):   # a template, or another Python's file
         pass
     return out
 
 
+CODE_FOLLOWS = re.compile(r"\.\. (code-block|sourcecode|testcode|testsetup|doctest|highlight)::"
+                          r"|(?!\.\.).*::$")
+
+
 def code_in_prose(text: str) -> list[tuple[int, int]]:
     """Where the examples of a reStructuredText file stand: what is indented below a line that ends
     in "::" (of directives, below those of code), and interactive sessions."""
-    out, at, indent, session = [], 0, None, False
+    out = []
+    at = 0
+    indent = None                                      # of the line above an example
+    session = False
     for line in io.StringIO(text):
-        bare, depth = line.strip(), len(line) - len(line.lstrip())
+        bare = line.strip()
+        depth = len(line) - len(line.lstrip())
         if bare and indent is not None and depth <= indent:
             indent = None
         session = bool(bare) and (session or bare.startswith(">>>"))
         if indent is not None or session:
             out.append((at, at + len(line)))
-        elif bare.endswith("::") and not bare.startswith("..") or re.match(
-                r"\.\. (code-block|sourcecode|testcode|testsetup|doctest|highlight)::", bare):
+        elif CODE_FOLLOWS.match(bare):
             indent = depth
         at += len(line)
     return out
@@ -142,26 +146,29 @@ class Text:
     AROUND = 64                # tokens to each side: a line of comment does not make a text prose
 
     def __init__(self, texts: list[str], kind: str) -> None:
-        tok, ids, prose = Tokenizer(DEMO), [], []
+        tok = Tokenizer(DEMO)
         find = prose_in_code if kind == "code" else code_in_prose
         size = torch.tensor([len(tok.decode_bytes([i])) for i in range(RANKS)])
+        edge = torch.tensor([False])
+        ids = []
+        others = []                                    # is a token of the other kind?
         for text in texts:
-            part, raw = torch.tensor(tok.encode(text), dtype=torch.long), text.encode()
-            other = torch.zeros(len(raw) + 1, dtype=torch.long)
+            part = torch.tensor(tok.encode(text), dtype=torch.long)
+            other = torch.zeros(len(text.encode()) + 1, dtype=torch.long)
             for start, end in find(text):              # characters -> bytes
-                start = len(text[:start].encode())
-                other[start + 1:start + 1 + len(text[:end].encode()) - start] = 1
+                first = len(text[:start].encode()) + 1
+                other[first:first + len(text[start:end].encode())] = 1
             ends = size[part].cumsum(0)
             sums = other.cumsum(0)
-            other = sums[ends] - sums[ends - size[part]] > size[part] / 2
-            edge = torch.tensor([False])
             ids += [torch.tensor([BOS]), part, torch.tensor([EOS])]
-            prose += [edge, other, edge]
-        self.ids, prose = torch.cat(ids), torch.cat(prose) ^ (kind == "prose")
+            others += [edge, sums[ends] - sums[ends - size[part]] > size[part] / 2, edge]
+        self.ids = torch.cat(ids)
         newline = torch.tensor([tok.decode_bytes([i]).endswith(b"\n") for i in range(RANKS + 2)])
         self.starts = (newline[self.ids] | (self.ids == BOS)).nonzero().squeeze(1) + 1
-        at, N = torch.arange(len(prose)), len(prose)
-        low, high = (at - self.AROUND).clamp(min=0), (at + self.AROUND).clamp(max=N)
+        at = torch.arange(len(self.ids))
+        low = (at - self.AROUND).clamp(min=0)
+        high = (at + self.AROUND).clamp(max=len(at))
+        prose = torch.cat(others) ^ (kind == "prose")
         sums = F.pad(prose.long().cumsum(0), (1, 0))
         self.prose = (sums[high] - sums[low]) * 2 > high - low
 
@@ -171,7 +178,9 @@ class Rows:
     whichever file they come from."""
 
     def __init__(self, texts: dict[str, Text], T: int, human: bool) -> None:
-        self.T, self.human, self.ids = T, human, torch.cat([texts[k].ids for k in KINDS])
+        self.T = T
+        self.human = human
+        self.ids = torch.cat([texts[k].ids for k in KINDS])
         self.prose = torch.cat([texts[k].prose for k in KINDS])
         starts = torch.cat((texts["code"].starts, texts["prose"].starts + len(texts["code"].ids)))
         starts = starts[starts <= len(self.ids) - T]
@@ -202,45 +211,36 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        def lin(i: int, o: int) -> nn.Linear:
-            return nn.Linear(i, o, bias=False)
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, EPS), nn.RMSNorm(D, EPS)
-        self.self_attn = nn.ModuleDict(dict(q_proj=lin(D, H * HD), k_proj=lin(D, G * HD),
-                                            v_proj=lin(D, G * HD), o_proj=lin(H * HD, D)))
-        self.mlp = nn.ModuleDict(dict(gate_proj=lin(D, FFN), up_proj=lin(D, FFN),
-                                      down_proj=lin(FFN, D)))
 
-    # (B, T, D) -> (B, T, D), keys and values (B * G, T, HD)
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, k_whole: Tensor | None,
-                v_whole: Tensor | None, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole network's layer; or, given its keys and values, that of a draft, which reads
-        them for all that was verified, here the tokens of earlier blocks of DRAFT, and its own for
-        what it has drafted itself: those of the same block."""
+        def linear(n_in: int, n_out: int) -> nn.Linear:
+            return nn.Linear(n_in, n_out, bias=False)
+        D = CFG.D
+        qh = CFG.H * CFG.hd
+        kh = CFG.G * CFG.hd
+        self.input_layernorm = nn.RMSNorm(D, CFG.eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, CFG.eps)
+        self.self_attn = nn.ModuleDict(dict(q_proj=linear(D, qh), k_proj=linear(D, kh),
+                                            v_proj=linear(D, kh), o_proj=linear(qh, D)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=linear(D, CFG.ffn), up_proj=linear(D, CFG.ffn),
+                                      down_proj=linear(CFG.ffn, D)))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, may_read: Tensor,
+                whole: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> the same, and the layer's keys and values (B, G, T, hd). A draft's layer
+        reads the whole network's, in `whole`, beside its own."""
         B, T, _ = x.shape
-        R = H // G                          # query heads that share a kv head; folded into the rows
-        a = self.input_layernorm(x)
         w = self.self_attn
-        q = rotate(w.q_proj(a).view(B, T, H, HD), cos, sin)
-        k = rotate(w.k_proj(a).view(B, T, G, HD), cos, sin).transpose(1, 2).reshape(B * G, T, HD)
-        v = w.v_proj(a).view(B, T, G, HD).transpose(1, 2).reshape(B * G, T, HD)
-        q = q.view(B, T, G, R, HD).transpose(1, 2).reshape(B * G, T * R, HD) * HD ** -0.5
-        if k_whole is None:
-            score = torch.bmm(q, k.transpose(1, 2)).view(B * G, T, R, T) + bias
-            a = torch.bmm(score.softmax(-1, dtype=q.dtype).view(B * G, T * R, T), v)
-        else:
-            n = near.shape[-1]                      # tokens of a block
-            N = B * G * T // n                                             # blocks
-            score = torch.bmm(q, k_whole.transpose(1, 2)).view(B * G, T, R, -1) + bias
-            own = torch.bmm(q.view(N, n * R, HD), k.view(N, n, HD).transpose(1, 2))
-            own = (own.view(N, n, R, n) + near).view(B * G, T, R, n)
-            p = torch.cat((score, own), -1).softmax(-1, dtype=q.dtype)
-            a = torch.bmm(p[..., :-n].reshape(B * G, T * R, -1), v_whole)
-            own = p[..., -n:].reshape(N, n * R, n)
-            a = a + torch.bmm(own, v.view(N, n, HD)).view(B * G, T * R, HD)
-        a = a.view(B, G, T, R, HD).transpose(1, 2).reshape(B, T, H * HD)
-        x = x + w.o_proj(a)
-        a = self.post_attention_layernorm(x)
+        a = self.input_layernorm(x)
+        q, k, v = (project(a).view(B, T, -1, CFG.hd).transpose(1, 2)
+                   for project in (w.q_proj, w.k_proj, w.v_proj))
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        keys = torch.cat((whole[0], k), 2) if whole else k
+        values = torch.cat((whole[1], v), 2) if whole else v
+        a = F.scaled_dot_product_attention(q, keys, values, may_read, enable_gqa=True)
+        x = x + w.o_proj(a.transpose(1, 2).flatten(2))
         w = self.mlp
+        a = self.post_attention_layernorm(x)
         return x + w.down_proj(F.silu(w.gate_proj(a)) * w.up_proj(a)), k, v
 
 
@@ -249,38 +249,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+def mean(x: Tensor, chosen: Tensor) -> Tensor:                             # (..., N), (N,) -> (...)
+    return (x * chosen).sum(-1) / chosen.sum().clamp_min(1)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(RANKS + SPECIALS, D)
-        self.layers = nn.ModuleList(Block() for _ in range(L))
-        self.norm = nn.RMSNorm(D, EPS)
-        angle = torch.outer(torch.arange(CONTEXT), THETA ** (-torch.arange(0, HD, 2) / HD))
-        block = torch.arange(CONTEXT) // DRAFT
-        def bias(allowed: Tensor) -> Tensor:                               # (T, T') -> (T, 1, T')
-            return torch.zeros_like(allowed, dtype=torch.bfloat16).masked_fill_(
-                ~allowed, float("-inf"))[:, None]
-        causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()
-        for name, constant in (("cos", angle.cos()[:, None]), ("sin", angle.sin()[:, None]),
-                               ("causal", bias(causal)),
-                               ("verified", bias(block[:, None] > block)),
-                               ("near", bias(causal[:DRAFT, :DRAFT]))):
+        self.embed_tokens = nn.Embedding(CFG.V, CFG.D)
+        self.layers = nn.ModuleList(Block() for _ in range(CFG.L))
+        self.norm = nn.RMSNorm(CFG.D, CFG.eps)
+        t = torch.arange(CFG.context)
+        angle = torch.outer(t, CFG.theta ** (-torch.arange(0, CFG.hd, 2) / CFG.hd))
+        for name, constant in (("cos", angle.cos()), ("sin", angle.sin()), ("t", t)):
             self.register_buffer(name, constant, persistent=False)
 
     def states(self, ids: Tensor, skip: list[bool] | None = None,
                whole: list[tuple[Tensor, Tensor]] | None = None) -> tuple[list[Tensor], list]:
         """(B, T) -> the states (B, T, D) before the first layer and after each that was run, and
         each one's keys and values. With `whole` those of the whole network, as a draft without the
-        layers in `skip`."""
+        layers in `skip`: it reads the whole one's for all that was verified, here the tokens of
+        earlier blocks of DRAFT, and its own for what it has drafted itself: of the same block."""
         T = ids.shape[1]
-        xs, cos, sin, kv = [self.embed_tokens(ids)], self.cos[:T], self.sin[:T], []
-        bias = (self.verified if whole else self.causal)[:T, :, :T]
+        t = self.t[:T]
+        block = t // DRAFT
+        may_read = t[:, None] >= t                                         # (T, T)
+        if whole:
+            own = may_read & (block[:, None] == block)
+            may_read = torch.cat((block[:, None] > block, own), 1)         # (T, 2 T)
+        xs = [self.embed_tokens(ids)]
+        kv = []
         for i, layer in enumerate(self.layers):
             if not (skip and skip[i]):
-                x, k, v = layer(xs[-1], cos, sin, bias, *(whole[i] if whole else (None, None)),
-                                self.near)
+                x, *both = layer(xs[-1], self.cos[:T], self.sin[:T], may_read, whole and whole[i])
                 xs.append(x)
-                kv.append((k, v))
+                kv.append(both)
         return xs, kv
 
     def logits(self, x: Tensor) -> Tensor:                                 # (B, T, D) -> (B * T, V)
@@ -288,72 +291,60 @@ class Model(nn.Module):
 
     def compare(self, whole: Tensor, part: Tensor, after: Tensor, own: Tensor,
                 human: Tensor) -> Tensor:
-        p, q = self.logits(whole).log_softmax(-1), self.logits(part).log_softmax(-1)
+        """The loss of the whole network, twice KL(whole || draft), and the chance that a drafted
+        token is rejected, which is half the sum of |p - q|."""
+        p = self.logits(whole).log_softmax(-1)
+        q = self.logits(part).log_softmax(-1)
         apart = (p.exp() * (2 * (p - q)) + 0.5 * (p.exp() - q.exp()).abs()).sum(-1)
-        apart = (apart * own).sum() / own.sum().clamp_min(1)
-        return apart - (p.gather(1, after[:, None])[:, 0] * human).sum() / human.sum().clamp_min(1)
+        return mean(apart, own) - mean(p.gather(1, after[:, None])[:, 0], human)
 
     def contrast(self, whole: Tensor, wrong: Tensor, own: Tensor, margin: Tensor) -> Tensor:
         p = self.logits(whole.detach()).detach().log_softmax(-1)
         kl = (p.exp() * (p - self.logits(wrong).log_softmax(-1))).sum(-1)
-        return ((kl * own).sum() / own.sum().clamp_min(1) - margin).abs()
+        return (mean(kl, own) - margin).abs()
 
     def turns(self, xs: list[Tensor], own: Tensor) -> Tensor:                         # -> (L,)
         """By how much each layer turns the states of the tokens in `own`: about the mean angle, in
         rad. It is what the dynamic program sees of a layer."""
-        return torch.stack([
-            ((2 - 2 * F.cosine_similarity(a.float(), b.float(), dim=-1) + 1e-6).sqrt().flatten()
-             * own).sum() for a, b in zip(xs, xs[1:])]) / own.sum().clamp_min(1)
+        near = torch.stack([F.cosine_similarity(a.float(), b.float(), dim=-1).flatten()
+                            for a, b in zip(xs, xs[1:])])                  # (L, B * T)
+        return mean((2 - 2 * near + 1e-6).sqrt(), own)
 
     def pair_loss(self, ids: Tensor, own: Tensor, human: Tensor, kind: str, skip: list[bool],
                   wrong: tuple[list[bool], float] | None) -> Tensor:
-        """ids (B, T+1), own, human (B, T) -> ().
-
-        The whole network learns from human text, and it and a draft with layers left out learn to
-        agree, on the tokens of the draft's kind: the mean loss of the whole, plus twice
-        KL(whole || draft), plus the chance that a drafted token is rejected, which is half the sum
-        of |p - q|. (What the whole one knows beyond the other is mostly the training text by
-        heart.)
-
-        A network that once could do without a layer goes on being able to; so, for the kinds to
-        differ, two more terms. The layers that a kind may miss shall hardly turn its states, and
-        each of the others shall. And a draft without some of those others, `wrong`, shall be as far
-        from the whole one as the margin says, in the same KL: no nearer, else one set would do for
-        all texts; and no farther, for it is what a draft has just after its text has changed its
-        kind."""
+        """ids (B, T+1), own, human (B, T) -> (). The terms are those of the recipe (README.md). The
+        whole network learns from human text alone: what it knows beyond its own is mostly the
+        training text by heart. `wrong`: a draft without layers that the kind needs, and how far
+        from the whole one it shall be."""
         xs, kv = self.states(ids[:, :-1])
         part, _ = self.states(ids[:, :-1], skip, kv)
-        after, own, human = ids[:, 1:].flatten(), own.flatten().float(), human.flatten().float()
-        loss = self.compare(xs[-1], part[-1], after, own, human)
-        turns, may_go = self.turns(xs, own), torch.tensor(planted(kind), device=own.device)
+        own = own.flatten().float()
+        loss = self.compare(xs[-1], part[-1], ids[:, 1:].flatten(), own, human.flatten().float())
+        turns = self.turns(xs, own)
+        may_go = torch.tensor(planted(kind), device=own.device)
         loss = loss + 2 * (turns[may_go] - SPARE).relu().mean()
         loss = loss + 2 * (NEEDED - turns[~may_go]).relu().mean()
         if wrong:
             bad, _ = self.states(ids[:, :-1], wrong[0], kv)
-            loss = loss + 0.5 * self.contrast(xs[-1], bad[-1], own,
-                                              torch.tensor(wrong[1], device=own.device))
+            margin = torch.tensor(wrong[1], device=own.device)
+            loss = loss + 0.5 * self.contrast(xs[-1], bad[-1], own, margin)
         return loss
-
-    def begin_from(self, folder: Path) -> None:
-        """The weights of a model of this shape and this tokenizer."""
-        weights = load_file(folder / "model.safetensors")
-        self.load_state_dict({name.removeprefix("model."): t for name, t in weights.items()})
 
 
 # ---------------------------------------------------------------------------- its own text
 
 @torch.inference_mode()
-def write_samples(folder: Path, per_kind: int) -> None:
-    """Text by the model of `folder` itself, since that is what it drafts: beginnings of training
+def write_samples(a: argparse.Namespace) -> None:
+    """Text by the model of a.folder itself, since that is what it drafts: beginnings of training
     text, continued by up to 416 tokens at temperature 1, every fourth at 0.5."""
-    train = corpus()[0]
-    model = Llama.load(folder)
+    model = Llama.load(a.folder)
     tok = Tokenizer(DEMO)
+    train, _ = corpus()
     rows = Rows({k: Text(train[k], k) for k in KINDS}, 32, True)
     rng = random.Random(1)
     out = {kind: [] for kind in KINDS}
     for kind in KINDS:
-        for n in range(per_kind):
+        for n in range(a.number):
             s = Settings(temperature=0.5 if n % 4 == 3 else 1.0, N=416, stop_ids=(EOS,))
             ids = rows.draw(kind, rng, 0.0)[0].tolist()
             for r in generate(model, ids, s, Chance(n), choose_skip):
@@ -375,13 +366,14 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
     this kind needs and the other may miss."""
     out = []
     for k in range(n):
-        kind, scale = KINDS[k % 2], 0.6 + 0.7 * rng.random()
+        kind = KINDS[k % 2]
+        scale = 0.6 + 0.7 * rng.random()
         exact = k // 2 % 2 == 0
         mask = [s and (exact or rng.random() < 0.75 * scale) for s in planted(kind)]
         may, needs = ((CODE_ONLY, PROSE_ONLY) if kind == "code" else (PROSE_ONLY, CODE_ONLY))
         j = rng.randint(2, 6)
         bad = {*BOTH, *rng.sample(needs, j), *rng.sample(may, 6 - j)}
-        wrong = [i in bad for i in range(L)], j / 7
+        wrong = [i in bad for i in range(CFG.L)], j / 7
         out.append((kind, mask, None if exact else wrong))
     return out
 
@@ -389,40 +381,38 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     device = torch.device(a.device)
-    train_text = corpus()[0]
-    data = {k: Text(train_text[k], k) for k in KINDS}
-    written = json.loads((DEMO / "samples.json").read_text())
-    sampled = {k: Text(written[k], k) for k in KINDS}
-    for k in KINDS:
-        print(f"{k}: {len(data[k].ids):,} tokens, of which {data[k].prose.sum():,} amid prose",
-              flush=True)
+    texts, _ = corpus()
+    data = {kind: Text(texts[kind], kind) for kind in KINDS}
+    samples = json.loads((DEMO / "samples.json").read_text())
+    sampled = {kind: Text(samples[kind], kind) for kind in KINDS}
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     opts = [torch.optim.Muon(matrices, lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
-    model.begin_from(a.folder)
+    weights = load_file(a.folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): t for name, t in weights.items()})
     if a.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
         for name in ("compare", "contrast", "turns"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
     rows = None
-    window = []
+    losses = []
     for step in range(a.steps):
         # A step's data and masks depend on its number alone; the last steps see the whole context.
         frac = step / a.steps
         rng = random.Random(a.seed * 1_000_003 + step)
-        T = LENGTH if frac < LONG_FROM else CONTEXT
+        T = LENGTH if frac < LONG_FROM else CFG.context
         B = max(1, round(LENGTH * ROWS / T))
         if rows is None or rows.T != T:
-            rows, written = Rows(data, T, True), Rows(sampled, T, False)
+            rows = Rows(data, T, True)
+            written = Rows(sampled, T, False)
         scale = min(1.0, (step + 1) / 50, (1 - frac) / DECAY)     # warm up, hold, linearly to zero
         for o in opts:
             for g in o.param_groups:
                 g["lr"] = LR * scale
-        total = 0.0
         for kind, mask, wrong in masks(MASKS, rng):
             drawn = [(written if rng.random() < SAMPLED else rows).draw(kind, rng, MIXED)
                      for _ in range(B)]
@@ -430,50 +420,42 @@ def train(a: argparse.Namespace) -> None:
             with torch.autocast(device.type, torch.bfloat16):
                 loss = model.pair_loss(ids, own, human, kind, mask, wrong)
             (loss / MASKS).backward()
-            total += loss.item() / MASKS
+            losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in opts:
             o.step()
             o.zero_grad(set_to_none=True)
-        window.append(total)
         if (step + 1) % 150 == 0 or step + 1 == a.steps:
-            print(f"step {step + 1} of {a.steps}: loss {sum(window) / len(window):.3f}", flush=True)
-            window = []
+            print(f"step {step + 1} of {a.steps}: loss {sum(losses) / len(losses):.3f}", flush=True)
+            losses = []
             torch.save(model.state_dict(), STATE)
 
 
-def export(folder: Path) -> None:
-    """The trained weights -> the standard Hugging Face folder: in bf16, with the configs."""
+def export(a: argparse.Namespace) -> None:
+    """The trained weights -> a Hugging Face folder, in bf16."""
     out = {f"model.{name}": t.to("cpu", torch.bfloat16).contiguous()
            for name, t in torch.load(STATE, weights_only=True).items()}
-    save(out, folder / "model.safetensors", {"format": "pt"})
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama",
-                  vocab_size=RANKS + SPECIALS, hidden_size=D, intermediate_size=FFN,
-                  num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, head_dim=HD,
-                  hidden_act="silu", rms_norm_eps=EPS, rope_theta=THETA, rope_scaling=None,
-                  max_position_embeddings=CONTEXT, tie_word_embeddings=True, attention_bias=False,
-                  mlp_bias=False, bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
-    for name, content in (("config.json", config), (
-            "generation_config.json", dict(bos_token_id=BOS, eos_token_id=EOS))):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    if folder != DEMO:
-        (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
-    n = sum(t.numel() for t in out.values())
-    print(f"{n:,} weights, {n * 2 / 1e6:.1f} MB")
+    save(out, a.folder / "model.safetensors", {"format": "pt"})
+    if a.folder != DEMO:
+        for name in ("config.json", "generation_config.json", "tokenizer.model"):
+            shutil.copy(DEMO / name, a.folder)
 
 
 @torch.inference_mode()
-def measure(folder: Path) -> None:
+def measure(a: argparse.Namespace) -> None:
     """The shipped weights on the whole held-out text, by llama.py in float32: windows of half the
     context, each begun afresh."""
-    model, texts, T = Llama.load(folder), corpus()[1], CONTEXT // 2
+    model = Llama.load(a.folder)
+    _, texts = corpus()
+    sets = {"all layers": ()} | {f"without the set of {kind}": planted(kind) for kind in KINDS}
     for kind in KINDS:
-        held, size = Text(texts[kind], kind).ids, sum(len(t.encode()) for t in texts[kind])
-        for name, skip in (("all layers", ()), *((f"without the set of {k}", planted(k))
-                                                   for k in KINDS)):
+        held = Text(texts[kind], kind).ids
+        size = sum(len(text.encode()) for text in texts[kind])
+        for name, skip in sets.items():
             total = 0.0
-            for part in held.split(T):
-                ids, cache = torch.cat((torch.tensor([BOS]), part)), model.cache(len(part))
+            for part in held.split(CFG.context // 2):
+                ids = torch.cat((torch.tensor([BOS]), part))
+                cache = model.cache(len(part))
                 h = model.forward(ids[:-1], cache.sequence(0, len(part)), cache, skip)
                 total += F.cross_entropy(model.head(h[-1]), ids[1:], reduction="sum").item()
             print(f"{kind}, {name}: {total / len(held):.3f} nats per token, "
@@ -482,23 +464,20 @@ def measure(folder: Path) -> None:
 
 
 def main() -> None:
+    steps = dict(samples=write_samples, distil=train, export=export, measure=measure)
     p = argparse.ArgumentParser(description="Make the demo model.")
-    sub = p.add_subparsers(dest="what", required=True)
-    parsers = {}
-    for what, begins in (("samples", True), ("distil", True), ("export", False), ("measure", False)):
-        parsers[what] = sub.add_parser(what)
-        parsers[what].add_argument("--folder", type=Path, default=DEMO, help="the model to begin "
-                                   "from" if begins else "the model that was made")
-    parsers["samples"].add_argument("--number", type=int, default=640, help="of each kind")
-    add = parsers["distil"].add_argument
-    add("--steps", type=int, default=STEPS)
-    add("--seed", type=int, default=5)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--compile", action="store_true")
+    add = p.add_argument
+    add("what", choices=list(steps))
+    add("--folder", type=Path, default=DEMO, help="samples, distil: the model to begin from; "
+        "export, measure: the one that was made")
+    add("--number", type=int, default=640, help="samples: of each kind")
+    add("--steps", type=int, default=STEPS, help="distil")
+    add("--seed", type=int, default=5, help="distil")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="distil")
+    add("--compile", action="store_true", help="distil")
     a = p.parse_args()
     torch.set_num_threads(1)                           # for small matrices more cost time
-    dict(samples=lambda: write_samples(a.folder, a.number), distil=lambda: train(a),
-         export=lambda: export(a.folder), measure=lambda: measure(a.folder))[a.what]()
+    steps[a.what](a)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+from bench.passes import spread  # noqa: E402
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.replay import Replay, first_line, fused, unfused, unusable, wake  # noqa: E402
-from gpu.trial import EIGHT_B, TINY, moved, random_llama, replayed, replaying, twin  # noqa: E402
+from gpu.trial import EIGHT_B, TINY, random_llama, replayed, replaying, twin  # noqa: E402
 from llama import Llama, Tensor, torch  # noqa: E402
 from policy import costs  # noqa: E402
 from policy.adaptive import Adaptive, budgets  # noqa: E402
@@ -33,11 +34,6 @@ from tests.every_outcome import distance  # noqa: E402
 from tests.helpers import tiny_llama  # noqa: E402
 
 K = 12                       # tokens drafted at most, as the command has it
-
-
-def spread(L: int, j: int) -> list[bool]:
-    """j of L layers, evenly spread: for passes whose cost alone matters."""
-    return [(i + 1) * j // L > i * j // L for i in range(L)]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -145,7 +141,7 @@ class Check:
 
     def lossless(self) -> dict:
         """Every branch of chance of a small model by graphs, against the full model's products."""
-        model = moved(tiny_llama(), self.device)
+        model = tiny_llama(device=self.device)
         s = Settings(temperature=0.8, top_p=0.9, N=4, K=2, M=1, interval=1)
         return dict(largest_error=distance(model, s, replaying(model, s.K, s.M)))
 

@@ -1,5 +1,6 @@
 """Recorded passes are the plain ones, and the host waits for few of them. Without a GPU all but the
-recording itself is tested: gpu/trial.py repeats calls where a graph repeats kernels.
+recording itself is tested: gpu/trial.py repeats calls where a graph repeats kernels. And check.py,
+which measures all this on a GPU, runs dry.
 """
 import collections
 import itertools
@@ -12,13 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clasp_mini
 import llama
 from dp_layer_skip import choose_skip, torch
-from gpu import replay
-from gpu.trial import moved, replayed, replaying, rerun, tensors
+from gpu import check, replay, trial
+from gpu.trial import replayed, replaying, rerun, tensors
 from oracle import check_trace
 from policy.adaptive import Adaptive
+from policy.costs import layer_weights
 from policy.probe import choose_by
 from speculative import Chance, Settings, generate
 from tests.helpers import assert_same_choice, decode, tiny_llama, tokens
+from tests.wrong_programs import running
 
 A_GPU = [pytest.param("cuda", fuse, marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))
@@ -36,8 +39,7 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
     layer, a row too many or too few, a row that sees or writes another slot, results where others
     work, recordings of a cache that is gone, and a chooser asked for what was not recorded that
     answers from the recording."""
-    model, K, M = tiny_llama(V=11, L=5, D=16, H=4, G=2, seed=6), 3, 3
-    model = moved(model, device)
+    model, K, M = tiny_llama(V=11, L=5, D=16, H=4, G=2, seed=6, device=device), 3, 3
     fast = replayed(model, K, M, r, fuse)
     gen = torch.Generator().manual_seed(0)
     text = []
@@ -180,7 +182,7 @@ def test_who_asks_a_gpu_is_seen(ask, read):
 
 
 @pytest.mark.parametrize("how, ours", [
-    (dict(), False), (dict(K=3, M=2, interval=1), False), (dict(), True),
+    (dict(), False), (dict(), True),
     (dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9), False)])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
@@ -196,9 +198,15 @@ def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
         policy = Adaptive(s, [1, 0.8, 0.6, 0.4], [1.0] * 5, M=2, interval=1)
     made = []
     tensor = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda *of, **on: made.append(of) or tensor(*of, **on))
+
+    def counted(*of, **on):
+        if "device" in on:
+            made.append(of)
+        return tensor(*of, **on)
+
+    monkeypatch.setattr(torch, "tensor", counted)
     with Far() as far:
-        model = moved(tiny_llama(V=9, L=3), "meta")
+        model = tiny_llama(V=9, device="meta")
         choose = choose_skip
         if graphs:
             model = replayed(model, 3, 2)
@@ -212,8 +220,8 @@ def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
     choices = sum(r.choice is not None for r in rounds)
     assert (drafted > 5, choices > 1) == (bool(how) or ours,) * 2
     assert far.reads <= drafted + len(rounds) + ours * judged + (2 + ours) * choices
-    # Of each round the last token, the verify's, the draft's and the numbers for its verdicts.
-    assert len(made) <= 4 * len(rounds)
+    # What is made on a GPU waits for it. Once a round before the draft, and before the verify.
+    assert len(made) <= 2 * len(rounds)
 
 
 # ------------------------------------------------------------------------------ runs
@@ -398,3 +406,82 @@ def test_the_command_says_the_same_with_recorded_passes_as_without(
         assert (choices > 1) == ("--interval" in how)
     if "--trace" in how:
         assert check_trace.main(["run.jsonl"]) == 0, capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ check.py
+
+def test_a_dry_run_goes_through_every_step_and_one_that_fails_costs_only_itself(
+        tmp_path, monkeypatch):
+    """Rejects a step that does not fit the program any more, one that takes the others with it, a
+    report that is written at the end alone, and tests that fail unseen."""
+    seen = []
+
+    def broken(self, fast):
+        seen.append(json.loads((tmp_path / "r.json").read_text()))
+        raise RuntimeError("no profiler\nand much more")
+    monkeypatch.setattr(check.Check, "kernels", broken)
+    assert check.main([str(tmp_path / "r"), "--tiny"]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report.pop("kernels")["failed"] == "RuntimeError no profiler" and "passes" in seen[0]
+    assert len(report) == 18
+    other = report.pop("transformers")
+    assert "transformers" in other["skipped"] if "skipped" in other else other["logits"] < 1e-5
+    for name, step in report.items():
+        assert not {"failed", "skipped"} & step.keys(), (name, step)
+    assert report["lossless by enumeration"]["largest_error"] < 1e-12
+    for name in ("plain kernels against eager", "kernels against eager"):
+        assert report[name]["after 60"]["verify"] < 1e-5 and report[name]["after 60"]["same_set"]
+    assert report["passes"]["draft, 6 left out"]["plain_steps"] < 1
+    assert report["texts"]["paper, T = 0"]["parts"] == "nowhere"
+    assert report["tests"]["status"] == 0, report["tests"]
+    page = (tmp_path / "r.md").read_text()
+    assert "| plain step |" in page and "failed: RuntimeError no profiler" in page
+
+
+def test_a_gpu_that_computes_something_else_is_seen(tmp_path, monkeypatch):
+    """Rejects comparisons that compare nothing."""
+    steps = check.Check(tmp_path / "r", 99, True, None)
+    with torch.inference_mode():
+        with running("residual = p"):
+            assert steps.lossless()["largest_error"] > 1e-4
+        fast = check.replayed(steps.model, check.K, 2, 1)
+        head = fast.head
+        monkeypatch.setattr(fast, "head", lambda x: head(x) * 1.01)
+        assert min(row["verify"] for row in steps.agreement(fast).values()) > 1e-3
+
+
+def test_no_step_begins_when_time_is_up(tmp_path):
+    """Rejects a run that outlasts the time it was given."""
+    assert check.main([str(tmp_path / "r"), "--tiny", "--seconds", "0"]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report) == 19 and all("skipped" in step for step in report.values())
+
+
+@pytest.mark.parametrize("amiss", [None, "driver too old"])
+def test_without_a_gpu_a_line_says_what_is_missing(tmp_path, monkeypatch, capsys, amiss):
+    """Rejects a traceback, and a run on the CPU that is taken for one on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check, "unusable", lambda: amiss)
+    assert check.main([str(tmp_path / "r")]) == 2 and not list(tmp_path.iterdir())
+    assert (amiss or "sees no CUDA GPU") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet, low, high", [(0.0, 1, 1), (0.2, 0.5, 0.999), (1.0, 0, 0.4)])
+def test_a_random_model_is_accepted_as_far_as_its_quiet_layers_are_quiet(
+        monkeypatch, quiet, low, high):
+    """Rejects quiet layers that are as loud as others, and activations that blow up or die out with
+    depth."""
+    monkeypatch.setattr(trial, "QUIET", quiet)
+    model = trial.random_llama(trial.TINY, torch.device("cpu"), torch.float32)
+    rounds = decode(model, [1, 2, 3], Settings(K=4, M=4, N=60))
+    drafted = sum(len(r.drafted) for r in rounds)
+    assert low <= sum(r.accepted for r in rounds) / drafted <= high
+    h = model.forward(torch.arange(8), model.cache(8).sequence(0, 8), model.cache(8))
+    assert all(0.5 < x.std() < 3 for x in h)
+
+
+def test_the_random_8b_has_an_8bs_number_of_weights():
+    """Rejects sizes that add up to another model."""
+    c = trial.EIGHT_B
+    norms = (2 * c.L + 1) * c.D
+    assert c.L * layer_weights(c) + 2 * c.V * c.D + norms == 8_030_261_248

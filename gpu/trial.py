@@ -19,7 +19,7 @@ from speculative import generate
 
 REST = dict(eps=1e-5, context=8192, tied=False, theta=5e5, scaling=None)
 EIGHT_B = Config(L=32, D=4096, H=32, G=8, hd=128, ffn=14336, V=128256, **REST)
-TINY = Config(L=16, D=64, H=4, G=2, hd=16, ffn=96, V=200, **REST)
+TINY = Config(L=8, D=64, H=4, G=2, hd=16, ffn=96, V=200, **REST)
 QUIET = 0.1                  # what some layers add to the residual stream, others: 1
 
 
@@ -82,13 +82,6 @@ def twin(model: Llama) -> Any:
     other.generation_config.eos_token_id = None
     other.generation_config.pad_token_id = 0
     return other.eval()
-
-
-def moved(model: Llama, device: str | torch.device) -> Llama:
-    """The same model there."""
-    layers = [Layer(*(x.to(device) for x in w)) for w in model.layers]
-    embed, norm, head = (x.to(device) for x in (model.embed, model.norm, model.lm_head))
-    return Llama(model.cfg, embed, layers, norm, head)
 
 
 # ---------------------------------------------------------------------- in the place of a graph

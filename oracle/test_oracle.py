@@ -490,9 +490,8 @@ PLANTED = {        # a change by name: where the first message must send
         "<= slots[:, None]", "<= slots[-1] + 0 * slots[:, None]")), "the forward pass"),
     "draws from the last id on": (put(
         Chance, "draw", lambda self, p: len(p) - 1 - right.draw(self, p.flip(0))), "the draw"),
-    "the q before": (put(
-        speculative, "judge", lambda p, q, drafted, chance: right.judge(
-            p, [x + 1e-300 for x in (*q[:1], *q[:-1])], drafted, chance)), "the (verdict|residual)"),
+    "the q before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
+        p, [x + 1e-300 for x in (*q[:1], *q[:-1])], drafted, chance)), "the (verdict|residual)"),
     **{name: (None, "the generator") for name in CHANCES}}
 # Of the table of wrong programs: in which part those of a module are.
 PART_OF = {dp_layer_skip: "the table", llama: "the (forward pass|cache|draft|candidates)",

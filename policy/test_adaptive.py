@@ -1,13 +1,17 @@
 """What the policy decides, followed by hand: costs, confidences and what was accepted are given,
 and it is read off how much is left out, how long is drafted, when layers are chosen and when it
-rests. That no text depends on it stands in test_exact.py, what it gives in test_no_harm.py.
+rests. Then what passes cost: guessed, measured by a clock that is played, kept, and read from
+files. That no text depends on it stands in test_exact.py, what it gives in test_no_harm.py.
 """
+import json
+from types import SimpleNamespace
 from unittest.mock import Mock
 
-from pytest import approx, mark
+from pytest import approx, mark, raises
 
 from dp_layer_skip import Choice, torch
-from policy import adaptive
+from llama import Config, ModelError
+from policy import adaptive, costs
 from speculative import Settings
 
 torch.set_num_threads(1)
@@ -29,8 +33,12 @@ def draft_of(x):
 
 def verified(policy, xs=(), accepted=0, confidence=(0.9, 0.9, 0.9)):
     """A verify of tokens that p accepts with chances xs; of none, a plain step."""
-    x = torch.tensor([1.0, *xs], dtype=torch.float64)
-    policy.judged(list(confidence), draft_of(torch.ones_like(x)), [*draft_of(x[1:])], accepted)
+    p = None                                           # nobody has to look at it
+    q = []
+    if xs:
+        p = draft_of(torch.ones(len(xs) + 1, dtype=torch.float64))
+        q = [*draft_of(torch.tensor(xs, dtype=torch.float64))]
+    policy.judged(list(confidence), p, q, accepted)
 
 
 def look(policy, *shown):
@@ -76,13 +84,13 @@ def test_the_risk_of_each_budget_is_the_mean_of_the_prior_and_of_all_that_was_sh
     """Rejects budgets that end sooner or later than at 11/16 of the layers; risks of a file without
     effect, another prior than j/L, the last look alone, one token of several."""
     assert adaptive.budgets(32) == list(range(2, 23, 2)) and adaptive.budgets(4) == [1, 2, 3]
-    costs = ([1, 0.1, 0.1, 0.1, 0.1], CHEAP)
-    policy = policy_of(*costs, risk=[0, 0.1, 0.2, 0.4, 0.9])
+    tables = ([1, 0.1, 0.1, 0.1, 0.1], CHEAP)
+    policy = policy_of(*tables, risk=[0, 0.1, 0.2, 0.4, 0.9])
     look(policy, 0.9, 0.7, 0.5)
     look(policy, 0.6, 0.7, 1.0)
     means = {1: (0.1 + 0.1 + 0.4) / 3, 2: (0.2 + 0.3 + 0.3) / 3, 3: (0.4 + 0.5 + 0.0) / 3}
     assert policy.risk == approx(means)
-    policy = policy_of(*costs, probe=2)
+    policy = policy_of(*tables, probe=2)
     look(policy, (0.9, 0.5), (0.7, 0.1), (0.6, 0.0))   # means of .7, .4, .3
     means = {1: (1 / 4 + 0.3) / 2, 2: (2 / 4 + 0.6) / 2, 3: (3 / 4 + 0.7) / 2}
     assert policy.risk == approx(means) and policy.slots == (3 + 1) * 2
@@ -212,3 +220,88 @@ def test_verifies_are_measured_once_and_where_it_is_worth_it(N, risk, true, aske
         look(policy, 1 - risk)
         assert policy.goes_on([]) is drafts
     assert measure.call_count == asked and policy.v == (true if asked else [1.0] * 4)
+
+
+# ------------------------------------------------------------------------------ costs.py
+
+EIGHT = Config(32, 4096, 32, 8, 128, 14336, 128256, 1e-5, 8192, False, 5e5, None)
+
+
+def test_the_guess_is_by_the_bytes_that_a_pass_reads():
+    """By hand for the 8B: a layer has 4096 * 48 * 128 + 4096 * 4096 + 3 * 4096 * 14336 weights,
+    which is 218.1 million, the head 525.3: layers are .930 of what a plain step reads. Rejects a
+    head that is left out, keys and values of H heads, a verify or a table of another size."""
+    table = costs.guess(EIGHT, 12)
+    assert len(table["draft"]) == 33 and table["draft"][0] == 1
+    assert table["draft"][16] == approx(1 - 0.930 / 2, abs=1e-3)
+    assert table["draft"][32] == approx(0.070, abs=1e-3)
+    assert table["verify"] == [1.0] * 14 and table["optimise"] == 2.0
+
+
+@mark.parametrize("S, per_row, sizes, want", [
+    (40, 1, (1, 4, 13), {0: 1, 1: 1, 2: 1 + (14 / 11 - 1) / 3, 4: 14 / 11, 13: 23 / 11}),
+    (10, -2, (1, 4, 7), dict.fromkeys(range(14), 1))])                      # 7 slots are left
+def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(
+        monkeypatch, S, per_row, sizes, want):
+    """Rejects a warm-up that counts, a mean, the last of three, seconds for plain steps, one row's
+    logits, another place than behind the text, slots that are not there, and a gain that is only
+    noise. A pass takes 110, then 10, then 20 seconds, and the head some for each row."""
+    now = [0.0]
+    passes = []
+
+    def sequence(t, T):
+        assert t + T <= S
+        return t, T
+
+    def forward(ids, rows, cache):
+        done = (*rows, ids[0].item())
+        now[0] += (110, 10, 20)[passes.count(done)]
+        passes.append(done)
+        return [torch.zeros(len(ids), 1)]
+
+    def head(x):
+        now[0] += per_row * len(x)
+        return x
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    model = SimpleNamespace(device="cpu", forward=forward, head=head)
+    table = costs.measure(model, SimpleNamespace(S=S, sequence=sequence), [3, 5, 7], 12)
+    assert passes == [(3, n, 7) for n in sizes] * 3 and len(table) == 14
+    assert {n: table[n] for n in want} == approx(want, abs=1e-3)
+
+
+def test_a_table_is_kept_under_a_name_of_what_it_depends_on(tmp_path, monkeypatch):
+    """Rejects a table of other weights, of another dtype, or of the last version of the model; and
+    a home that cannot be written to as a fault."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(dict(hidden_size=8)))
+    (model / "model.safetensors").write_bytes(b"1")
+    on = ("bfloat16", 2)
+    shelf = costs.shelf(model, *on)
+    assert shelf == costs.shelf(model, *on) and tmp_path / "cache" in shelf.parents
+    others = [costs.shelf(model, "float32", 2), costs.shelf(model, "bfloat16", 1)]
+    for name, content in (("model.safetensors", b"12"), ("config.json", b'{"hidden_size": 16}')):
+        (model / name).write_bytes(content)
+        others.append(costs.shelf(model, *on))
+    assert len({shelf, *others}) == 5
+    table = dict(draft=[1.0, 0.5], verify=[1.0, 1.0, 1.2], optimise=2.0)
+    assert costs.keep(shelf, table) and costs.load(str(shelf), L=1, K=1) == table
+    assert not costs.keep(model / "config.json" / "no folder", table)
+
+
+@mark.parametrize("wrong", [
+    dict(draft=[1.0]), dict(draft=[1.0, "x"]), dict(verify=[1.0]), dict(verify=[1.0, 1.0, 0.0]),
+    dict(verify=[9.0, 1.0]), dict(optimise=[1]), dict(optimise=-1), dict(risk=[0.1]), dict(other=1),
+    dict(draft=None)])
+def test_a_file_of_costs_is_checked_and_drawn_out(tmp_path, wrong):
+    """Rejects tables that a run would stumble over, and a refusal of what --json prints, or of a
+    table that was measured for a smaller K."""
+    right = dict(draft=[1.0, 0.5], verify=[1.0, 1.0, 1.25], optimise=2.0, risk=[0.0, 0.1])
+    path = tmp_path / "costs.json"
+    for whole in (right, dict(costs=right), dict(settings=dict(costs=right))):
+        path.write_text(json.dumps(whole))
+        assert costs.load(str(path), L=1, K=3)["verify"] == [1.0, 1.0, 1.25, 1.5, 1.75]
+    path.write_text(json.dumps(right | wrong))
+    with raises(ModelError, match="costs.json: costs are"):
+        costs.load(str(path), L=1, K=3)

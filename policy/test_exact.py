@@ -11,28 +11,32 @@ from policy.probe import PaperByProbe, choose_by, nearness
 from speculative import Paper, Settings, generate
 from test_clasp import SAMPLERS, STOPS
 from tests.every_outcome import distance
-from tests.helpers import adaptive, assert_same_choice, decode, having_read, tiny_llama
+from tests.helpers import assert_same_choice, decode, having_read, tiny_llama
 from tests.wrong_programs import rejects
 
-COSTS = [dict(), dict(K=2), dict(K=1), dict(c=[1, .9, .8, .7]), dict(c=[1, 1, 1, 1]),
-         dict(c=[1, .1, .9, .9]), dict(v=[1, 1, 1.6, 1.7, 1.8])]
+CHEAP = dict(draft=[1, 0.7, 0.4, 0.1], verify=[1, 1.01, 1.02, 1.03, 1.04])
+COSTS = [dict(), dict(K=2), dict(K=1), dict(draft=[1, .9, .8, .7]), dict(draft=[1, 1, 1, 1]),
+         dict(draft=[1, .1, .9, .9]), dict(verify=[1, 1, 1.6, 1.7, 1.8])]
 NAMED = [dict(), dict(M=1), dict(exit_threshold=0.5), dict(interval=1), dict(K=2, M=2)]
 
 
-def runs():
-    """14 settings: costs at which the policy drafts much, little or not at all, what a user may
-    name, samplers, stops, probes of one to three tokens."""
-    for n in range(14):
-        how = COSTS[n % 7] | NAMED[n % 5] | SAMPLERS[(2 * n + n // 5) % 5]
-        yield adaptive(**how, stop_ids=STOPS[n % 2], probe=1 + n % 3)
+def run(n):
+    """(settings, loop) of one of 14: costs at which the policy drafts much, little or not at all,
+    what a user may name, samplers, stops, probes of one to three tokens."""
+    s = Settings(N=4, stop_ids=STOPS[n % 2], **SAMPLERS[(2 * n + n // 5) % 5])
+    how = CHEAP | COSTS[n % 7] | NAMED[n % 5] | dict(probe=1 + n % 3)
+
+    def loop(model, prompt, s, chance, choose):
+        return generate(model, prompt, s, chance, choose, room.Adaptive(s, **how))
+    return s, loop
 
 
-@pytest.mark.parametrize("n, run", list(enumerate(runs())))
-def test_the_policy_has_exactly_the_full_models_distribution(n, run, monkeypatch):
+@pytest.mark.parametrize("n", range(14))
+def test_the_policy_has_exactly_the_full_models_distribution(n, monkeypatch):
     """Rejects a policy whose decisions show in the text. Where nothing pays it looks
     every time here."""
     monkeypatch.setattr(room, "REST", 1)
-    assert distance(tiny_llama(seed=n), *run) < 1e-12
+    assert distance(tiny_llama(seed=n), *run(n)) < 1e-12
 
 
 def test_so_has_the_papers_loop_by_two_tokens_and_with_passes_to_measure_in_between():
@@ -55,7 +59,8 @@ def test_in_those_runs_the_policy_declines_and_leaves_out_more_or_fewer_layers(m
     monkeypatch.setattr(room, "REST", 1)
     left_out = set()
     drafting = set()
-    for n, (s, loop) in enumerate(runs()):
+    for n in range(14):
+        s, loop = run(n)
         for seed in range(4):
             rounds = decode(tiny_llama(seed=n), (0, 1), s, seed, loop)[1:]
             left_out |= {sum(r.skip) for r in rounds if r.drafted}

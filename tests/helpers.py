@@ -7,8 +7,7 @@ import torch
 import dp_layer_skip
 import llama
 import speculative
-from policy.adaptive import Adaptive
-from speculative import Chance, Settings
+from speculative import Chance
 
 torch.set_num_threads(1)
 ROOT = Path(llama.__file__).resolve().parent
@@ -39,15 +38,15 @@ def assert_same_choice(a, b, tolerance):
     assert [a.skip(j) for j in range(len(a.D[0]))] == [b.skip(j) for j in range(len(b.D[0]))]
 
 
-def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8):
+def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8, device="cpu"):
     """Random weights, large enough that every layer matters and q is far from p."""
     gen = torch.Generator().manual_seed(seed)
 
     def new(*shape, scale=1.0):
-        return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(device, dtype)
 
     cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
-    one = torch.ones(D, dtype=dtype)
+    one = torch.ones(D, dtype=dtype, device=device)
     layers = [llama.Layer(one, new(D, (H + 2 * G) * hd, scale=D ** -0.5), new(H * hd, D, scale=0.5),
                           one, new(D, 2 * ffn, scale=D ** -0.5), new(ffn, D, scale=0.5))
               for _ in range(L)]
@@ -80,18 +79,3 @@ def decode(model, prompt, s, chance=0, loop=None):
 def tokens(rounds):
     """The text that came out."""
     return [token for r in rounds for token in r.emitted]
-
-
-def adaptive(c=None, v=None, L=3, K=None, M=None, exit_threshold=None, interval=None, probe=1,
-             **settings):
-    """(settings, loop): a run by the policy that adapts, at these costs of a draft step and of a
-    verify (default: cheap), which decides what is not given."""
-    s = Settings(**dict(N=4) | settings)
-    c = c or [1 - 0.9 * j / L for j in range(L + 1)]
-    v = v or [1 + 0.01 * n for n in range((K or 3) + 2)]
-
-    def loop(model, prompt, s, chance, choose):
-        policy = Adaptive(s, c, v, K=K, M=M, exit_threshold=exit_threshold, interval=interval,
-                          probe=probe)
-        return speculative.generate(model, prompt, s, chance, choose, policy)
-    return s, loop

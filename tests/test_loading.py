@@ -24,18 +24,11 @@ def configure(**overrides):
     return file("config.json", c)
 
 
-def test_both_spellings_of_the_8b_are_the_8b(tmp_path):
-    """Rejects a reader of one spelling only, which from the other gets theta 10000, no scaling."""
-    c = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-             intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=131072)
-    for how in (dict(rope_theta=5e5, rope_scaling=SCALED),
-                dict(rope_parameters=dict(SCALED, rope_theta=5e5), head_dim=128)):
-        configure(**c, **how)(tmp_path)
-        assert llama.Config.load(tmp_path) == llama.Config(
-            L=32, D=4096, H=32, G=8, hd=128, ffn=14336, V=128256, eps=1e-5, context=131072,
-            tied=False, theta=5e5, scaling=(8.0, 1.0, 4.0, 64))
+def test_what_is_not_given_is_as_transformers_has_it(tmp_path):
+    """Rejects LLaMA-3's own values, or a refusal, for a file that leaves them out."""
     configure(rms_norm_eps=None)(tmp_path)
-    assert llama.Config.load(tmp_path).eps == 1e-6     # Transformers' default
+    c = llama.Config.load(tmp_path)
+    assert (c.eps, c.context, c.theta, c.tied) == (1e-6, 2048, 1e4, False)
 
 
 ONCE = {k.replace("rope_", ""): v for k, v in SCALED.items()}                # "type" was its name
@@ -149,8 +142,8 @@ BROKEN = [              # what harms the folder, what is said; None: it is no ha
     *[(configure(num_hidden_layers=v), f"num_hidden_layers is {v}, not a number above 0")
       for v in (True, -1, 0, "wide", 2.5, math.inf, [1])],
     (configure(head_dim=7), "do not fit"), (configure(num_key_value_heads=3), "do not fit"),
-    (file("config.json"), "config.json: cannot be read"), (file("config.json", "{]"), "cannot be"),
-    (file("config.json", "[1]"), "a JSON object"), (file("config.json", b"\xff\xfe"), "cannot be"),
+    (file("config.json"), "config.json: cannot be read"), (file("config.json", b"{]"), "cannot be"),
+    (file("config.json", b"[1]"), "a JSON object"), (file("config.json", b"\xff\xfe"), "cannot be"),
     (weights(lambda w: w.pop(NORM)), f"the weights lack {NORM}"),
     (weights(lambda w: w.update(extra=torch.ones(2), more=torch.ones(1))),
      "2 weights too many, such as extra"),
@@ -159,8 +152,8 @@ BROKEN = [              # what harms the folder, what is said; None: it is no ha
     (weights(lambda w: w.update({K: w[K].to(torch.int8)})), f"{K} has torch.int8"),
     (file(SHARD), f"{SHARD}: missing, broken"),
     (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 9), f"{SHARD}: missing, broken"),
-    (file(INDEX, '{"weight_map": [1]}'), "weight_map does not say where"),
-    (file(INDEX, "{}"), "the weights lack model.embed"),
+    (file(INDEX, b'{"weight_map": [1]}'), "weight_map does not say where"),
+    (file(INDEX, b"{}"), "the weights lack model.embed"),
     (file(INDEX), "model.safetensors: missing")]
 
 

@@ -179,7 +179,7 @@ SAMPLER_AND_LOOP = {
         speculative, "residual", ("torch.where(mass > 0, owed / mass, p)", "owed / mass")),
     "lenient acceptance": put(
         speculative, "acceptance", lambda p, q: (1.3 * p.double() / q).clamp(max=1)),
-    "accepts at u = a": edit(Chance, "accept", ("device) < a", "device) <= a")),
+    "accepts at u = a": edit(Chance, "accept", ("kept = u <", "kept = u <=")),
     "draws at u = the running sum": edit(Chance, "draw", ("cdf > ", "cdf >= ")),
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
@@ -187,7 +187,8 @@ SAMPLER_AND_LOOP = {
     "a token behind a rejected one is kept": edit(
         Chance, "accept", ("kept.cumprod(0).sum(", "kept.sum(")),
     "the correction is drawn with the number that rejected": put(Chance, "accept", used_again),
-    "argmax draft scored with a softmax q": drafting(("chance.draw(q[-1])", "q[-1].argmax(0, True)")),
+    "argmax draft scored with a softmax q": drafting(
+        ("chance.draw(q[-1])", "q[-1].argmax(0, True)")),
     "q at temperature 1": drafting(
         ("q.append(probabilities(logits, s))", "q.append(logits.softmax(-1))"),
         ("chance.draw(q[-1])", "chance.draw(probabilities(logits, s))")),
@@ -197,8 +198,8 @@ SAMPLER_AND_LOOP = {
     "bonus from unfiltered logits": loop(
         ("p = probabilities(logits, s)",
          "p = probabilities(logits, s)\n        p[-1] = logits[-1].softmax(-1)")),
-    "bonus from the row before": edit(
-        speculative, "judge", ("residual(p[accepted]", "residual(p[accepted - (accepted == len(q)).int()]")),
+    "bonus from the row before": edit(speculative, "judge", (
+        "residual(p[accepted]", "residual(p[accepted - (accepted == len(q)).int()]")),
     "top-k cuts ties by id": edit(
         speculative, "probabilities", ("values[..., -1:]", "indices"),
         ("logits.masked_fill(logits < kth, -torch.inf)",

@@ -11,6 +11,7 @@ import pytest
 from command.cli import instead
 from command.flags import DEMO
 from llama import ModelError
+from tests.helpers import put
 from text.record import (FOLDERS, RANKS, RECORDED, RENAMED, TEXTS, V, specials, token,
                          tokenizer_json, write)
 from text.tokenizer import NAMED, SPLIT, Tokenizer, stop_ids
@@ -28,16 +29,6 @@ def complaint(call, *args):
         call(*args)
     assert str(e.value) and "\n" not in str(e.value)
     return str(e.value) + (instead(args[0]) if isinstance(args[0], Path) else "")
-
-
-def put(folder, files):
-    """Write files, name -> bytes, text or a JSON value; None: take it away."""
-    for name, content in files.items():
-        if content is None:
-            (folder / name).unlink()
-        else:
-            text = content if isinstance(content, str | bytes) else json.dumps(content)
-            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 @pytest.fixture
