@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -56,12 +57,12 @@ def asked(program: str, requests: list[dict], judge: Callable) -> Iterator[Verdi
             yield "WRONG" if fault else "ok", request["case"], fault
 
 
-def alike(ours: Any, theirs: Any) -> bool:
-    """Equal, but for the rounding of floats."""
+def alike(ours: Any, theirs: Any, least: float = 1e-6) -> bool:
+    """Equal, but for the rounding of floats: by a millionth of them, or by so little."""
     if isinstance(ours, float) and isinstance(theirs, (int, float)):
-        return math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-6)
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(alike, ours, theirs))
+        return math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=least)
+    if isinstance(ours, (list, tuple)) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(partial(alike, least=least), ours, theirs))
     return ours == theirs
 
 

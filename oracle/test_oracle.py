@@ -461,7 +461,7 @@ def throwing_away(*how):
     return drafted[:k], q[:k], confidence[:k]
 
 
-HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=100)
+HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=60)
 CHANCES = {        # the generator of a lossy program
     "one number draws and judges": lambda source: Numbers(source, lambda u: u),
     "a verdict by the mirrored number": lambda source: Numbers(source, lambda u: 1 - u),
@@ -523,7 +523,7 @@ def first_message(wrong, check):
     change, _ = PLANTED.get(wrong, (wrong, None))
     numbers = CHANCES.get(wrong, Recording)
     for seed in range(20, 60):
-        s = replace(S, exit_threshold=0.05 * (seed % 2), stop_ids=tuple(range(40, 46 + seed % 9)))
+        s = replace(S, N=10, exit_threshold=0.05 * (seed % 2), stop_ids=tuple(range(40, 46 + seed % 9)))
         with running(*[change] * (wrong not in CHANCES)):
             lines = run(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s, seed,
                         (1, 2, 9)[seed % 3], numbers(Chance(seed).uniform))
@@ -851,12 +851,6 @@ def test_make_vectors_makes_what_is_here(tmp_path, monkeypatch):
             assert compare_dumps.compare(old, new)[0] == 0
     for path in TINY.iterdir():
         assert path.read_bytes() == (tmp_path / "tiny" / path.name).read_bytes()
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("tiny")])
-def test_a_vector_checks_clean(name, check):
-    """Rejects a checker that is too strict for grouped queries, scaling or long probes."""
-    assert check(RUNS[name], model=TINY)[::2] == (0, "")
 
 
 def test_the_vectors_show_what_trace_md_says():

@@ -56,9 +56,12 @@ def likelihood(seen: Seen, name: str) -> float:
     """ln of how likely these texts are, if a sampler makes them."""
     total = 0.0
     for case, counts in seen.items():
+        known = laws(case)[name]
         for text, n in counts.items():
-            probability = laws(case)[name].get(text, 0.0)
-            total += n * math.log(probability) if probability > 0 else -math.inf
+            probability = known.get(text, 0.0)
+            if probability == 0:
+                return -math.inf
+            total += n * math.log(probability)
     return total
 
 
