@@ -250,12 +250,9 @@ CORRUPTIONS = [                        # rule, of which line, what is done there
     ("exit", "draft", dict(step=1), interleave, 0),
     ("exit", "draft", dict(step=3), lambda x, i: x.insert(i + 1, dict(x[i])), 1),
     ("exit", "draft", dict(step=3), gone, 0),
-    ("exit", "draft", dict(step=3), lambda x, i: x[0]["settings"].update(K=3), 0),
-    ("exit", "draft", dict(step=1), lambda x, i: x[0]["settings"].update(exit_threshold=0.9), 0),
     ("interval", "optimise", THIRD, gone, 0),
     ("interval", "emit", dict(round=1), lambda x, i: x.insert(i + 1, x[4] | dict(round=1)), 1),
     ("interval", "optimise", {}, lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"]), 0),
-    ("column", "optimise", THIRD, lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), 0),
     ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(4, "110"), 0),
     ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), 0),
     ("end", "end", {}, lambda x, i: x.append(x[1]), 1),
@@ -523,7 +520,8 @@ def first_message(wrong, check):
     change, _ = PLANTED.get(wrong, (wrong, None))
     numbers = CHANCES.get(wrong, Recording)
     for seed in range(20, 60):
-        s = replace(S, N=10, exit_threshold=0.05 * (seed % 2), stop_ids=tuple(range(40, 46 + seed % 9)))
+        s = replace(S, N=10, exit_threshold=0.05 * (seed % 2),
+                    stop_ids=tuple(range(40, 46 + seed % 9)))
         with running(*[change] * (wrong not in CHANCES)):
             lines = run(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s, seed,
                         (1, 2, 9)[seed % 3], numbers(Chance(seed).uniform))

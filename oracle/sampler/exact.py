@@ -87,14 +87,13 @@ class Answering(TorchFunctionMode):
         return token if keepdim else token.squeeze(dim)
 
     def joined(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        """Several in one: torch.tensor, stack or cat of a list of them."""
-        parts = [getattr(a, "hidden", None) for a in args[0]]
+        """A list of numbers as one tensor."""
+        parts = [getattr(each, "hidden", None) for each in args[0]]
         out = func(*args, **kwargs)
         if any(parts):
             if not all(parts) or len({x.kind for x in parts}) > 1:
                 raise Refused(f"{func.__name__} of random numbers and others cannot be followed")
-            join = torch.stack if func is torch.tensor else func
-            ids, w = (join([getattr(x, name) for x in parts], *args[1:]) for name in ("ids", "w"))
+            ids, w = (torch.stack([getattr(x, name) for x in parts]) for name in ("ids", "w"))
             out.hidden = Hidden(parts[0].kind, ids, w)
         return out
 
@@ -108,9 +107,9 @@ class Answering(TorchFunctionMode):
             return self.multinomial(*args, **kwargs)
         if name in OTHERS:
             raise Refused(f"{func.__name__} cannot be followed")
-        hidden = [getattr(a, "hidden", None) for a in args[:2]]
-        if name in ("tensor", "stack", "cat") and isinstance(args[0], (list, tuple)):
+        if name in ("tensor", "stack") and isinstance(args[0], (list, tuple)):
             return self.joined(func, args, kwargs)
+        hidden = [getattr(a, "hidden", None) for a in args[:2]]
         if not any(hidden):
             return func(*args, **kwargs)
         x = hidden[0] or hidden[1]

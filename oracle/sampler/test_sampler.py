@@ -61,6 +61,14 @@ def test_texts_are_called_wrong_if_their_sampler_is_and_the_fault_is_named(name,
         assert name not in WRONG or check.missed(name, list(CASES)) <= 1e-6
 
 
+def test_rows_that_share_their_numbers_and_their_prompt_say_the_same():
+    """Rejects numbers that are shared in part, or not uniform."""
+    case = dict(CASES["batch"], prompt=[1, 1])
+    texts = law(WRONG["batch: one number for all rows"], case)
+    same = {one: probability for (one, other), probability in texts.items() if one == other}
+    assert distance(same, target(dict(case, prompt=1))) < 1e-12
+
+
 def test_the_same_text_again_and_again_is_told_as_a_seed(faults):
     """Rejects a fault's name alone, which leads astray: the rule may be right."""
     assert "seeded anew" in next(faults(1, lambda request: dict(texts=[[0] * 4] * check.TEXTS)))
@@ -168,7 +176,8 @@ def test_our_own_draft_and_judge_have_the_right_law(case):
     lambda p: torch.multinomial(p, 1)[0],
     lambda p: (p / torch.empty_like(p).exponential_()).argmax(),
     lambda p: torch.empty_like(p).exponential_().div_(p).argmin(),
-    lambda p: (p.cumsum(0) < torch.rand(3)[1] * p.sum()).sum()])
+    lambda p: (p.cumsum(0) < torch.rand(3)[1] * p.sum()).sum(),
+    lambda p: (p.cumsum(0) < torch.stack([torch.rand(()), torch.rand(())])[1]).sum()])
 def test_draws_of_every_kind_are_followed(draw, monkeypatch):
     """As engines write them. Rejects a comparison that forgets what its number was compared with
     before."""
@@ -193,6 +202,7 @@ def test_our_own_code_gone_wrong_has_exactly_the_law_of_that_fault(wrong, fault,
     (lambda case: torch.rand(3).tolist(), "cannot be followed"),
     (lambda case: [int(-2 * torch.rand(()) < -.5)], "cannot be followed"),
     (lambda case: [int(torch.rand(()) < torch.rand(()))], "cannot be followed"),
+    (lambda case: torch.tensor([torch.rand(()), 0.5]) < 0.5, "cannot be followed"),
     (lambda case: [int(torch.randint(3, (1,)))], "cannot be followed")])
 def test_what_cannot_be_followed_is_refused(program, said):
     """Rejects noise that races twice, and a number that is used as if it were known."""

@@ -72,18 +72,15 @@ def by_place(p: list[Row], q: list[Row], s: int, x: int) -> Row:
 Rows = list[tuple[int, int]]
 
 
-def by_the_others(which: str) -> Any:
-    """Of two rows each is judged by the p or the q of the other, as far as that goes."""
+def by_the_others(n: int) -> Any:
+    """Of two rows each is judged by the p (n = 1) or q (2) of the other, as far as that goes."""
     def batch(of: Round, rows: Rows, chance: Any) -> list:
-        open_rows = [None if of.ended(*row) else of.drafted(*row, chance) for row in rows]
+        drafted = [list(of.drafted(*row, chance)) for row in rows]
         emitted = []
-        for own, other in zip(open_rows, open_rows[::-1]):
-            d, p, q = own or ([], [], [])
-            if other and which == "p":
-                p = other[1][:len(p)] + p[len(other[1]):]
-            if other and which == "q":
-                q = other[2][:len(q)] + q[len(other[2]):]
-            emitted.append(of.judged(d, p, q, chance) if own else ())
+        for row, own, other in zip(rows, drafted, drafted[::-1]):
+            told = list(own)
+            told[n] = other[n][:len(own[n])] + own[n][len(other[n]):]
+            emitted.append(() if of.ended(*row) else of.judged(*told, chance))
         return emitted
     return batch
 
@@ -99,23 +96,6 @@ def padded(of: Round, rows: Rows, chance: Any) -> list:
     least = min(room for _, room in rows)
     return apart(of, [(0, room) if room > least and not of.ended(last, room) else (last, room)
                       for last, room in rows], chance)
-
-
-def cut_to_the_shortest(of: Round, rows: Rows, chance: Any) -> list:
-    """No row keeps more than another; the next token is drawn as if each had been rejected there.
-    (To keep the drafted one instead would be right.)"""
-    drafted = [None if of.ended(*row) else of.drafted(*row, chance) for row in rows]
-    accepted = min(len(token_rule(*each, chance)) - 1 for each in drafted if each)
-    emitted = []
-    for each in drafted:
-        if each is None:
-            emitted.append(())
-            continue
-        d, p, q = each
-        s = accepted
-        own = chance.draw(residual(p, q, s, d[s]) if s < len(d) else p[s])
-        emitted.append(of.sampler.cut([*d[:s], own], of.case["stop"]))
-    return emitted
 
 
 class Shared:
@@ -187,10 +167,9 @@ WRONG = {
     "block rule, kept by the product": by(block_rule, keep=lambda p, q, s, paid: paid),
     "block rule, stops at a refusal": by(block_rule, stops=True),
     "residual by place in what is left": by(owed=by_place),
-    "batch: judged by the other row's p": Sampler(batch=by_the_others("p")),
-    "batch: judged by the other row's q": Sampler(batch=by_the_others("q")),
+    "batch: judged by the other row's p": Sampler(batch=by_the_others(1)),
+    "batch: judged by the other row's q": Sampler(batch=by_the_others(2)),
     "batch: a finished row goes on": Sampler(batch=going_on),
     "batch: padding read": Sampler(batch=padded),
-    "batch: cut to the shortest row": Sampler(batch=cut_to_the_shortest),
     "batch: one number for all rows": Sampler(batch=one_number),
 }
