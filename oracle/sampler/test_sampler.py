@@ -80,15 +80,14 @@ AS_NEEDED = [("d.map(uniform)", "[]"), ("verdicts[s]", "uniform()")]
 
 @pytest.mark.parametrize("level, edits, status, said", [
     (0, [], 0, " 0 wrong"), (0, AS_NEEDED, 1, "WRONG rejections and residuals"),
-    (1, [], 0, f"ok    rounds per text: {SLOWER}"), (1, AS_NEEDED, 0, " 0 wrong"),
+    (1, [], 0, f"ok    rounds per text: {SLOWER}"),
     (1, [("Math.min(1, now", "Math.min(1, 1.3 * now")], 1, "together: accept leniently, 1.3 p/q"),
-    (1, [("if (end >= 0)", "if (end > 9)")], 1, "together: a stop token inside is not seen"),
     (1, [("p, q, last, uniform))", "p, q, c.prompt[0] ?? last, uniform))")], 1, "WRONG batch: ")])
 @pytest.mark.skipif(not shutil.which("node"), reason="no node: the program in JavaScript")
 def test_a_program_in_javascript_passes_and_its_faults_are_named(level, edits, status, said,
                                                                   tmp_path, capsys):
-    """The protocol needs nothing of ours. Rejects a level 0 at which a number more or less does not
-    matter, and a level 1 at which it does."""
+    """The protocol needs nothing of ours. Rejects a level 0 at which it does not matter how many
+    numbers a round takes."""
     (tmp_path / "sampler.js").write_text(edited(JS, edits))
     program = f"node {tmp_path / 'sampler.js'}"
     assert conformance.main(["--level", str(level), "--program", program]) == status
