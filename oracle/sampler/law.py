@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import add
@@ -177,9 +177,9 @@ RIGHT = {
 
 # ------------------------------------------------------------------------------------ the law
 
-def law(sampler: Sampler, case: dict) -> Law:
-    """What a sampler emits. Where `prompt` is a list its texts are a batch, one row each, and the
-    law is that of all together."""
+def law(sampler: Sampler, case: dict, say: Callable = tuple) -> Law:
+    """What a sampler emits; or what `say` makes of each round's tokens. Where `prompt` is a list its
+    texts are a batch, one row each, and the law is that of all together."""
     batch = isinstance(case["prompt"], list)
     prompts = case["prompt"] if batch else [case["prompt"]]
     if batch and sampler.batch is apart:
@@ -195,36 +195,23 @@ def law(sampler: Sampler, case: dict) -> Law:
             return {((),) * len(rows): 1.0}
         texts = defaultdict(float)
         for likely, emitted in every(partial(sampler.batch, of, rows)):
-            for ends, probability in rest(behind(rows, emitted)).items():
-                texts[tuple(map(add, emitted, ends))] += likely * probability
+            after = tuple((new[-1], room - len(new)) if new else (last, room)
+                          for (last, room), new in zip(rows, emitted))
+            for ends, probability in rest(after).items():
+                texts[tuple(map(add, map(say, emitted), ends))] += likely * probability
         return texts
     texts = rest(tuple((prompt, case["N"]) for prompt in prompts))
     return texts if batch else {text: probability for (text,), probability in texts.items()}
 
 
-def behind(rows: Sequence[tuple[int, int]], emitted: Sequence[tuple[int, ...]]
-           ) -> tuple[tuple[int, int], ...]:
-    """The rows after a round."""
-    return tuple((new[-1], room - len(new)) if new else (last, room)
-                 for (last, room), new in zip(rows, emitted))
-
-
 def rounds(sampler: Sampler, case: dict) -> dict[int, float]:
     """n -> how many rounds of a text, on average, emit n tokens: one more than they accept, if they
     add one of their own. Their sum is what a text takes."""
-    of = Round(sampler, case)
-
-    @cache
-    def rest(row: tuple[int, int]) -> dict[int, float]:
-        counts = defaultdict(float)
-        if of.ended(*row):
-            return counts
-        for likely, emitted in every(partial(apart, of, [row])):
-            counts[len(emitted[0])] += likely
-            for n, more in rest(*behind([row], emitted)).items():
-                counts[n] += likely * more
-        return counts
-    return rest((case["prompt"], case["N"]))
+    counts = defaultdict(float)
+    for lengths, probability in law(sampler, case, say=lambda new: (len(new),)).items():
+        for n in lengths:
+            counts[n] += probability
+    return counts
 
 
 def target(case: dict) -> Law:
