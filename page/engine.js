@@ -7,26 +7,17 @@
 
 // ------------------------------------------------------------------------------------------ files
 
-const READ = {
-  F32: bytes => new Float32Array(bytes),
-  BF16: bytes => {                                     // the upper half of a float32
-    const half = new Uint16Array(bytes);
-    const wide = new Uint32Array(half.length);
-    for (let i = 0; i < half.length; i++) wide[i] = half[i] << 16;
-    return new Float32Array(wide.buffer);
-  },
-};
-
-// The bytes of a safetensors file -> name: {shape, data}.
+// A safetensors file -> name: {shape, data}. A bfloat16 is the upper half of a float32.
 function readSafetensors(buffer) {
   const size = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
   delete header.__metadata__;
   const tensors = {};
   for (const [name, {dtype, shape, data_offsets: [from, to]}] of Object.entries(header)) {
-    if (!READ[dtype]) throw new Error(`${name} is ${dtype}; F32 and BF16 can be read`);
-    const data = READ[dtype](buffer.slice(8 + size + from, 8 + size + to));
-    tensors[name] = {shape, data};
+    if (dtype !== "BF16") throw new Error(`${name} is ${dtype}; BF16 can be read`);
+    const halves = new Uint16Array(buffer.slice(8 + size + from, 8 + size + to));
+    const wide = new Uint32Array(halves).map(bits => bits << 16);
+    tensors[name] = {shape, data: new Float32Array(wide.buffer)};
   }
   return tensors;
 }
@@ -70,35 +61,36 @@ class Cache {                                          // keys and values of S s
   }
 }
 
+const sum = list => list.reduce((a, b) => a + b, 0);
+const split = (x, width) => Array.from({length: x.length / width},
+  (_, t) => x.subarray(t * width, (t + 1) * width));
+
+// The inner product of x[i ..] and y[j ..], n long. Four sums need not wait for one another.
+function dot(x, i, y, j, n) {
+  let a = 0, b = 0, c = 0, d = 0;
+  for (const end = i + n; i < end; i += 4, j += 4) {
+    a += x[i] * y[j];
+    b += x[i + 1] * y[j + 1];
+    c += x[i + 2] * y[j + 2];
+    d += x[i + 3] * y[j + 3];
+  }
+  return a + b + c + d;
+}
+
 // x (T, in) and a matrix of the file, (out, in) -> (T, out). Its rows are read once for all of x.
 function linear(x, {shape: [out, n], data}) {
   const T = x.length / n;
   const y = new Float32Array(T * out);
   for (let o = 0; o < out; o++)
-    for (let t = 0; t < T; t++) {
-      let a = 0, b = 0, c = 0, d = 0;
-      for (let i = t * n, j = o * n, end = i + n; i < end; i += 4, j += 4) {
-        a += x[i] * data[j];
-        b += x[i + 1] * data[j + 1];
-        c += x[i + 2] * data[j + 2];
-        d += x[i + 3] * data[j + 3];
-      }
-      y[t * out + o] = a + b + c + d;
-    }
+    for (let t = 0; t < T; t++) y[t * out + o] = dot(x, t * n, data, o * n, n);
   return y;
 }
 
 // x / sqrt(mean(x^2) + eps) * weight, for each row.
-function rmsNorm(x, weight, eps) {
+function rmsNorm(x, {data: weight}, eps) {
   const D = weight.length;
-  const y = new Float32Array(x.length);
-  for (let row = 0; row < x.length; row += D) {
-    let sum = 0;
-    for (let i = 0; i < D; i++) sum += x[row + i] ** 2;
-    const scale = 1 / Math.sqrt(sum / D + eps);
-    for (let i = 0; i < D; i++) y[row + i] = x[row + i] * scale * weight[i];
-  }
-  return y;
+  const scale = split(x, D).map(row => 1 / Math.sqrt(dot(row, 0, row, 0, D) / D + eps));
+  return x.map((value, i) => value * scale[Math.floor(i / D)] * weight[i % D]);
 }
 
 // Rotary embedding in place: element k turns with element k + hd/2, not with its neighbour.
@@ -123,22 +115,16 @@ function attention(w, x, rows, keys, values, c) {      // (T, D) -> (T, D)
   rotate(q, rows, hd, c.frequencies);
   rotate(k, rows, hd, c.frequencies);
   const width = G * hd;
-  rows.forEach(({slot}, t) => {
-    keys.set(k.subarray(t * width, (t + 1) * width), slot * width);
-    values.set(v.subarray(t * width, (t + 1) * width), slot * width);
-  });
+  split(k, width).forEach((row, t) => keys.set(row, rows[t].slot * width));
+  split(v, width).forEach((row, t) => values.set(row, rows[t].slot * width));
   const mixed = new Float32Array(q.length);
   rows.forEach(({position, slot}, t) => {
     for (let head = 0; head < H; head++) {
       const at = (t * H + head) * hd;
       const shift = Math.floor(head / (H / G)) * hd;   // H / G query heads share a kv head
       const place = n => (n < position ? n : slot) * width + shift;
-      const scores = new Float64Array(position + 1);
-      for (let n = 0; n <= position; n++) {
-        let sum = 0;
-        for (let i = 0, key = place(n); i < hd; i++) sum += q[at + i] * keys[key + i];
-        scores[n] = sum / Math.sqrt(hd);
-      }
+      const scores = new Float64Array(position + 1)
+        .map((_, n) => dot(q, at, keys, place(n), hd) / Math.sqrt(hd));
       softmax(scores).forEach((weight, n) => {
         for (let i = 0, value = place(n); i < hd; i++) mixed[at + i] += weight * values[value + i];
       });
@@ -158,26 +144,17 @@ const plus = (x, y) => x.map((value, i) => value + y[i]);
 
 class Llama {
   constructor(config, tensors) {
-    const take = (name, ...shape) => {
-      const tensor = tensors[name];
-      if (`${tensor?.shape}` !== `${shape}`)
-        throw new Error(`${name} is not of shape ${shape}, which config.json says`);
-      return tensor;
-    };
     const c = this.cfg = readConfig(config);
     c.frequencies = ropeFrequencies(c);
-    const {D, ffn, V} = c;
-    const [Q, KV] = [c.H * c.hd, c.G * c.hd];
-    this.embed = take("model.embed_tokens.weight", V, D);
-    this.norm = take("model.norm.weight", D).data;
-    this.lmHead = c.tied ? this.embed : take("lm_head.weight", V, D);
+    this.embed = tensors["model.embed_tokens.weight"];
+    this.norm = tensors["model.norm.weight"];
+    this.lmHead = c.tied ? this.embed : tensors["lm_head.weight"];
     this.layers = Array.from({length: c.L}, (_, i) => {
-      const part = (name, ...shape) => take(`model.layers.${i}.${name}.weight`, ...shape);
-      return {attnNorm: part("input_layernorm", D).data, q: part("self_attn.q_proj", Q, D),
-        k: part("self_attn.k_proj", KV, D), v: part("self_attn.v_proj", KV, D),
-        out: part("self_attn.o_proj", D, Q), mlpNorm: part("post_attention_layernorm", D).data,
-        gate: part("mlp.gate_proj", ffn, D), up: part("mlp.up_proj", ffn, D),
-        down: part("mlp.down_proj", D, ffn)};
+      const part = name => tensors[`model.layers.${i}.${name}.weight`];
+      return {attnNorm: part("input_layernorm"), q: part("self_attn.q_proj"),
+        k: part("self_attn.k_proj"), v: part("self_attn.v_proj"), out: part("self_attn.o_proj"),
+        mlpNorm: part("post_attention_layernorm"), gate: part("mlp.gate_proj"),
+        up: part("mlp.up_proj"), down: part("mlp.down_proj")};
     });
   }
 
@@ -203,51 +180,36 @@ class Llama {
   }
 }
 
-const split = (x, width) => Array.from({length: x.length / width},
-  (_, t) => x.subarray(t * width, (t + 1) * width));
-
 // -------------------------------------------------------------------------------- dynamic program
 
-function cosine(a, b) {
-  let ab = 0, aa = 0, bb = 0;
-  for (let i = 0; i < a.length; i++) {
-    ab += a[i] * b[i];
-    aa += a[i] * a[i];
-    bb += b[i] * b[i];
-  }
-  return ab / Math.max(Math.sqrt(aa) * Math.sqrt(bb), Number.MIN_VALUE);
+function cosine(x, y) {
+  const product = (a, b) => dot(a, 0, b, 0, a.length);
+  const lengths = Math.sqrt(product(x, x)) * Math.sqrt(product(y, y));
+  return product(x, y) / Math.max(lengths, Number.MIN_VALUE);
 }
 
 // h: L+1 states (D,). runLayer(i, [g, ..]) -> [g, ..], each as if alone. In a cell of `ways` stand
 // both cosines, [run, skip], -Infinity where a way is closed; the nearer one is taken, and of equal
 // ones to skip.
-function chooseSkip(h, runLayer, M) {
-  const L = h.length - 1;
-  const ways = [[[1, -Infinity]]];
-  let g = [h[0]];
-  for (let i = 1; i <= L; i++) {
-    const after = runLayer(i - 1, g);
-    const row = [];
-    const states = [];
-    for (let j = 0; j <= Math.min(i, M); j++) {
-      const run = j < i ? cosine(after[j], h[i]) : -Infinity;
-      const skip = j > 0 ? cosine(g[j - 1], h[i]) : -Infinity;
-      row.push([run, skip]);
-      states.push(run > skip ? after[j] : g[j - 1]);
-    }
-    states[0] = h[i];                                  // nothing skipped: the full model's own
-    ways.push(row);
-    g = states;
-  }
-  return new Choice(ways);
-}
-
 class Choice {
-  constructor(ways) {
-    this.ways = ways;
-    this.D = ways.map(row => row.map(([run, skip]) => Math.max(run, skip)));
-    this.skipped = ways.map(row => row.map(([run, skip]) => !(run > skip)));
-    this.M = ways.at(-1).length - 1;
+  constructor(h, runLayer, M) {
+    this.M = M;
+    this.ways = [[[1, -Infinity]]];
+    let g = [h[0]];
+    for (let i = 1; i < h.length; i++) {
+      const after = runLayer(i - 1, g);
+      const row = [];
+      for (let j = 0; j <= Math.min(i, M); j++) {
+        const run = j < i ? cosine(after[j], h[i]) : -Infinity;
+        const skip = j > 0 ? cosine(g[j - 1], h[i]) : -Infinity;
+        row.push([run, skip]);
+      }
+      g = row.map(([run, skip], j) => run > skip ? after[j] : g[j - 1]);
+      g[0] = h[i];                                     // nothing skipped: the full model's own
+      this.ways.push(row);
+    }
+    this.D = this.ways.map(row => row.map(([run, skip]) => Math.max(run, skip)));
+    this.skipped = this.ways.map(row => row.map(([run, skip]) => !(run > skip)));
   }
 
   // The cells of the way back from (i, j), and which layers it leaves out.
@@ -268,8 +230,8 @@ class Choice {
 function softmax(x, temperature = 1) {
   const top = x.reduce((a, b) => Math.max(a, b), -Infinity);
   const e = Float64Array.from(x, value => Math.exp((value - top) / temperature));
-  const sum = e.reduce((a, b) => a + b, 0);
-  return e.map(value => value / sum);
+  const total = sum(e);
+  return e.map(value => value / total);
 }
 
 function probabilities(logits, {temperature}) {        // (V,) -> (V,); greedy is one-hot
@@ -280,43 +242,43 @@ function probabilities(logits, {temperature}) {        // (V,) -> (V,); greedy i
 }
 
 const acceptance = (p, q) => Math.min(1, p / q);
+const overlap = (p, q) => sum(p.map((x, i) => Math.min(x, q[i])));
 
-const owedMass = (p, q) => p.reduce((sum, value, i) => sum + Math.max(0, value - q[i]), 0);
-
-function residual(p, q) {                              // norm(max(0, p - q))
-  const mass = owedMass(p, q);
-  return mass > 0 ? p.map((value, i) => Math.max(0, value - q[i]) / mass) : p;
+// max(0, p - q), and norm of it. Behind the draft there is no q: all of p is owed.
+const owed = (p, q) => p.map((x, i) => Math.max(0, x - (q?.[i] ?? 0)));
+function residual(p, q) {
+  const mass = sum(owed(p, q));
+  return mass > 0 ? owed(p, q).map(x => x / mass) : p;
 }
 
-const overlap = (p, q) => p.reduce((sum, value, i) => sum + Math.min(value, q[i]), 0);
-
-// A chance answers from `uniform`, and keeps its answers: draws {token, probability, u}, and
-// verdicts {a, u, accepted}.
+// From `source` come uniform numbers. `u` holds those of a round: one for each drafted token, one
+// for the verdict on each, one for the own token.
 class Chance {
-  constructor(uniform) {
-    this.uniform = uniform;
-    this.forget();
+  constructor(source) {
+    this.source = source;
+    this.u = [];
   }
 
-  forget() {
-    this.draws = [];
-    this.verdicts = [];
+  uniform() {
+    this.u.push(this.source());
+    return this.u.at(-1);
   }
 
+  // Each token is accepted with its probability a, until one is not: how many.
   accept(a) {
-    const u = this.uniform();
-    this.verdicts.push({a, u, accepted: u < a});
-    return u < a;
+    const kept = a.map(x => this.uniform() < x);
+    return kept.includes(false) ? kept.indexOf(false) : a.length;
   }
 
+  // The first token at which the running sum exceeds u times the total.
   draw(p) {
-    const u = this.uniform();
-    const total = p.reduce((a, b) => a + b, 0);
-    let sum = 0;
-    const token = p.findIndex(value => value > 0 && (sum += value) > u * total);
-    if (token < 0) throw new Error("the logits are not finite numbers: damaged weights?");
-    this.draws.push({token, probability: p[token], u, from: sum - p[token], to: sum});
-    return token;
+    const limit = this.uniform() * sum(p);
+    let before = 0;
+    for (const [token, x] of p.entries()) {
+      if (x > 0 && before + x > limit) return token;
+      before += x;
+    }
+    throw new Error("the logits are not finite numbers: damaged weights?");
   }
 }
 
@@ -333,25 +295,32 @@ function seeded(seed) {
 
 // -> how many are accepted, and the full model's own token behind them.
 function judge(p, q, drafted, chance) {
-  const k = drafted.length;
-  let accepted = 0;
-  while (accepted < k) {
-    const token = drafted[accepted];
-    if (!chance.accept(acceptance(p[accepted][token], q[accepted][token]))) break;
-    accepted++;
-  }
-  const owed = accepted < k ? residual(p[accepted], q[accepted]) : p[k];
-  return [accepted, chance.draw(owed)];
+  const a = drafted.map((token, i) => acceptance(p[i][token], q[i][token]));
+  const accepted = chance.accept(a);
+  return [accepted, chance.draw(residual(p[accepted], q[accepted]))];
 }
 
-// -------------------------------------------------------------------------- the paper's loop
+// -------------------------------------------------------------------------------------- the loop
+
+// The table for up to M layers, by the states h of the token at `position`. What its candidates
+// write lies behind that position.
+function choose(model, cache, position, h, M) {
+  const D = model.cfg.D;
+  const rows = candidates(position, M + 1);
+  const runLayer = (i, g) => {
+    const x = new Float32Array(g.length * D);
+    g.forEach((state, j) => x.set(state, j * D));
+    return split(model.layer(i, x, rows.slice(0, g.length), cache), D);
+  };
+  return new Choice(h, runLayer, M);
+}
 
 // The paper's fixed numbers. With a set to begin with, layers are not chosen after the prefill.
 class Paper {
   constructor(s, L, skip) {
     this.s = s;
     this.first = skip ? s.interval : 0;
-    this.skip = skip ?? Array(L).fill(false);
+    this.skip = skip ?? flags([], L);
   }
 
   goesOn(confidence) {
@@ -359,33 +328,21 @@ class Paper {
     return k < this.s.K && (k === 0 || confidence[k - 1] >= this.s.exit_threshold);
   }
 
+  // How many layers at most are to be chosen after verification n; 0: none.
   due(n) {
-    return n >= this.first && n % this.s.interval === 0 && this.s.K > 0 && this.s.M > 0;
-  }
-
-  optimise(model, cache, position, h) {
-    const D = model.cfg.D;
-    const rows = candidates(position, this.s.M + 1);
-    const runLayer = (i, g) => {
-      const x = new Float32Array(g.length * D);
-      g.forEach((state, j) => x.set(state, j * D));
-      return split(model.layer(i, x, rows.slice(0, g.length), cache), D);
-    };
-    const choice = chooseSkip(h, runLayer, this.s.M);
-    this.skip = choice.back().skip;
-    return choice;
+    return n >= this.first && n % this.s.interval === 0 && this.s.K > 0 ? this.s.M : 0;
   }
 }
 
 // Continue `prompt` by s.N tokens, or to a stop token; yields each round as it ends. Beside what
-// speculative.Round has, a round keeps p and q, and its draws and verdicts.
+// speculative.Round has, a round keeps p, q and its uniform numbers.
 function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L)) {
   const text = [...prompt];
   const end = text.length + s.N;
   const cache = new Cache(model.cfg, end + s.M + 1);
   for (let n = 0, done = false; !done; n++) {
-    chance.forget();
-    const clock = [performance.now()];
+    chance.u = [];
+    const began = performance.now();
     const start = text.length;
     const cached = n > 0 ? start - 1 : 0;              // slots that hold the full model's entries
     const most = n > 0 ? end - start - 1 : 0;
@@ -402,10 +359,12 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
       drafted.push(last);
       confidence.push(Math.max(...softmax(logits)));
     }
-    clock.push(performance.now());
+    const k = drafted.length;
+    const why = {prefill: n === 0, K: k === s.K, N: k === most, stop: s.stop_ids.includes(last),
+      confidence: confidence[k - 1] < s.exit_threshold, policy: true};
+    const ended = Object.keys(why).find(reason => why[reason]);
 
     // 2. Verify: one full pass over the last token and the draft (at first, the prompt).
-    const k = drafted.length;
     const ids = [...text.slice(cached), ...drafted];
     const D = model.cfg.D;
     const h = model.forward(ids, sequence(cached, ids.length), cache)
@@ -418,28 +377,21 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
     if (stop >= 0) emitted.length = stop + 1;
     text.push(...emitted);
     done = stop >= 0 || text.length === end;
-    clock.push(performance.now());
 
     // 3. Choose layers anew, by the states of the last token that was read and kept.
     const states = h.map(x => x.subarray(accepted * D, (accepted + 1) * D));
     const position = start - 1 + accepted;
-    const choice = !done && policy.due(n) ? policy.optimise(model, cache, position, states) : null;
-    clock.push(performance.now());
-    const seconds = [0, 1, 2].map(i => (clock[i + 1] - clock[i]) / 1000);
-    yield {n, start, skip, drafted, q, p, confidence, accepted, own, kind, emitted, choice,
-      position, done, seconds, draws: chance.draws, verdicts: chance.verdicts,
-      ended: ended(n, s, drafted, confidence, end - start)};
+    const M = done ? 0 : policy.due(n);
+    const choice = M > 0 ? choose(model, cache, position, states, M) : null;
+    if (choice) policy.skip = choice.back().skip;
+    const seconds = (performance.now() - began) / 1000;
+    yield {n, start, skip, drafted, q, p, u: chance.u, confidence, ended, accepted, own, kind,
+      emitted, choice, position, done, seconds};
   }
 }
 
-function ended(n, s, drafted, confidence, left) {      // why no more was drafted
-  const k = drafted.length;
-  if (n === 0) return "prefill";
-  if (k === s.K) return "K";
-  if (k === left - 1) return "N";
-  if (k > 0 && s.stop_ids.includes(drafted[k - 1])) return "stop";
-  return k > 0 && confidence[k - 1] < s.exit_threshold ? "confidence" : "policy";
-}
+// Is a drafted token of the round accepted? null: it stands behind a rejection.
+const verdict = (r, step) => step > r.accepted ? null : step < r.accepted;
 
 // How much of what a draft without these layers says would be kept, were each of the tokens
 // ids[from ..] the first of a draft: the mean of sum(min(p, q)). `cache` has the full model's
@@ -448,29 +400,31 @@ function agreement(model, cache, ids, from, skip, p, s) {
   const rows = p.map((_, n) => ({position: from + n, slot: ids.length + n}));
   const h = model.forward(ids.slice(from, from + p.length), rows, cache, skip);
   const shares = model.head(h.at(-1)).map((logits, n) => overlap(p[n], probabilities(logits, s)));
-  return shares.reduce((a, b) => a + b, 0) / shares.length;
+  return sum(shares) / shares.length;
 }
 
 // ----------------------------------------------------------------------------------------- traces
 
-const indices = flags => flags.flatMap((flag, i) => flag ? [i] : []);
+const flags = (list, L) => Array.from({length: L}, (_, i) => list.includes(i));
+const indices = skip => skip.flatMap((out, i) => out ? [i] : []);
 
 // The lines of a round (oracle/TRACE.md).
 function events(r) {
   const k = r.drafted.length;
+  const [p, q] = [r.p[r.accepted], r.q[r.accepted]];
   const line = (event, fields) => ({event, round: r.n, ...fields});
-  const never = {u: null, accepted: null};
-  const of = (token, step) => ({p: r.p[step][token], q: r.q[step][token]});
-  const {token, probability, u} = r.draws[k];
-  const whole = {p: r.p[r.accepted][token], q: 0, mass: 1};
-  const part = () => ({...of(token, r.accepted), mass: owedMass(r.p[r.accepted], r.q[r.accepted])});
+  const judged = (token, step) => {
+    const [x, y] = [r.p[step][token], r.q[step][token]];
+    return {step, token, p: x, q: y, a: acceptance(x, y), u: r.u[k + step],
+      accepted: verdict(r, step)};
+  };
   const lines = [
     line("round", {start: r.start, skip: indices(r.skip), ended: r.ended}),
-    ...r.drafted.map((id, step) => line("draft", {step, token: id, q: of(id, step).q,
-      confidence: r.confidence[step], u: r.draws[step].u})),
-    ...r.drafted.map((id, step) => line("verify", {step, token: id, ...of(id, step),
-      a: acceptance(of(id, step).p, of(id, step).q), ...never, ...r.verdicts[step]})),
-    line("own", {kind: r.kind, token, probability, u, ...r.kind === "residual" ? part() : whole}),
+    ...r.drafted.map((token, step) => line("draft", {step, token, q: r.q[step][token],
+      confidence: r.confidence[step], u: r.u[step]})),
+    ...r.drafted.map((token, step) => line("verify", judged(token, step))),
+    line("own", {kind: r.kind, token: r.own, probability: residual(p, q)[r.own], u: r.u[2 * k],
+      p: p[r.own], q: q?.[r.own] ?? 0, mass: q ? sum(owed(p, q)) : 1}),
     line("emit", {tokens: r.emitted})];
   if (r.choice)
     lines.push(line("optimise", {position: r.position, M: r.choice.M, D: r.choice.D,
@@ -482,7 +436,7 @@ function events(r) {
 // A whole run as text. `about`: the SHA-256 of the model's files.
 function traceOf(cfg, s, prompt, rounds, about) {
   const {frequencies, ...config} = cfg;
-  const header = {event: "header", schema: "clasp-trace", version: 4, program: "clasp-mini page",
+  const header = {event: "header", schema: "clasp-trace", version: 5, program: "clasp-mini page",
     model: about, versions: {}, config, dtype: "float32",
     settings: {...s, top_k: 0, top_p: 1, r: 1}, costs: null, prompt_ids: prompt};
   const tokens = rounds.flatMap(r => r.emitted);
@@ -491,47 +445,37 @@ function traceOf(cfg, s, prompt, rounds, about) {
   return [header, ...rounds.flatMap(events), end].map(line => JSON.stringify(line) + "\n").join("");
 }
 
-// What a trace decided, decided again: `uniform` are its numbers in their order, and drafts are as
-// long, without the same layers, and layers chosen after the same rounds.
-class Recorded extends Paper {
-  constructor(s, L, lines) {
-    super(s, L);
+// The policy that decides what the lines of a trace say was decided; `numbers` are theirs.
+class Recorded {
+  constructor(L, lines) {
+    const of = event => lines.filter(line => line.event === event);
     this.n = 0;
-    this.rounds = [];
-    const numbers = [];
-    for (const line of lines) {
-      if (line.event === "round") this.rounds.push({k: 0, M: 0, skip: line.skip});
-      if (line.event === "draft") this.rounds.at(-1).k++;
-      if (line.event === "optimise") this.rounds.at(-1).M = line.M;
-      if (typeof line.u === "number") numbers.push(line.u);
-    }
-    this.uniform = () => numbers.shift();
+    this.sets = of("round").map(line => flags(line.skip, L));
+    this.drafts = of("draft");
+    this.choices = of("optimise");
+    // Of a token that is not judged the number may be missing, and any will do.
+    this.numbers = lines.filter(line => "u" in line).map(line => line.u ?? 0);
+  }
+
+  get skip() {
+    return this.sets[this.n];
   }
 
   goesOn(confidence) {
-    return confidence.length < this.rounds[this.n].k;
+    return confidence.length < this.drafts.filter(line => line.round === this.n).length;
   }
 
   due(n) {
     this.n = n + 1;
-    const next = this.rounds[this.n]?.skip ?? [];
-    this.skip = this.skip.map((_, i) => next.includes(i));
-    return this.rounds[n].M > 0;
+    return this.choices.find(line => line.round === n)?.M ?? 0;
   }
 
-  optimise(...how) {
-    const skip = this.skip;
-    this.s = {...this.s, M: this.rounds[this.n - 1].M};
-    const choice = super.optimise(...how);
-    this.skip = skip;
-    return choice;
-  }
+  set skip(_) {}                                       // rounding may have chosen others
 }
 
 // ------------------------------------------------------------------------------------------ text
 
-const latin1 = bytes => String.fromCharCode(...bytes); // a string with a character per byte
-function bytesOf(text) {
+function bytesOf(text) {                               // a byte for each character
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   return bytes;
@@ -565,16 +509,12 @@ class Tokenizer {
 
   // Of all neighbours the two of the lowest rank are joined, until none are a token.
   merge(piece) {
-    const parts = [...latin1(new TextEncoder().encode(piece))];
-    if (this.ranks.has(parts.join(""))) return [this.ranks.get(parts.join(""))];
+    const parts = Array.from(new TextEncoder().encode(piece), b => String.fromCharCode(b));
     for (;;) {
-      let best = -1;
-      let lowest = Infinity;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const rank = this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity;
-        if (rank < lowest) [best, lowest] = [i, rank];
-      }
-      if (best < 0) return parts.map(part => this.ranks.get(part));
+      const ranks = parts.slice(1).map((part, i) => this.ranks.get(parts[i] + part) ?? Infinity);
+      const lowest = Math.min(...ranks);
+      if (lowest === Infinity) return parts.map(part => this.ranks.get(part));
+      const best = ranks.indexOf(lowest);
       parts.splice(best, 2, parts[best] + parts[best + 1]);
     }
   }

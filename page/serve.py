@@ -2,6 +2,7 @@
 
     python page/serve.py [PORT]
 """
+import argparse
 import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +17,13 @@ class Files(SimpleHTTPRequestHandler):
 
 
 def main() -> int:
-    port = sys.argv[1] if len(sys.argv) > 1 else "8000"
+    p = argparse.ArgumentParser(description="Serve the page to a browser on this machine.")
+    p.add_argument("port", nargs="?", type=int, default=8000, metavar="PORT")
+    port = p.parse_args().port
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", int(port)), partial(Files, directory=ROOT))
-    except (ValueError, OverflowError, OSError) as e:
-        print(f"serve.py: port {port}: {e}; try python page/serve.py 8001", file=sys.stderr)
-        return 2
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Files, directory=ROOT))
+    except (OverflowError, OSError) as e:
+        p.error(f"port {port}: {e}; try python page/serve.py 8001")
     print(f"http://127.0.0.1:{server.server_port}/page/ (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
