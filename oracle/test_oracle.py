@@ -641,7 +641,6 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     for said, main, *arguments in (
             ("directory", check_trace, DEMO), ("another model", check_trace, right),
             ("config.json", check_trace, right, "--model", "/no"),
-            ("--device", check_trace, right, "--device", "cuda:99"),
             ("--skip 6: the model has layers", dump_forward, tmp_path / "d", "--model", TINY,
              "--prompt-ids", "3", "--skip", "1,6")):
         assert main.main(list(map(str, arguments))) == 2

@@ -6,6 +6,7 @@ p, the full model, and q, the draft, are tables whose row c is the distribution 
 Glossary
     case          what a program is asked for: an object of cases.json (../README.md has its fields)
     last, room    the token that is continued; how many tokens the text may still have
+    rows          of a batch, (last, room) each
     d, k          the drafted tokens of a round; their number
     p, q          in a rule k+1 rows: where d1 stands, ..., where dk stands, and behind
     s, x          a step of the draft, from 0; a token
@@ -141,7 +142,7 @@ class Sampler:
 
 
 class Round:
-    """A round of a sampler, on the tables of a case. A row of a batch is (last, room)."""
+    """A round of a sampler, on the tables of a case."""
 
     def __init__(self, sampler: Sampler, case: dict) -> None:
         self.sampler = sampler
