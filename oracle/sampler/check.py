@@ -12,6 +12,7 @@ The same inequality, of sqrt(r / w) and a wrong program's texts, bounds how like
 missed: by sqrt(c) times the nth power of the sum of sqrt(r w), if n texts are seen.
 """
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -123,10 +124,10 @@ def counted(request: dict, answer: dict) -> Counter:
 
 def average(request: dict, numbers: Any) -> float:
     """... of the rounds that texts took."""
-    try:
-        return sum(map(float, numbers)) / TEXTS
-    except (TypeError, ValueError):
-        raise Refused(f"{request['case']}: \"rounds\" should be {TEXTS} numbers") from None
+    with contextlib.suppress(TypeError, ValueError):
+        if len(numbers) == TEXTS:
+            return sum(map(float, numbers)) / TEXTS
+    raise Refused(f"{request['case']}: \"rounds\" should be {TEXTS} numbers")
 
 
 def remark(case: str, counts: Counter) -> str:

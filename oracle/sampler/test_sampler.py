@@ -148,7 +148,7 @@ def test_a_ci_reads_which_cases_are_wrong_and_why(tmp_path):
     (f"print('[]\\n' * {len(CASES)})", "a JSON object"), ("print('{}')", "lines are wanted"),
     (f"print('{{}}\\n' * {len(CASES)})", "\"texts\" should"),
     (f"print('{{\"texts\": [[0]]}}\\n' * {len(CASES)})", f"list of {check.TEXTS}"),
-    (f"print(('{{\"rounds\": 1, \"texts\": [[0]' + ', [0]' * {check.TEXTS - 1} + ']}}\\n') * "
+    (f"print(('{{\"rounds\": [1], \"texts\": [[0]' + ', [0]' * {check.TEXTS - 1} + ']}}\\n') * "
      f"{len(CASES)})", "\"rounds\" should")])
 def test_a_program_that_answers_something_else_is_one_line(answer, said, tmp_path, capsys):
     """Rejects a traceback; and a text that nothing can be said of."""
