@@ -179,8 +179,8 @@ RIGHT = {
 # ------------------------------------------------------------------------------------ the law
 
 def law(sampler: Sampler, case: dict, say: Callable = tuple) -> Law:
-    """What a sampler emits; or what `say` makes of each round's tokens. Where `prompt` is a list its
-    texts are a batch, one row each, and the law is that of all together."""
+    """What a sampler emits; or what `say` makes of each round's tokens. Where `prompt` is a list
+    its texts are a batch, one row each, and the law is that of all together."""
     batch = isinstance(case["prompt"], list)
     prompts = case["prompt"] if batch else [case["prompt"]]
     if batch and sampler.batch is apart:
