@@ -297,7 +297,7 @@ def nudged(lines, rule, by):
 def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, random_model):
     """Rejects a tolerance four times too wide or too narrow, one that does not grow below
     temperature 1, one that shrinks above it, and one that --tolerance does not set."""
-    s = replace(LIVELY, temperature=temperature, M=4)
+    s = replace(LIVELY, temperature=temperature, M=4, N=12)
     runs = (run(random_model, [3, 41, 7], s, seed, dtype=DTYPES[dtype]) for seed in range(50))
     lines = next(x for x in runs if find(x, "verify", accepted=None, a=lambda a: a < 1))
     slack = dict.fromkeys(("q", "p", "own"), X / min(1, temperature))

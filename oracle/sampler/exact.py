@@ -2,11 +2,11 @@
 
     python oracle/sampler/exact.py mine.py:run
 
-`run(case)` returns one text for an object of cases.json (oracle/README.md). Nothing is sampled: a
-number of torch.rand, exponential_ or random.random is hidden until it is compared or raced; then
-each outcome is followed, as likely as it is. So are multinomial's. What else is done with a hidden
-number is refused in one line; but float() of one, torch does not tell: it is NaN, and .item() is
-followed. Seeds do nothing, so a wrong one is not seen.
+`run(case)` returns one text for an object of cases.json (oracle/README.md), but the batch. Nothing
+is sampled: a number of torch.rand, exponential_ or random.random is hidden until it is compared or
+raced; then each outcome is followed, as likely as it is. So are multinomial's. What else is done
+with a hidden number is refused in one line; but float() of one, torch does not tell: it is NaN, and
+.item() is followed. Seeds do nothing, so a wrong one is not seen.
 """
 import random
 import runpy
