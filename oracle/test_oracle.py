@@ -520,7 +520,7 @@ def first_message(wrong, check):
     change, _ = PLANTED.get(wrong, (wrong, None))
     numbers = CHANCES.get(wrong, Recording)
     for seed in range(20, 60):
-        s = replace(S, N=10, exit_threshold=0.05 * (seed % 2),
+        s = replace(S, N=8, exit_threshold=0.05 * (seed % 2),
                     stop_ids=tuple(range(40, 46 + seed % 9)))
         with running(*[change] * (wrong not in CHANCES)):
             lines = run(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s, seed,
