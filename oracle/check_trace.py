@@ -34,6 +34,7 @@ from dp_layer_skip import Choice  # noqa: E402
 from llama import Llama, ModelError, Tensor, read_config, torch  # noqa: E402
 from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
+from oracle.conformance import alike  # noqa: E402
 from oracle.diagnosis import RULES, Departure, Tally  # noqa: E402
 from oracle.trace import Invalid, Lines, indices, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
@@ -154,7 +155,7 @@ class Check:
     def run(self) -> None:
         for name, value in asdict(self.model.cfg).items():
             theirs = self.header["config"][name]
-            if not alike(value, theirs):
+            if not alike(value, theirs, least=0.0):    # a program may keep it in float32
                 self.depart("header", f"config.{name}", theirs, value)
         self.lines.advance()
         first, last = self.rounds
@@ -467,13 +468,6 @@ class Check:
             said.append(f"it ends in line {self.lines.number}: from there it is not known how the "
                         "trace goes on")
         return "\n".join(said)
-
-
-def alike(ours: Any, theirs: Any) -> bool:
-    """Equal, but for floats: those of a program that keeps them in float32 differ by 1e-7."""
-    if isinstance(ours, tuple) and theirs:
-        return len(ours) == len(theirs) and all(map(alike, ours, theirs))
-    return math.isclose(ours, theirs, rel_tol=1e-6) if isinstance(ours, float) else ours == theirs
 
 
 def prepare(lines: Lines, a: argparse.Namespace) -> Check:

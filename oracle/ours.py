@@ -48,6 +48,8 @@ def run(case: dict, chance: Chance | None = None) -> list[int]:
 
 
 def texts(request: dict) -> dict:
+    if isinstance(request["prompt"], list):
+        return dict(skip="one text at a time")
     chance = chance_of(request, request["seed"])
     return dict(texts=[run(request, chance) for _ in range(request["texts"])])
 

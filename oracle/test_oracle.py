@@ -250,12 +250,9 @@ CORRUPTIONS = [                        # rule, of which line, what is done there
     ("exit", "draft", dict(step=1), interleave, 0),
     ("exit", "draft", dict(step=3), lambda x, i: x.insert(i + 1, dict(x[i])), 1),
     ("exit", "draft", dict(step=3), gone, 0),
-    ("exit", "draft", dict(step=3), lambda x, i: x[0]["settings"].update(K=3), 0),
-    ("exit", "draft", dict(step=1), lambda x, i: x[0]["settings"].update(exit_threshold=0.9), 0),
     ("interval", "optimise", THIRD, gone, 0),
     ("interval", "emit", dict(round=1), lambda x, i: x.insert(i + 1, x[4] | dict(round=1)), 1),
     ("interval", "optimise", {}, lambda x, i: x[0]["settings"].update(stop_ids=x[3]["tokens"]), 0),
-    ("column", "optimise", THIRD, lambda x, i: x[i]["D"][2].__setitem__(0, 0.999), 0),
     ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(4, "110"), 0),
     ("choice", "optimise", THIRD, lambda x, i: x[i]["skipped"].__setitem__(1, "0 "), 0),
     ("end", "end", {}, lambda x, i: x.append(x[1]), 1),
@@ -300,7 +297,7 @@ def nudged(lines, rule, by):
 def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check, random_model):
     """Rejects a tolerance four times too wide or too narrow, one that does not grow below
     temperature 1, one that shrinks above it, and one that --tolerance does not set."""
-    s = replace(LIVELY, temperature=temperature, M=4)
+    s = replace(LIVELY, temperature=temperature, M=4, N=12)
     runs = (run(random_model, [3, 41, 7], s, seed, dtype=DTYPES[dtype]) for seed in range(50))
     lines = next(x for x in runs if find(x, "verify", accepted=None, a=lambda a: a < 1))
     slack = dict.fromkeys(("q", "p", "own"), X / min(1, temperature))
@@ -461,7 +458,7 @@ def throwing_away(*how):
     return drafted[:k], q[:k], confidence[:k]
 
 
-HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=100)
+HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=80)
 CHANCES = {        # the generator of a lossy program
     "one number draws and judges": lambda source: Numbers(source, lambda u: u),
     "a verdict by the mirrored number": lambda source: Numbers(source, lambda u: 1 - u),
@@ -523,10 +520,11 @@ def first_message(wrong, check):
     change, _ = PLANTED.get(wrong, (wrong, None))
     numbers = CHANCES.get(wrong, Recording)
     for seed in range(20, 60):
-        s = replace(S, exit_threshold=0.05 * (seed % 2), stop_ids=tuple(range(40, 46 + seed % 9)))
+        s = replace(S, N=8, exit_threshold=0.05 * (seed % 2),
+                    stop_ids=tuple(range(40, 46 + seed % 9)))
         with running(*[change] * (wrong not in CHANCES)):
             lines = run(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s, seed,
-                        (1, 2, 9)[seed % 3], numbers(Chance(seed).uniform))
+                        (1, 2, 9)[(seed + 1) % 3], numbers(Chance(seed).uniform))
         status, said, err = check(lines, model=TINY)
         assert err == "" and status in (0, 1)
         if status == 1:
@@ -552,7 +550,7 @@ def test_drafted_tokens_that_were_thrown_away_are_missed(check):
     and one that suspects a policy that ends a draft early."""
     for changes, status in (([], 0), ([put(speculative, "draft", throwing_away)], 1)):
         with running(*changes):
-            lines = run(TINY, [3, 41, 7], replace(HOT, N=150, exit_threshold=0.0, K=3), 0)
+            lines = run(TINY, [3, 41, 7], replace(HOT, N=110, exit_threshold=0.0, K=3), 0)
         lines = [line | dict(ended="policy") if line.get("ended") == "K" else line
                  for line in with_settings(lines, K=None)]
         got, out, _ = check(lines, model=TINY)
@@ -643,7 +641,6 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     for said, main, *arguments in (
             ("directory", check_trace, DEMO), ("another model", check_trace, right),
             ("config.json", check_trace, right, "--model", "/no"),
-            ("--device", check_trace, right, "--device", "cuda:99"),
             ("--skip 6: the model has layers", dump_forward, tmp_path / "d", "--model", TINY,
              "--prompt-ids", "3", "--skip", "1,6")):
         assert main.main(list(map(str, arguments))) == 2
@@ -851,12 +848,6 @@ def test_make_vectors_makes_what_is_here(tmp_path, monkeypatch):
             assert compare_dumps.compare(old, new)[0] == 0
     for path in TINY.iterdir():
         assert path.read_bytes() == (tmp_path / "tiny" / path.name).read_bytes()
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("tiny")])
-def test_a_vector_checks_clean(name, check):
-    """Rejects a checker that is too strict for grouped queries, scaling or long probes."""
-    assert check(RUNS[name], model=TINY)[::2] == (0, "")
 
 
 def test_the_vectors_show_what_trace_md_says():

@@ -1,4 +1,7 @@
-"""The test of level 1: do these texts come from what the full model says?
+"""The test of level 1: do these texts come from what the full model says? For texts that were made
+and counted elsewhere, {case: {text: how often}}, a text in JSON as a string:
+
+    python oracle/sampler/check.py --counts FILE
 
 A likelihood-ratio test. Of texts that the right law r has made, the ratio w / r of any law w that
 was chosen before has mean 1. So it reaches c with a chance of 1/c at most (Markov's inequality:
@@ -8,12 +11,22 @@ of wrong.py, the likeliest of which names the fault, and one that learns, for fa
 The same inequality, of sqrt(r / w) and a wrong program's texts, bounds how likely a fault is
 missed: by sqrt(c) times the nth power of the sum of sqrt(r w), if n texts are seen.
 """
+import argparse
+import contextlib
+import json
 import math
+import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from oracle.sampler.law import CASES, Law, law, target
-from oracle.sampler.wrong import WRONG
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from oracle.sampler.law import CASES, RIGHT, Law, apart, law, rounds, target  # noqa: E402
+from oracle.sampler.wrong import WRONG  # noqa: E402
 
 TEXTS = 1100                 # of each case
 FALSE_ALARM = 1e-8           # how likely a right program is called wrong, in a whole run
@@ -23,6 +36,8 @@ TRUST = 1000.0               # who learns begins with the law that is in doubt, 
 # tried in each.
 ALARM = math.log((len(CASES) + 1) * (len(WRONG) + 1) / FALSE_ALARM)
 Seen = dict[str, Counter]    # of cases: how often each text came
+Verdict = tuple[str, str, str]       # ok, skip or WRONG; of which case; why
+BATCHES = {name for name, case in CASES.items() if isinstance(case["prompt"], list)}
 
 
 class Refused(Exception):
@@ -32,17 +47,22 @@ class Refused(Exception):
 @cache
 def laws(case: str) -> dict[str, Law]:
     """The right law and the wrong ones."""
-    return {"right": target(CASES[case])} | {
-        fault: law(sampler, CASES[case]) for fault, sampler in WRONG.items()}
+    right = target(CASES[case])
+    return {"right": right} | {
+        fault: law(sampler, CASES[case]) if case in BATCHES or sampler.batch is apart else right
+        for fault, sampler in WRONG.items()}
 
 
 def likelihood(seen: Seen, name: str) -> float:
     """ln of how likely these texts are, if a sampler makes them."""
     total = 0.0
     for case, counts in seen.items():
+        known = laws(case)[name]
         for text, n in counts.items():
-            probability = laws(case)[name].get(text, 0.0)
-            total += n * math.log(probability) if probability > 0 else -math.inf
+            probability = known.get(text, 0.0)
+            if probability == 0:
+                return -math.inf
+            total += n * math.log(probability)
     return total
 
 
@@ -86,10 +106,15 @@ def missed(fault: str, cases: list[str]) -> float:
     return math.exp(min(ln, 0.0))
 
 
+def hashed(text: Any) -> Any:
+    """A text as the laws have it; a batch is a list of them."""
+    return tuple(map(hashed, text)) if isinstance(text, (list, tuple)) else int(text)
+
+
 def counted(request: dict, answer: dict) -> Counter:
     """How often each text came."""
     try:
-        texts = Counter(tuple(map(int, text)) for text in answer["texts"])
+        texts = Counter(map(hashed, answer["texts"]))
     except (KeyError, TypeError, ValueError):
         texts = Counter()
     if texts.total() != TEXTS:
@@ -97,9 +122,72 @@ def counted(request: dict, answer: dict) -> Counter:
     return texts
 
 
+def average(request: dict, numbers: Any) -> float:
+    """... of the rounds that texts took."""
+    with contextlib.suppress(TypeError, ValueError):
+        if len(numbers) == TEXTS:
+            return sum(map(float, numbers)) / TEXTS
+    raise Refused(f"{request['case']}: \"rounds\" should be {TEXTS} numbers")
+
+
 def remark(case: str, counts: Counter) -> str:
     """On texts that are wrong: what leaps to the eye."""
     if len(counts) == 1:
         return "; all texts are the same: is the generator seeded anew for each?"
     impossible = [text for text in counts if text not in laws(case)["right"]]
-    return f"; {' '.join(map(str, impossible[0]))} cannot be" if impossible else ""
+    return f"; {json.dumps(impossible[0])} cannot be" if impossible else ""
+
+
+def verdicts(seen: Seen) -> Iterator[Verdict]:
+    """On each case, and on all together."""
+    for case, counts in seen.items():
+        fault = fault_in({case: counts})
+        yield "WRONG" if fault else "ok", case, fault and fault + remark(case, counts)
+    fault = fault_in(seen)
+    few = min((counts.total() for counts in seen.values()), default=0)
+    if not fault and few < TEXTS:
+        yield "ok", "all together", f"but in {few} texts a fault may be missed; {TEXTS} are wanted"
+    else:
+        yield "WRONG" if fault else "ok", "all together", fault
+
+
+def speed(taken: dict[str, float]) -> str:
+    """Of these cases how many rounds a text takes, and how many it takes the right samplers."""
+    def mean(values: Iterator[float]) -> str:
+        return f"{sum(values) / len(taken):.2f}"
+    others = [f"{name} {mean(sum(rounds(sampler, CASES[case]).values()) for case in taken)}"
+              for name, sampler in RIGHT.items()]
+    return f"{mean(iter(taken.values()))}; {', '.join(others)}"
+
+
+def read_counts(path: str) -> Seen:
+    try:
+        file = json.loads(Path(path).read_text(encoding="utf-8"))
+        seen = {case: Counter({hashed(json.loads(text)): n for text, n in counts.items()})
+                for case, counts in file.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise Refused(f"{path}: {e}; {{case: {{text: how often}}}} is wanted") from None
+    unknown = seen.keys() - CASES.keys()
+    numbers = [n for counts in seen.values() for n in counts.values()]
+    if unknown or not all(type(n) is int and n >= 0 for n in numbers):
+        raise Refused(f"{path}: {', '.join(unknown) or 'a count'} is none; cases are "
+                      f"{', '.join(CASES)}")
+    return seen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description="Are counted texts distributed right?")
+    p.error = lambda message: p.exit(2, f"check.py: {message} (--help lists the flags)\n")
+    p.add_argument("--counts", metavar="FILE", required=True)
+    try:
+        said = list(verdicts(read_counts(p.parse_args(argv).counts)))
+    except Refused as e:
+        print(f"check.py: {e}", file=sys.stderr)
+        return 2
+    for verdict, case, why in said:
+        print(f"{verdict:6}{case}: {why}".rstrip(": "))
+    return int(any(verdict == "WRONG" for verdict, *_ in said))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

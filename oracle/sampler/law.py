@@ -6,23 +6,27 @@ p, the full model, and q, the draft, are tables whose row c is the distribution 
 Glossary
     case          what a program is asked for: an object of cases.json (../README.md has its fields)
     last, room    the token that is continued; how many tokens the text may still have
+    rows          of a batch, (last, room) each
     d, k          the drafted tokens of a round; their number
     p, q          in a rule k+1 rows: where d1 stands, ..., where dk stands, and behind
     s, x          a step of the draft, from 0; a token
     chance        answers "accept with probability a?" and "draw a token by these weights"
 """
+import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import add
 from pathlib import Path
 from typing import Any
 
 CASES = {case["case"]: case for case in json.loads(
     Path(__file__).with_name("cases.json").read_text())}
 Row = list[float]
-Law = dict[tuple[int, ...], float]           # text -> probability
+Law = dict[tuple, float]                     # text, or a tuple of those of a batch -> probability
 
 
 # ------------------------------------------------- the theorem: rules whose texts are p's, exactly
@@ -49,6 +53,11 @@ def token_rule(d: list[int], p: list[Row], q: list[Row], chance: Any, accept: Ca
         if not chance.accept(accept(p, q, s, x)):
             return d[:s] + [chance.draw(owed(p, q, s, x))]
     return d + [chance.draw(bonus(p, q))]
+
+
+def without_bonus(d: list[int], p: list[Row], q: list[Row], chance: Any) -> list[int]:
+    """As right, and slower."""
+    return token_rule(d, p, q, chance)[:max(1, len(d))]
 
 
 def kept(p: list[Row], q: list[Row], s: int, paid: float) -> float:
@@ -115,6 +124,11 @@ def cut(emitted: list[int], stop: list[int]) -> tuple[int, ...]:
     return tuple(emitted[:min(ends, default=None)])
 
 
+def apart(of: "Round", rows: list[tuple[int, int]], chance: Any) -> list[tuple[int, ...]]:
+    """One round of a batch: each row as if alone, and none that has ended."""
+    return [() if of.ended(*row) else of.judged(*of.drafted(*row, chance), chance) for row in rows]
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A rule, and where its draft and its rows come from."""
@@ -124,19 +138,31 @@ class Sampler:
     told: Callable | None = None                # what the rule takes for it, if not the same
     draft: Callable = drafts
     cut: Callable = cut
+    batch: Callable = apart                     # what it does with the rows of a batch
 
-    def rounds(self, case: dict) -> Callable:
-        """(last, room, chance) -> what one round emits."""
-        p = [self.p(row, case) for row in case["p"]]
-        q = [self.q(row, case) for row in case["q"]]
-        told = [(self.told or self.q)(row, case) for row in case["q"]]
 
-        def emits(last: int, room: int, chance: Any) -> tuple[int, ...]:
-            d = self.draft(case, q, last, room, chance)
-            read = [last, *d]
-            emitted = self.rule(d, [p[x] for x in read], [told[x] for x in read], chance)
-            return self.cut(emitted, case["stop"])
-        return emits
+class Round:
+    """A round of a sampler, on the tables of a case."""
+
+    def __init__(self, sampler: Sampler, case: dict) -> None:
+        self.sampler = sampler
+        self.case = case
+        self.p = [sampler.p(row, case) for row in case["p"]]
+        self.q = [sampler.q(row, case) for row in case["q"]]
+        self.told = [(sampler.told or sampler.q)(row, case) for row in case["q"]]
+
+    def ended(self, last: int, room: int) -> bool:
+        return room == 0 or last in self.case["stop"]
+
+    def drafted(self, last: int, room: int, chance: Any) -> tuple[list[int], list[Row], list[Row]]:
+        """-> d, p, q as a rule takes them."""
+        d = self.sampler.draft(self.case, self.q, last, room, chance)
+        read = [last, *d]
+        return d, [self.p[x] for x in read], [self.told[x] for x in read]
+
+    def judged(self, d: list[int], p: list[Row], q: list[Row], chance: Any) -> tuple[int, ...]:
+        """-> what is emitted."""
+        return self.sampler.cut(self.sampler.rule(d, p, q, chance), self.case["stop"])
 
 
 RIGHT = {
@@ -145,27 +171,48 @@ RIGHT = {
     # Right if the full model draws the same: as likely as p says.
     "sample and compare": Sampler(partial(
         token_rule, accept=lambda p, q, s, x: p[s][x], owed=without)),
+    "no bonus": Sampler(without_bonus),
     "argmax drafts, q one-hot": Sampler(q=greedy),
 }
 
 
 # ------------------------------------------------------------------------------------ the law
 
-def law(sampler: Sampler, case: dict) -> Law:
-    """What a sampler emits."""
-    emits = sampler.rounds(case)
+def law(sampler: Sampler, case: dict, say: Callable = tuple) -> Law:
+    """What a sampler emits; or what `say` makes of each round's tokens. Where `prompt` is a list
+    its texts are a batch, one row each, and the law is that of all together."""
+    batch = isinstance(case["prompt"], list)
+    prompts = case["prompt"] if batch else [case["prompt"]]
+    if batch and sampler.batch is apart:
+        rows = [law(sampler, dict(case, prompt=prompt)) for prompt in prompts]
+        return {texts: math.prod(row[text] for row, text in zip(rows, texts))
+                for texts in itertools.product(*rows)}
+    of = Round(sampler, case)
 
     @cache
-    def rest(last: int, room: int) -> Law:
-        """What follows `last`: the same, whatever stood before it."""
-        if room == 0 or last in case["stop"]:
-            return {(): 1.0}
+    def rest(rows: tuple[tuple[int, int], ...]) -> dict:
+        """What follows these rows: the same, whatever stood before them."""
+        if all(of.ended(*row) for row in rows):
+            return {((),) * len(rows): 1.0}
         texts = defaultdict(float)
-        for likely, emitted in every(partial(emits, last, room)):
-            for text, probability in rest(emitted[-1], room - len(emitted)).items():
-                texts[emitted + text] += likely * probability
+        for likely, emitted in every(partial(sampler.batch, of, rows)):
+            after = tuple((new[-1], room - len(new)) if new else (last, room)
+                          for (last, room), new in zip(rows, emitted))
+            for ends, probability in rest(after).items():
+                texts[tuple(map(add, map(say, emitted), ends))] += likely * probability
         return texts
-    return rest(case["prompt"], case["N"])
+    texts = rest(tuple((prompt, case["N"]) for prompt in prompts))
+    return texts if batch else {text: probability for (text,), probability in texts.items()}
+
+
+def rounds(sampler: Sampler, case: dict) -> dict[int, float]:
+    """n -> how many rounds of a text, on average, emit n tokens: one more than they accept, if they
+    add one of their own. Their sum is what a text takes."""
+    counts = defaultdict(float)
+    for lengths, probability in law(sampler, case, say=lambda new: (len(new),)).items():
+        for n in lengths:
+            counts[n] += probability
+    return counts
 
 
 def target(case: dict) -> Law:

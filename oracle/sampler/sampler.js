@@ -47,9 +47,10 @@ function round(c, p, q, last, room, uniform) {
     read.push(last);
   }
   const d = read.slice(1);
+  const verdicts = d.map(uniform);                     // all of them, also behind a rejection
   for (let s = 0; s < d.length; s++) {
     const now = p[read[s]], was = q[read[s]];
-    if (uniform() < Math.min(1, now[d[s]] / was[d[s]])) continue;
+    if (verdicts[s] < Math.min(1, now[d[s]] / was[d[s]])) continue;
     const owed = now.map((v, x) => Math.max(0, v - was[x]));
     return [...d.slice(0, s), draw(owed.some((v) => v > 0) ? owed : now, uniform)];
   }
@@ -58,8 +59,8 @@ function round(c, p, q, last, room, uniform) {
 
 function text(c, p, q, last, uniform) {
   const out = [];
-  let room = c.N;
-  while (room > 0 && !c.stop.includes(last)) {
+  let room = c.N, rounds = 0;
+  for (; room > 0 && !c.stop.includes(last); rounds++) {
     let emitted = round(c, p, q, last, room, uniform);
     const end = emitted.findIndex((x) => c.stop.includes(x));
     if (end >= 0) emitted = emitted.slice(0, end + 1);
@@ -67,7 +68,7 @@ function text(c, p, q, last, uniform) {
     room -= emitted.length;
     last = emitted[emitted.length - 1];
   }
-  return out;
+  return [out, rounds];
 }
 
 for (const line of require("fs").readFileSync(0, "utf8").split("\n").filter(Boolean)) {
@@ -75,7 +76,11 @@ for (const line of require("fs").readFileSync(0, "utf8").split("\n").filter(Bool
   const p = c.p.map((row) => filtered(row, c)), q = c.q.map((row) => filtered(row, c));
   const given = (c.u || []).values();                  // level 0: these, in their order
   const uniform = c.u ? () => given.next().value : generator(c.seed);
-  const texts = [];
-  for (let n = 0; n < c.texts; n++) texts.push(text(c, p, q, c.prompt, uniform));
-  console.log(JSON.stringify({ texts }));
+  const texts = [], rounds = [];
+  for (let n = 0; n < c.texts; n++) {
+    const rows = [c.prompt].flat().map((last) => text(c, p, q, last, uniform));
+    texts.push(Array.isArray(c.prompt) ? rows.map((row) => row[0]) : rows[0][0]);
+    rounds.push(rows[0][1]);
+  }
+  console.log(JSON.stringify({ texts, rounds }));
 }

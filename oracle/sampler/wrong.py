@@ -3,11 +3,11 @@ met): each a rule of law.py but for one part, which is a function of p, q, s and
 """
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
-from oracle.sampler.law import (Row, Sampler, block_rule, drafts, filtered, greedy, ratio, residual,
-                                token_rule, without)
+from oracle.sampler.law import (Round, Row, Sampler, apart, block_rule, drafts, filtered, greedy,
+                                ratio, residual, token_rule, without)
 
 
 def by(rule: Any = token_rule, **parts: Any) -> Sampler:
@@ -60,6 +60,75 @@ def top_p_first(row: Row, case: dict) -> Row:
     return filtered(nucleus, dict(case, top_p=1))
 
 
+def by_place(p: list[Row], q: list[Row], s: int, x: int) -> Row:
+    """The nth of what a filter left of q is taken from the nth of p, which may be another token."""
+    left = [w for w in q[s] if w > 0]
+    subtracted = [left.pop(0) if v > 0 and left else 0.0 for v in p[s]]
+    return residual([p[s]], [subtracted], 0, x)
+
+
+# ------------------------- the rows of a batch: of, rows and chance as in law.apart; () has ended
+
+Rows = list[tuple[int, int]]
+
+
+def by_the_others(n: int) -> Any:
+    """Of two rows each is judged by the p (n = 1) or q (2) of the other, as far as that goes."""
+    def batch(of: Round, rows: Rows, chance: Any) -> list:
+        drafted = [list(of.drafted(*row, chance)) for row in rows]
+        emitted = []
+        for row, own, other in zip(rows, drafted, drafted[::-1]):
+            told = list(own)
+            told[n] = other[n][:len(own[n])] + own[n][len(other[n]):]
+            emitted.append(() if of.ended(*row) else of.judged(*told, chance))
+        return emitted
+    return batch
+
+
+def going_on(of: Round, rows: Rows, chance: Any) -> list:
+    """... as long as another row does, if there is room."""
+    return [of.judged(*of.drafted(last, room, chance), chance) if room else ()
+            for last, room in rows]
+
+
+def padded(of: Round, rows: Rows, chance: Any) -> list:
+    """Shorter rows are filled up with zeros, and the last column is read."""
+    least = min(room for _, room in rows)
+    return apart(of, [(0, room) if room > least and not of.ended(last, room) else (last, room)
+                      for last, room in rows], chance)
+
+
+class Shared:
+    """Chance whose nth number is the same for each row: within these bounds, so far."""
+
+    def __init__(self, chance: Any) -> None:
+        self.chance = chance
+        self.bounds: list[tuple[float, float]] = []
+        self.n = 0
+
+    def draw(self, weights: Row) -> int:
+        if self.n == len(self.bounds):
+            self.bounds.append((0.0, 1.0))
+        low, high = self.bounds[self.n]
+        ends = [min(max(end / sum(weights), low), high) for end in accumulate(weights, initial=0)]
+        x = self.chance.draw([end - begin for begin, end in pairwise(ends)])
+        self.bounds[self.n] = ends[x], ends[x + 1]
+        self.n += 1
+        return x
+
+    def accept(self, a: float) -> bool:
+        return self.draw([a, 1 - a]) == 0
+
+
+def one_number(of: Round, rows: Rows, chance: Any) -> list:
+    shared = Shared(chance)
+    emitted = []
+    for row in rows:
+        shared.n = 0
+        emitted += apart(of, [row], shared)
+    return emitted
+
+
 WRONG = {
     "bonus from q": by(bonus=lambda p, q: q[-1]),
     "bonus from the row before": by(bonus=lambda p, q: p[max(len(p) - 2, 0)]),
@@ -97,4 +166,10 @@ WRONG = {
         block_rule, owed=lambda p, q, s, x, paid: residual(p, q, s, x)),
     "block rule, kept by the product": by(block_rule, keep=lambda p, q, s, paid: paid),
     "block rule, stops at a refusal": by(block_rule, stops=True),
+    "residual by place in what is left": by(owed=by_place),
+    "batch: judged by the other row's p": Sampler(batch=by_the_others(1)),
+    "batch: judged by the other row's q": Sampler(batch=by_the_others(2)),
+    "batch: a finished row goes on": Sampler(batch=going_on),
+    "batch: padding read": Sampler(batch=padded),
+    "batch: one number for all rows": Sampler(batch=one_number),
 }
