@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.spec_bench import first_turns, opened, told  # noqa: E402
-from command.cli import UsageError, answer  # noqa: E402
+from bench.spec_bench import first_turns, opened  # noqa: E402
+from command.cli import UsageError, answer, told  # noqa: E402
 from command.flags import DEMO  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import ids_of  # noqa: E402

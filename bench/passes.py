@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from bench.spec_bench import first_turns, opened, told  # noqa: E402
-from command.cli import answer  # noqa: E402
+from bench.spec_bench import first_turns, opened  # noqa: E402
+from command.cli import answer, told  # noqa: E402
 from command.job import Job  # noqa: E402
 from dp_layer_skip import torch  # noqa: E402
 from policy import costs  # noqa: E402

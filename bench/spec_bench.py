@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from clasp_mini import pair  # noqa: E402
-from command.cli import UsageError, answer  # noqa: E402
+from command.cli import UsageError, answer, say, told  # noqa: E402
 from command.flags import DEMO, parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
@@ -85,19 +85,6 @@ def first_turns(job: Job, questions: Questions) -> list[tuple[str, list[int]]]:
             for category, turns in questions if turns]
 
 
-def told(items: Sequence, what: str) -> Iterator:
-    """The items; a terminal shows which of how many is at work."""
-    tty = sys.stderr.isatty()
-    try:
-        for n, item in enumerate(items, 1):
-            if tty:
-                print(f"\r{what} {n} of {len(items)}", end="", file=sys.stderr, flush=True)
-            yield item
-    finally:                                           # also if Ctrl-C ends it
-        if tty:
-            print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------ the bench
 
 def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], list[Round]]]:
@@ -110,7 +97,7 @@ def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], 
             try:
                 ids = encoded(job, messages)
             except UsageError as e:
-                print(f"question {n} left out: {e}", file=sys.stderr)
+                say(f"question {n} left out: {e}")
                 break
             if not warm:
                 pair(job, ids, job.a.seed)             # not counted

@@ -7,7 +7,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -90,6 +90,16 @@ def waiting(what: str) -> None:
     if (what or stands) and is_screen(sys.stderr):
         print(f"\r\033[K{what}\r", end="", file=sys.stderr, flush=True)
     stands = bool(what)
+
+
+def told(items: Sequence, what: str) -> Iterator:
+    """The items; a terminal shows which of how many is at work."""
+    try:
+        for n, item in enumerate(items, 1):
+            waiting(f"{what} {n} of {len(items)}")
+            yield item
+    finally:                                           # also if Ctrl-C ends it
+        waiting("")
 
 
 # What may lie in a folder in the place of what is read: Hugging Face's files, of safetensors.

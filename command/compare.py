@@ -2,7 +2,7 @@
 import json
 from collections.abc import Callable, Sequence
 
-from command.cli import UsageError, waiting
+from command.cli import UsageError, told
 from command.job import Job
 from command.report import brief, figures, ideal_speedup, ids_of, median
 from speculative import Round
@@ -16,14 +16,12 @@ def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
     pairs = []
     status = 0
     try:
-        for n in range(-1, job.a.repeats):             # the first is a warm-up, not counted
-            waiting(f"pair {n + 1} of {job.a.repeats}")
+        for n in told(range(-1, job.a.repeats), "pair"):       # the first, a warm-up, never counts
             pairs.append(pair(job.a.seed + max(0, n)))
     except KeyboardInterrupt:
         if len(pairs) < 2:
             raise
         status = 130
-    waiting("")
     c = comparison(pairs[1:], greedy=job.settings.temperature == 0)
     if c["ideal_speedup"] is None:
         raise UsageError("nothing to compare, the prefill gave all tokens: allow more of them, or "

@@ -68,7 +68,8 @@ def parser() -> Parser:
 def parsed(argv: Sequence[str] | None, p: Parser | None = None) -> argparse.Namespace:
     """The flags of the main command, or of a parser that adds to them, held against one another.
     Raises UsageError."""
-    a = (p or parser()).parse_args(argv)
+    p = p or parser()
+    a = p.parse_args(argv)
     if a.system is not None and not a.chat:
         raise UsageError("--system goes with --chat")
     if a.prompt_ids is not None and (a.chat or a.prompt is not None):
@@ -76,7 +77,7 @@ def parsed(argv: Sequence[str] | None, p: Parser | None = None) -> argparse.Name
     if a.compare and (a.strategy == "ar" or a.verbose or a.trace):
         raise UsageError("--compare runs plain decoding too: without --strategy ar, --verbose "
                          "and --trace")
-    if p is None and a.repeats and not a.compare:
+    if a.repeats and not (a.compare or p.get_default("repeats")):
         raise UsageError("--repeats goes with --compare")
     a.repeats = a.repeats or 5
     return a

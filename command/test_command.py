@@ -264,7 +264,7 @@ def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, m
     assert "def" not in terminal(*prompt, streams=["stderr"])[0]
     stays, stood = terminal(*prompt, "--compare", "--repeats", 1)
     assert re.search("^texts +equal$", stays, re.M)
-    assert stood == ["pair 0 of 1", "pair 1 of 1", ""]
+    assert stood == ["pair 1 of 2", "pair 2 of 2", ""]
     monkeypatch.setenv("NO_COLOR", "1")
     assert terminal(*prompt)[0].startswith(f"def f(x):{text}\npaper: 6 tokens in ")
 
