@@ -45,8 +45,8 @@ class Piece(NamedTuple):
     ids: Tensor                 # (n,)
     at: int                     # the position of the first
     p: Tensor                   # (n, V) what the full model says follows each
-    last: Tensor                # (L+1, D) its states of the last
     cache: Cache
+    chosen: Sets                # by the dynamic program, by the tokens before
 
 
 def flags(L: int, out: Sequence[int]) -> Skip:
@@ -59,16 +59,21 @@ def written(job: Job, ids: list[int], s: Settings) -> tuple[list[int], int]:
     return ids + ids_of(rounds), len(ids)
 
 
-def spacious(model: Llama, n: int, M: int) -> Cache:
-    """A cache for n tokens and for all that is tried behind them."""
-    return model.cache(n + max(n, (M + 1) * max(PROBES)) + 1)
-
-
-def piece_of(model: Llama, tokens: list[int], at: int, cache: Cache, s: Settings) -> Piece:
-    """The full model reads these tokens behind what the cache holds."""
-    ids = torch.tensor(tokens, device=model.device)
-    h = torch.stack(model.forward(ids, cache.sequence(at, len(ids)), cache))    # (L+1, n, D)
-    return Piece(ids, at, probabilities(model.head(h[-1]), s), h[:, -1], cache)
+def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings
+           ) -> Iterator[Piece]:
+    """A text from `start` on, as the full model reads it: n tokens at a time. Each piece is to be
+    used before the next is read: what is tried takes the slots behind it."""
+    cache = model.cache(len(text) + max(n, (M + 1) * max(PROBES)) + 1)
+    h = read(model, text[:start], 0, cache)
+    for at in range(start, len(text), n):
+        last = torch.stack([x[-1] for x in h])                              # (L+1, D)
+        chosen = {}
+        for r in PROBES:
+            choice, _ = choose_by(r, choose_skip, model, cache, text[:at], last, M)
+            chosen[f"the dynamic program, by {r}"] = [choice.skip()]
+        ids = torch.tensor(text[at:at + n], device=model.device)
+        h = model.forward(ids, cache.sequence(at, len(ids)), cache)
+        yield Piece(ids, at, probabilities(model.head(h[-1]), s), cache, chosen)
 
 
 def kept(model: Llama, piece: Piece, skip: Skip, s: Settings) -> list[float]:
@@ -84,35 +89,24 @@ def kept(model: Llama, piece: Piece, skip: Skip, s: Settings) -> list[float]:
 def one_set(job: Job, texts: Sequence[tuple[list[int], int]], s: Settings) -> list[int]:
     """M layers in the order in which they are left out."""
     model = job.model
-    pieces = []
-    for ids, start in texts:
-        cache = spacious(model, len(ids), job.M)
-        read(model, ids[:start], 0, cache)
-        pieces.append(piece_of(model, ids[start:], start, cache, s))
+    whole = [piece for text, start in texts
+             for piece in pieces(model, text, start, len(text), job.M, s)]
     out = []
     for _ in told(range(job.M), "one set for all texts: layer"):
         score = {}
         for i in range(job.cfg.L):
             if i not in out:
                 skip = flags(job.cfg.L, [*out, i])
-                score[i] = sum(sum(kept(model, piece, skip, s)) for piece in pieces)
+                score[i] = sum(sum(kept(model, piece, skip, s)) for piece in whole)
         out.append(max(score, key=score.get))
     return out
 
 
-def walk(model: Llama, ids: list[int], start: int, M: int, s: Settings, sets: Sets
+def walk(model: Llama, text: list[int], start: int, M: int, s: Settings, sets: Sets
          ) -> Iterator[tuple[str, float]]:
     """(who, one value) for every token from `start` on and every set."""
-    cache = spacious(model, len(ids), M)
-    last = torch.stack([x[-1] for x in read(model, ids[:start], 0, cache)])         # (L+1, D)
-    for at in range(start, len(ids), EVERY):
-        programs = {}
-        for r in PROBES:
-            choice, _ = choose_by(r, choose_skip, model, cache, ids[:at], last, M)
-            programs[f"the dynamic program, by {r}"] = [choice.skip()]
-        piece = piece_of(model, ids[at:at + EVERY], at, cache, s)
-        last = piece.last
-        for who, of in (programs | sets).items():
+    for piece in pieces(model, text, start, EVERY, M, s):
+        for who, of in (piece.chosen | sets).items():
             for skip in of:
                 for value in kept(model, piece, skip, s):
                     yield who, value
@@ -124,11 +118,10 @@ def kind_of(category: str) -> str:
 
 
 def trained(job: Job, kind: str) -> Sets:
-    """The demo: what its training let go on this kind of text, and on the other."""
+    """The demo: what its training let go on this kind of text."""
     if job.folder.resolve() != DEMO or kind not in KINDS or job.M != sum(planted(kind)):
         return {}
-    other = KINDS[1 - KINDS.index(kind)]
-    return {"training, for this kind": [planted(kind)], "training, for the other": [planted(other)]}
+    return {"its training": [planted(kind)]}
 
 
 @torch.inference_mode()
