@@ -13,6 +13,7 @@ and the two learn to agree. And *which* layers can go depends on the text: here 
 or prose, of which each has layers of its own that it never misses, so that it can be seen.
 """
 import argparse
+import functools
 import hashlib
 import io
 import itertools
@@ -27,18 +28,16 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
-from dp_layer_skip import choose_skip  # noqa: E402
+from dp_layer_skip import choose_skip, torch  # noqa: E402  (which asks PyTorch for no NumPy)
 from llama import Llama, read_config  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from speculative import Chance, Settings, generate  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 RANKS = 3840                       # and begin and end of text: what is never trained has no row
 CFG = read_config(DEMO)            # sizes: what is made has the shape of what it begins from
@@ -70,13 +69,12 @@ def planted(kind: str) -> list[bool]:
 FOREIGN = {"test", "tests", "idle_test", "site-packages", "dist-packages"}     # folders
 
 
-def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(training files, held-out files) of each kind: the standard library's source, no tests,
+def corpus(held_out: bool) -> dict[str, list[str]]:
+    """The files of each kind, to train on or held out: the standard library's source, no tests,
     nothing installed beside it; and the source of Python's documentation, as Debian's package
     python3.11-doc holds it. One file in 20 is held out, by the hash of its name, so that the split
     never moves."""
-    train = {kind: [] for kind in KINDS}
-    held = {kind: [] for kind in KINDS}
+    texts = {kind: [] for kind in KINDS}
     docs = Path(os.environ.get("PYTHON_DOCS", "/usr/share/doc/python3.11/html/_sources"))
     for kind, root, pattern in (("code", Path(sysconfig.get_path("stdlib")), "*.py"),
                                 ("prose", docs, "*.rst.txt")):
@@ -88,11 +86,12 @@ def corpus() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
                 text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError:                 # a few files declare another encoding
                 continue
-            kept_back = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
-            (held if kept_back else train)[kind].append(text)
-        if not train[kind]:
+            one_in_20 = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+            if one_in_20 == held_out:
+                texts[kind].append(text)
+        if not texts[kind]:
             sys.exit(f"{root}: no {pattern} files here (set PYTHON_DOCS for the documentation)")
-    return train, held
+    return texts
 
 
 def prose_in_code(text: str) -> list[tuple[int, int]]:
@@ -211,9 +210,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-
-        def linear(n_in: int, n_out: int) -> nn.Linear:
-            return nn.Linear(n_in, n_out, bias=False)
+        linear = functools.partial(nn.Linear, bias=False)
         D = CFG.D
         qh = CFG.H * CFG.hd
         kh = CFG.G * CFG.hd
@@ -339,8 +336,8 @@ def write_samples(a: argparse.Namespace) -> None:
     text, continued by up to 416 tokens at temperature 1, every fourth at 0.5."""
     model = Llama.load(a.folder)
     tok = Tokenizer(DEMO)
-    train, _ = corpus()
-    rows = Rows({k: Text(train[k], k) for k in KINDS}, 32, True)
+    train = corpus(held_out=False)
+    rows = Rows({kind: Text(train[kind], kind) for kind in KINDS}, 32, True)
     rng = random.Random(1)
     out = {kind: [] for kind in KINDS}
     for kind in KINDS:
@@ -381,14 +378,16 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     device = torch.device(a.device)
-    texts, _ = corpus()
-    data = {kind: Text(texts[kind], kind) for kind in KINDS}
-    samples = json.loads((DEMO / "samples.json").read_text())
-    sampled = {kind: Text(samples[kind], kind) for kind in KINDS}
+    sources = dict(human=corpus(held_out=False),
+                   own=json.loads((DEMO / "samples.json").read_text()))
+    rows = {}                                          # (written by whom, tokens in a row) -> rows
+    for by, files in sources.items():
+        texts = {kind: Text(files[kind], kind) for kind in KINDS}
+        for T in (LENGTH, CFG.context):
+            rows[by, T] = Rows(texts, T, by == "human")
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    known = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in known]
+    others = [model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
     opts = [torch.optim.Muon(matrices, lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
     weights = load_file(a.folder / "model.safetensors")
@@ -398,7 +397,6 @@ def train(a: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
         for name in ("compare", "contrast", "turns"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
-    rows = None
     losses = []
     for step in range(a.steps):
         # A step's data and masks depend on its number alone; the last steps see the whole context.
@@ -406,15 +404,12 @@ def train(a: argparse.Namespace) -> None:
         rng = random.Random(a.seed * 1_000_003 + step)
         T = LENGTH if frac < LONG_FROM else CFG.context
         B = max(1, round(LENGTH * ROWS / T))
-        if rows is None or rows.T != T:
-            rows = Rows(data, T, True)
-            written = Rows(sampled, T, False)
         scale = min(1.0, (step + 1) / 50, (1 - frac) / DECAY)     # warm up, hold, linearly to zero
         for o in opts:
             for g in o.param_groups:
                 g["lr"] = LR * scale
         for kind, mask, wrong in masks(MASKS, rng):
-            drawn = [(written if rng.random() < SAMPLED else rows).draw(kind, rng, MIXED)
+            drawn = [rows["own" if rng.random() < SAMPLED else "human", T].draw(kind, rng, MIXED)
                      for _ in range(B)]
             ids, own, human = (torch.stack(part).to(device) for part in zip(*drawn))
             with torch.autocast(device.type, torch.bfloat16):
@@ -446,7 +441,7 @@ def measure(a: argparse.Namespace) -> None:
     """The shipped weights on the whole held-out text, by llama.py in float32: windows of half the
     context, each begun afresh."""
     model = Llama.load(a.folder)
-    _, texts = corpus()
+    texts = corpus(held_out=True)
     sets = {"all layers": ()} | {f"without the set of {kind}": planted(kind) for kind in KINDS}
     for kind in KINDS:
         held = Text(texts[kind], kind).ids
