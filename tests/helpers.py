@@ -17,6 +17,7 @@ DEMO = ROOT / "demo"
 def put(folder, files):
     """Write files, name -> bytes, text or a JSON value; None: take it away."""
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).unlink(missing_ok=True)
         if content is not None:
             text = content if isinstance(content, str | bytes) else json.dumps(content)
