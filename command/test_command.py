@@ -23,6 +23,7 @@ from dp_layer_skip import choose_skip, torch
 from policy.adaptive import Adaptive
 from policy.probe import PaperByProbe
 from speculative import Paper, Settings
+from tests.helpers import put
 from tests.slow_llama import BASE, random_checkpoint
 from text.tokenizer import Tokenizer
 
@@ -125,16 +126,10 @@ def process(*arguments, python=(), **options):
 
 
 def copy_of_the_demo(folder, files):
-    """A folder with the demo's model; files: name -> content, a JSON value each; None: left out."""
-    folder.mkdir(exist_ok=True)
+    """A folder with the demo's model, but of some files what `put` is to write."""
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model"):
-        if name not in files:
-            (folder / name).symlink_to(DEMO / name)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if content is not None:
-            (folder / name).write_text(json.dumps(content))
-    return folder
+        (folder / name).symlink_to(DEMO / name)
+    return put(folder, files)
 
 
 def job(*arguments):
@@ -236,9 +231,10 @@ def test_the_papers_loop_is_one_flag_or_four_numbers(how, want):
     assert type(clasp_mini.policy_of(paper)) is Paper
 
 
-def test_prompts_become_ids_as_the_tokenizer_says(tmp_path):
+def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, monkeypatch):
     """Rejects --chat ignored, a system turn that is dropped or comes last, chat format without
-    --chat, a missing begin token."""
+    --chat, a missing begin token; other ids for "é" where the locale lacks it, and a byte order
+    mark as a part of a text."""
     q = dict(role="user", content=" Why? ")
     system = dict(role="system", content="Be brief.")
     this = ("--model", copy_of_the_demo(tmp_path, CHATS), "--prompt", " Why? ")
@@ -246,6 +242,10 @@ def test_prompts_become_ids_as_the_tokenizer_says(tmp_path):
                       (["--chat", "--system", "Be brief."], TOK.chat([system, q])),
                       (["--chat", "--system", ""], TOK.chat([q]))):
         assert job(*this, *how).prompt() == want
+    for text in ("é", "\udcc3\udca9"):
+        assert job("--prompt", text).prompt() == [TOK.bos, *TOK.encode("é")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfx\r\n")))
+    assert job("--prompt", "-").prompt() == [TOK.bos, *TOK.encode("x\r\n")]
 
 
 def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, monkeypatch):
@@ -629,15 +629,6 @@ def test_wrong_input_gets_one_clear_line(complaint, tiny, tmp_path, monkeypatch,
         return tiny if x == "TINY" else x
     got, said = complaint(*map(given, arguments))
     assert got == status and words in said and said.endswith("of 20") == words.endswith("of 20")
-
-
-def test_a_prompt_is_utf_8_whatever_the_locale_takes_it_for(monkeypatch):
-    """Rejects other ids for "é" where the locale lacks it, and a byte order mark as a part of a
-    text."""
-    for ids in (job("--prompt", "é").prompt(), job("--prompt", "\udcc3\udca9").prompt()):
-        assert ids == [TOK.bos, *TOK.encode("é")]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfx\r\n")))
-    assert job("--prompt", "-").prompt() == job("--prompt", "x\r\n").prompt()
 
 
 TURN = ("'<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + content | trim + '<|eot_id|>'"
