@@ -19,6 +19,8 @@ import llama
 import speculative
 from command.flags import DEMO, VERSION, parsed, parser
 from command.job import Job
+from command.screen import Screen
+from command.test_report import a_round
 from dp_layer_skip import choose_skip, torch
 from policy.adaptive import Adaptive
 from policy.probe import PaperByProbe
@@ -51,7 +53,7 @@ def run(monkeypatch, capsys):
     def call(*arguments):
         status = clasp_mini.main([*map(str, arguments)])
         out = capsys.readouterr()
-        return status, out.out, out.err.lstrip("\n")
+        return status, out.out, out.err
     return call
 
 
@@ -166,7 +168,7 @@ def test_every_strategy_writes_the_text_of_plain_decoding_and_says_that_it_ran(r
         assert how != NAMED or len(r["stats"]["skip_set"]) == 22
         status, out, err = run(*prompt, *how)
         assert (status, out) == (0, plain["text"])
-        assert re.fullmatch(rf"{ran}: 24 tokens in .*\ndecoding .*\n", err) and "\033" not in err
+        assert re.fullmatch(rf"\n{ran}: 24 tokens in .*\ndecoding .*\n", err) and "\033" not in err
         assert max(map(len, err.splitlines())) < 80
 
 
@@ -399,12 +401,41 @@ def test_what_was_drawn_in_a_round_that_never_ends_is_taken_away(terminal, monke
                                                                  status):
     """Rejects an account or a complaint behind tokens that were never judged."""
     def run(job, ids, seed, chance):
-        yield speculative.Round(1, (False,), [], [], 0, [9], None, (0, 1, 0))
+        yield a_round([], 0, [9])
         chance(seed).draw(torch.eye(V)[97])
         raise stop("not finite")
     monkeypatch.setattr(clasp_mini, "run", run)
     stays, stood = terminal("--prompt", "x", "--verbose", status=status)
-    assert re.sub(CODE, "", stood[-2]) == "   1" + " " * 9 + "a" and stood[-1] == ""
+    assert re.sub(CODE, "", stood[-2]) == "   1" + " " * 10 + "a" and stood[-1] == ""
+
+
+def test_what_was_written_before_ctrl_c_is_kept_and_summed_up(run, monkeypatch):
+    """Rejects a half character at the end that is dropped, in the text or in the object, and an
+    account that is glued to the text."""
+    half = TOK.encode("日")[:-1]
+
+    def rounds(*_):
+        yield a_round([], 0, [7])
+        yield a_round([], 0, half, (0, 1, 0))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(clasp_mini, "run", rounds)
+    status, out, err = run("--prompt", "x")
+    assert (status, out) == (130, TOK.decode([7, *half])) and out.endswith("\ufffd")
+    assert err.startswith(f"\nclasp: {1 + len(half)} tokens in ")
+    assert json.loads(run("--prompt", "x", "--json")[1])["text"] == out
+
+
+def test_the_account_takes_no_line_of_a_text_that_has_ended_its_own(run, monkeypatch):
+    """Rejects an empty line between them, and a newline in a file that gets the text alone."""
+    monkeypatch.setattr(clasp_mini, "run", lambda *_: [a_round([], 0, TOK.encode("x\n"))])
+    status, out, err = run("--prompt", "x")
+    assert out == "x\n" and err.startswith("clasp: ")
+
+
+def test_what_is_drawn_is_watched_only_where_someone_looks(tiny):
+    """Rejects a GPU that is waited for at every token for nobody."""
+    this = job("--model", tiny, "--prompt-ids", 1, "--verbose")
+    assert type(Screen(this, [1]).chance(7)) is speculative.Chance
 
 
 def test_ctrl_c_before_there_is_a_text_just_ends_it():
@@ -468,8 +499,7 @@ def test_streams_may_be_missing_full_or_a_notebooks(run, monkeypatch, name, stre
 def test_a_file_gets_utf_8_and_a_terminal_what_it_can_show(run, monkeypatch):
     """Rejects a UnicodeEncodeError in the middle of a text, and characters that are lost in a file,
     or on a terminal without a word."""
-    one = speculative.Round(1, (False,), [], [], 0, TOK.encode("a日b"), None, (0, 1, 0))
-    monkeypatch.setattr(clasp_mini, "run", lambda *_: iter([one]))
+    monkeypatch.setattr(clasp_mini, "run", lambda *_: [a_round([], 0, TOK.encode("a日b"))])
     for tty, seen, lost in ((False, "a日b".encode(), False), (True, b"a?b\n", True)):
         out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         out.isatty = lambda: tty

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import clasp_mini
 from command.cli import UsageError
 from command.compare import compare, compared, comparison
 from command.flags import DEMO
 from command.report import figures, ideal_speedup, summary
-from command.screen import Screen, Terminal, Text
-from speculative import Chance, Round
+from command.screen import Terminal, Text
+from speculative import Round
 from text.tokenizer import Tokenizer
 
 TOK = Tokenizer(DEMO)
@@ -81,6 +80,14 @@ def test_a_comparison_is_of_clasp_with_plain_decoding():
     assert c["equal"] is None and "two samples" in compared(c, pairs, "float32")
     assert c["tokens_per_verify"] == pytest.approx((6 + 5) / (2 + 2))
     assert c["acceptance"] == pytest.approx((4 + 4) / (6 + 5))
+
+
+def a_job(json=False):
+    """What `compare` asks of a Job."""
+    return SimpleNamespace(a=SimpleNamespace(json=json, seed=7, repeats=3), tokenizer=TOK,
+                           stops=(5,), load_seconds=0.0, measure_seconds=0.0,
+                           settings=SimpleNamespace(temperature=0),
+                           report=lambda: dict(dtype="float32"))
 
 
 def test_every_pair_has_a_seed_of_its_own_the_first_is_a_warm_up_and_ctrl_c_keeps_what_is_whole(
@@ -200,49 +207,3 @@ def test_a_character_split_over_tokens_is_shown_when_it_is_whole():
     shown = Text(None, (5,))
     parts = [shown.add(ids) for ids in ([], [1, 2], [], [5], [3])]
     assert "".join(parts) + shown.add([], final=True) == "1 2 3 "
-
-
-def a_job(**flags):
-    """What `write` and `compare` ask of a Job."""
-    a = SimpleNamespace(**dict(json=False, verbose=False, chat=False, seed=7, repeats=3) | flags)
-    return SimpleNamespace(a=a, tokenizer=TOK, stops=(5,), strategy="clasp", load_seconds=0.0,
-                           measure_seconds=0.0, settings=SimpleNamespace(temperature=0),
-                           own_prompt=False, report=lambda: dict(dtype="float32"))
-
-
-def test_what_is_drawn_is_watched_only_where_someone_looks():
-    """Rejects a GPU that is waited for at every token for nobody."""
-    assert type(Screen(a_job(verbose=True), [1]).chance(7)) is Chance
-
-
-@pytest.fixture
-def written(monkeypatch, capsys):
-    """written(rounds, **flags) -> exit status, stdout and stderr of a run with these rounds."""
-    def call(rounds, **flags):
-        monkeypatch.setattr(clasp_mini, "run", lambda *_: iter(rounds))
-        status = clasp_mini.write(a_job(**flags), [1])
-        return status, *capsys.readouterr()
-    return call
-
-
-def test_what_was_written_before_ctrl_c_is_kept_and_summed_up(written):
-    """Rejects a traceback, a lost account, an exit status of success, and a half character at the
-    end that is dropped, in the text or in the object."""
-    half = TOK.encode("日")[:-1]
-
-    def rounds():
-        yield from CUT[:2]
-        yield a_round([], 0, half)
-        raise KeyboardInterrupt
-    status, out, err = written(rounds())
-    assert (status, out) == (130, TOK.decode([7, 1, 2, 9, *half])) and out.endswith("\ufffd")
-    assert err.lstrip().startswith(f"clasp: {4 + len(half)} tokens in ")
-    assert json.loads(written(rounds(), json=True)[1])["text"] == out
-
-
-@pytest.mark.parametrize("text, between", [("x", "\n"), ("x\n", "")])
-def test_the_account_begins_a_line_where_it_follows_the_text(written, text, between):
-    """Rejects an account glued to a text in a log or a notebook that gets both, an empty line
-    behind a text that has ended its own, a newline in a file that gets the text alone."""
-    status, out, err = written(plain_run(TOK.encode(text), 1.0))
-    assert out == text and err.startswith(f"{between}clasp: ")
