@@ -15,6 +15,7 @@ from command.cli import answer  # noqa: E402
 from command.flags import parsed  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import fates  # noqa: E402
+from command.screen import Text  # noqa: E402
 from speculative import Round  # noqa: E402
 
 CELL = 9                                               # width of a layer
@@ -56,7 +57,9 @@ def draw(rounds: Sequence[Round], spell: Callable[[list[int]], str], title: str)
             fill = "#e6e9ec" if left_out else "#424a53"
             out.append(box(40 + i * CELL, y - 11, CELL - 1, 13, fill))
         out.append(line(left - 24, y, ("dim", f"{r.accepted}/{len(r.drafted)}"), right=True))
-        out.append(line(left, y, *((kind, spell(ids)) for kind, ids in fates(r).items() if ids)))
+        tokens = [(kind, spell(ids).replace("\n", "⏎").replace(" ", "\u00a0"))
+                  for kind, ids in fates(r).items() if ids]
+        out.append(line(left, y, *tokens))
     return "\n".join([*out, "</svg>"])
 
 
@@ -65,13 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = Job(parsed(argv))
         ids = job.prompt()
         rounds = list(run(job.load(), ids, job.a.seed))
-
-        def spell(ids: list[int]) -> str:
-            text = job.tokenizer.decode(ids) if job.tokenizer else " ".join(map(str, ids))
-            return text.replace("\n", "⏎").replace(" ", "\u00a0")
-
         words = sys.argv[1:] if argv is None else argv
-        print(draw(rounds, spell, shlex.join(["python", "clasp_mini.py", *words])))
+        title = shlex.join(["python", "clasp_mini.py", *words])
+        print(draw(rounds, Text(job.tokenizer, job.stops).whole, title))
         return 0
     return answer(work)
 

@@ -82,7 +82,7 @@ class Job:
         if self.M > c.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {c.L} layers")
         self.probe = a.probe or 1
-        N = 128 if a.max_new_tokens is None else a.max_new_tokens
+        N = a.max_new_tokens or 128
         self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
                                  **({} if ours else fixed))
         self.length = N                                # of a text and its prompt
