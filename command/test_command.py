@@ -281,7 +281,8 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     pipe receives, and on a terminal a text that stands between its rounds a second time; a choice
     of layers that is not marked; a line of more than 79 columns. Of what is drawn: a token that is
     shown late, twice or elsewhere than where it stays, struck or kept, numbers that showing it uses
-    up. A trace of another run than the one that is shown, and an unfinished one."""
+    up, a GPU that is waited for where nobody looks. A trace of another run than the one that is
+    shown, and an unfinished one."""
     how = ("--prompt", "import os\n", "--max-new-tokens", 24, "--strategy", "paper", "--interval",
            2, "--temperature", 1, "--seed", 6)
     r = result(*how)
@@ -303,6 +304,7 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     rounds = painted.splitlines()[2:-2]
     assert "".join(re.sub(f"{REJECTED}|{CODE}", "", line)[44:] for line in rounds) == "".join(
         c if c.isprintable() else repr(c)[1:-1] for c in r["text"])
+    assert type(Screen(job(*how, "--verbose"), [1]).chance(7)) is speculative.Chance
     for line, end in list(zip(lines, re.findall(r" \d+/(\d+) +", "\n".join(lines))))[1:]:
         drawn = [re.sub(CODE, "", words) for words in stood if words.startswith(f"{line[:4]}  ")]
         assert len(drawn) == int(end) + 1              # the model's own is drawn behind them
@@ -425,19 +427,6 @@ def test_what_was_written_before_ctrl_c_is_kept_and_summed_up(run, monkeypatch):
     assert json.loads(run("--prompt", "x", "--json")[1])["text"] == out
 
 
-def test_the_account_takes_no_line_of_a_text_that_has_ended_its_own(run, monkeypatch):
-    """Rejects an empty line between them, and a newline in a file that gets the text alone."""
-    monkeypatch.setattr(clasp_mini, "run", lambda *_: [a_round([], 0, TOK.encode("x\n"))])
-    status, out, err = run("--prompt", "x")
-    assert out == "x\n" and err.startswith("clasp: ")
-
-
-def test_what_is_drawn_is_watched_only_where_someone_looks(tiny):
-    """Rejects a GPU that is waited for at every token for nobody."""
-    this = job("--model", tiny, "--prompt-ids", 1, "--verbose")
-    assert type(Screen(this, [1]).chance(7)) is speculative.Chance
-
-
 def test_ctrl_c_before_there_is_a_text_just_ends_it():
     """Rejects the traceback of an import that was broken off: of PyTorch's, which has begun."""
     p = process(python=["-X", "importtime"])
@@ -498,14 +487,15 @@ def test_streams_may_be_missing_full_or_a_notebooks(run, monkeypatch, name, stre
 
 def test_a_file_gets_utf_8_and_a_terminal_what_it_can_show(run, monkeypatch):
     """Rejects a UnicodeEncodeError in the middle of a text, and characters that are lost in a file,
-    or on a terminal without a word."""
-    monkeypatch.setattr(clasp_mini, "run", lambda *_: [a_round([], 0, TOK.encode("a日b"))])
-    for tty, seen, lost in ((False, "a日b".encode(), False), (True, b"a?b\n", True)):
+    or on a terminal without a word; behind a text that has ended its line, an empty one."""
+    monkeypatch.setattr(clasp_mini, "run", lambda *_: [a_round([], 0, TOK.encode("a日b\n"))])
+    for tty, seen, said in ((False, "a日b\n", "clasp: "), (True, "a?b\n", "clasp_mini.py: note: ")):
         out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         out.isatty = lambda: tty
         monkeypatch.setattr(sys, "stdout", out)
         status, _, err = run("--prompt", "x")
-        assert status == 0 and out.buffer.getvalue() == seen and ("encoding, ascii" in err) == lost
+        assert (status, out.buffer.getvalue()) == (0, seen.encode()) and err.startswith(said)
+        assert ("encoding, ascii" in err) == tty
 
 
 NO_ROOM = ("out of memory: the weights take 0.0 GB in float32, the cache of 130 tokens 0.0 GB; "
