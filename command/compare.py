@@ -1,5 +1,6 @@
 """Plain decoding and CLaSp in turn on one prompt: the question of --compare."""
 import json
+import os
 from collections.abc import Callable, Sequence
 
 from command.cli import UsageError, told
@@ -60,11 +61,11 @@ def comparison(pairs: Sequence[Pair], greedy: bool) -> dict:
 def compared(c: dict, pairs: Sequence[Pair], dtype: str) -> str:
     """A comparison in five lines."""
     texts = "two samples of one distribution: not to be compared by token"
-    if c["equal"] is not None:
+    if c["equal"]:
         texts = "equal"
-    if c["equal"] is False:
-        x, y = next(t for a, b in pairs if (t := (ids_of(a), ids_of(b)))[0] != t[1])
-        where = next((n for n, (i, j) in enumerate(zip(x, y)) if i != j), min(len(x), len(y)))
+    elif c["equal"] is False:
+        both = [(ids_of(a), ids_of(b)) for a, b in pairs]
+        where = min(len(os.path.commonprefix([x, y])) for x, y in both if x != y)
         texts = f"DIFFERENT from token {where} on: a tie, by the rounding of {dtype}?"
     plain, clasp = c["tokens_per_second"]
     return (f"plain decoding  {plain:8.1f} tokens/s   {c['plain_stats']['emitted']} tokens, median "

@@ -282,10 +282,6 @@ class Job:
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Turns -> ids: the chat format with --chat, else their bare text after the begin token."""
-        size = sum(len(m["content"].encode()) for m in messages)
-        if size > self.cfg.context * self.tokenizer.longest:         # not even tokenized
-            raise UsageError(f"the prompt's {size} bytes cannot fit the model's context of "
-                             f"{self.cfg.context} tokens")
         if self.a.chat:
             system = [dict(role="system", content=self.a.system)] if self.a.system else []
             return self.tokenizer.chat(system + messages)

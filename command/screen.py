@@ -213,6 +213,3 @@ class Screen:
         if whole.encode(encoding, "ignore").decode(encoding) != whole:
             note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
         print(self.err.paint("dim", summary(stats, self.job.strategy)), file=sys.stderr)
-        if self.job.own_prompt and self.err.is_screen:
-            print("Next: --verbose shows the rounds; --prompt TEXT; --compare times them; --help",
-                  file=sys.stderr)

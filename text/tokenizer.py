@@ -88,7 +88,6 @@ class Tokenizer:
         if path.suffix == ".model" and said > self.bos:
             raise ModelError(f"{path}: cut short or another model's: <|begin_of_text|> is "
                              f"{self.bos} here, and {said} by the config's bos_token_id")
-        self.longest = max(map(len, ranks))            # bytes of a token
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
         self._added = added
