@@ -47,7 +47,6 @@ class Job:
     def __init__(self, a: argparse.Namespace) -> None:
         self.began = waited_since()
         self.a = a
-        self.own_prompt = a.prompt is None and a.prompt_ids is None          # the model's
         self.folder = Path(a.model).expanduser()
         if not self.folder.is_dir():
             what = "no such folder; of a model on the hub, `hf download NAME` prints it"
@@ -67,24 +66,25 @@ class Job:
         flags = dict(K=a.draft_length, M=a.skip_layers, exit_threshold=a.draft_exit_threshold,
                      interval=a.interval)
         named = {name: value for name, value in flags.items() if value is not None}
-        if a.strategy == "ar" and (named or a.probe):
-            note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
-        fixed = dict(clasp=named, paper=paper_numbers(c.L) | named,
-                     ar=dict(K=0, M=0, exit_threshold=0.0, interval=1))[a.strategy]
         self.strategy = a.strategy
-        if self.strategy == "clasp" and len(named) == len(flags):
+        if a.strategy == "ar":
+            if named or a.probe:
+                note("--strategy ar drafts nothing, so the flags of how it is drafted do nothing")
+            named = dict(K=0, M=0, exit_threshold=0.0, interval=1)
+        elif a.strategy == "paper":
+            named = paper_numbers(c.L) | named
+        elif len(named) == len(flags):
             self.strategy = "paper"                    # nothing is left to decide
         ours = self.strategy == "clasp"
-        self.numbers = dict.fromkeys(flags) | fixed
-        largest = dict(K=12, M=budgets(c.L)[-1]) | fixed
-        self.K = largest["K"]
-        self.M = largest["M"]
+        self.numbers = dict.fromkeys(flags) | named
+        self.K = named.get("K", 12)
+        self.M = named.get("M", budgets(c.L)[-1])
         if self.M > c.L:
             raise UsageError(f"--skip-layers {self.M}: the model has {c.L} layers")
         self.probe = a.probe or 1
         N = a.max_new_tokens or 128
         self.settings = Settings(a.temperature, a.top_k, a.top_p, N, self.stops,
-                                 **({} if ours else fixed))
+                                 **({} if ours else named))
         self.length = N                                # of a text and its prompt
         self.load_seconds = 0.0
         self.measure_seconds = 0.0
@@ -96,6 +96,7 @@ class Job:
     def take_saved_flags(self) -> None:
         """What the user left open is as clasp.json in the model's folder says, where it is checked
         by the flags it stands for; its temperature and seed go with its prompt."""
+        own_prompt = self.a.prompt is None and self.a.prompt_ids is None
         default = dict(device=None, prompt=None, temperature=0.0, seed=0, costs=None)
         path = self.folder / "clasp.json"
         own = read_json(path) if path.exists() else {}
@@ -108,7 +109,7 @@ class Job:
             raise ModelError(f"{path}: {e}") from None
         saved["costs"] = own.get("costs")              # checked by who uses them
         for name, value in default.items():
-            if saved[name] is not None and (self.own_prompt or name in ("device", "costs")):
+            if saved[name] is not None and (own_prompt or name in ("device", "costs")):
                 value = saved[name]
             if getattr(self.a, name) is None:
                 setattr(self.a, name, value)
