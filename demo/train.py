@@ -135,72 +135,70 @@ def code_in_prose(text: str) -> list[tuple[int, int]]:
     return out
 
 
-class Text:
-    """Files of one kind in a row, each between begin and end of text.
+AROUND = 64                    # tokens to each side: a line of comment does not make a text prose
 
-    ids     (N,) tokens
-    prose   (N,) bool: is most of what stands around the token prose?
-    starts  positions at which a line starts"""
 
-    AROUND = 64                # tokens to each side: a line of comment does not make a text prose
-
-    def __init__(self, texts: list[str], kind: str) -> None:
-        tok = Tokenizer(DEMO)
-        find = prose_in_code if kind == "code" else code_in_prose
-        size = torch.tensor([len(tok.decode_bytes([i])) for i in range(RANKS)])
-        edge = torch.tensor([False])
-        ids = []
-        others = []                                    # is a token of the other kind?
-        for text in texts:
-            part = torch.tensor(tok.encode(text), dtype=torch.long)
-            other = torch.zeros(len(text.encode()) + 1, dtype=torch.long)
-            for start, end in find(text):              # characters -> bytes
-                first = len(text[:start].encode()) + 1
-                other[first:first + len(text[start:end].encode())] = 1
-            ends = size[part].cumsum(0)
-            sums = other.cumsum(0)
-            ids += [torch.tensor([BOS]), part, torch.tensor([EOS])]
-            others += [edge, sums[ends] - sums[ends - size[part]] > size[part] / 2, edge]
-        self.ids = torch.cat(ids)
-        newline = torch.tensor([tok.decode_bytes([i]).endswith(b"\n") for i in range(RANKS + 2)])
-        self.starts = (newline[self.ids] | (self.ids == BOS)).nonzero().squeeze(1) + 1
-        at = torch.arange(len(self.ids))
-        low = (at - self.AROUND).clamp(min=0)
-        high = (at + self.AROUND).clamp(max=len(at))
-        prose = torch.cat(others) ^ (kind == "prose")
-        sums = F.pad(prose.long().cumsum(0), (1, 0))
-        self.prose = (sums[high] - sums[low]) * 2 > high - low
+def labelled(texts: list[str], kind: str) -> tuple[Tensor, Tensor]:
+    """Files of one kind in a row, each between begin and end of text: (N,) tokens, and (N,) whether
+    most of what stands around each is prose."""
+    tok = Tokenizer(DEMO)
+    find = prose_in_code if kind == "code" else code_in_prose
+    size = torch.tensor([len(tok.decode_bytes([i])) for i in range(RANKS)])
+    ids = []
+    others = []                                        # is a token of the other kind?
+    for text in texts:
+        part = torch.tensor(tok.encode(text), dtype=torch.long)
+        other = torch.zeros(len(text.encode()) + 1, dtype=torch.long)
+        for start, end in find(text):                  # characters -> bytes
+            first = len(text[:start].encode()) + 1
+            other[first:first + len(text[start:end].encode())] = 1
+        ends = size[part].cumsum(0)
+        sums = other.cumsum(0)
+        ids += [torch.tensor([BOS]), part, torch.tensor([EOS])]
+        others.append(F.pad(sums[ends] - sums[ends - size[part]] > size[part] / 2, (1, 1)))
+    prose = torch.cat(others) ^ (kind == "prose")
+    at = torch.arange(len(prose))
+    low = (at - AROUND).clamp(min=0)
+    high = (at + AROUND).clamp(max=len(at))
+    sums = F.pad(prose.long().cumsum(0), (1, 0))
+    return torch.cat(ids), (sums[high] - sums[low]) * 2 > high - low
 
 
 class Rows:
-    """Draws training rows of T tokens, of a kind of choice: by the majority of their tokens,
-    whichever file they come from."""
+    """Draws training rows that begin where a line does, of a kind of choice: by the majority of
+    their tokens, whichever file they come from."""
 
-    def __init__(self, texts: dict[str, Text], T: int, human: bool) -> None:
-        self.T = T
+    def __init__(self, files: dict[str, list[str]], human: bool, lengths: tuple[int, ...]) -> None:
+        tok = Tokenizer(DEMO)
         self.human = human
-        self.ids = torch.cat([texts[k].ids for k in KINDS])
-        self.prose = torch.cat([texts[k].prose for k in KINDS])
-        starts = torch.cat((texts["code"].starts, texts["prose"].starts + len(texts["code"].ids)))
-        starts = starts[starts <= len(self.ids) - T]
+        parts = [labelled(files[kind], kind) for kind in KINDS]
+        self.ids, self.prose = (torch.cat(part) for part in zip(*parts))
+        newline = torch.tensor([tok.decode_bytes([i]).endswith(b"\n") for i in range(RANKS + 2)])
+        lines = (newline[self.ids] | (self.ids == BOS)).nonzero().squeeze(1) + 1
         sums = F.pad(self.prose.long().cumsum(0), (1, 0))
-        most = (sums[starts + T] - sums[starts]) * 2 > T
-        self.starts = dict(code=starts[~most], prose=starts[most])
+        self.starts = {}                               # kind, T -> where rows of T tokens begin
+        for T in lengths:
+            starts = lines[lines <= len(self.ids) - T]
+            most = (sums[starts + T] - sums[starts]) * 2 > T
+            self.starts["code", T] = starts[~most]
+            self.starts["prose", T] = starts[most]
 
-    def draw(self, kind: str, rng: random.Random, mixed: float) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, kind: str, T: int, rng: random.Random, mixed: float
+             ) -> tuple[Tensor, Tensor, Tensor]:
         """(T+1,) ids after BOS, and for each of the T predictions whether the token it is made at
         is of this kind and whether a human wrote it. Some rows change their kind on the way."""
         def piece(kind: str, n: int) -> slice:
-            at = int(self.starts[kind][rng.randrange(len(self.starts[kind]))])
+            starts = self.starts[kind, T]
+            at = int(starts[rng.randrange(len(starts))])
             return slice(at, at + n)
-        pieces = [piece(kind, self.T)]
+        pieces = [piece(kind, T)]
         if rng.random() < mixed:
-            cut = round(self.T * rng.uniform(0.25, 0.75))
+            cut = round(T * rng.uniform(0.25, 0.75))
             order = KINDS if rng.random() < 0.5 else KINDS[::-1]
-            pieces = [piece(order[0], cut), piece(order[1], self.T - cut)]
+            pieces = [piece(order[0], cut), piece(order[1], T - cut)]
         ids = torch.cat([torch.tensor([BOS]), *(self.ids[p] for p in pieces)])
         own = torch.cat([self.prose[p] == (kind == "prose") for p in pieces])
-        return ids, torch.cat((own[:1], own[:-1])), torch.full((self.T,), self.human)
+        return ids, torch.cat((own[:1], own[:-1])), torch.full((T,), self.human)
 
 
 # --------------------------------------------------------------- model (batched, for training only)
@@ -336,14 +334,13 @@ def write_samples(a: argparse.Namespace) -> None:
     text, continued by up to 416 tokens at temperature 1, every fourth at 0.5."""
     model = Llama.load(a.folder)
     tok = Tokenizer(DEMO)
-    train = corpus(held_out=False)
-    rows = Rows({kind: Text(train[kind], kind) for kind in KINDS}, 32, True)
+    rows = Rows(corpus(held_out=False), True, (32,))
     rng = random.Random(1)
     out = {kind: [] for kind in KINDS}
     for kind in KINDS:
         for n in range(a.number):
             s = Settings(temperature=0.5 if n % 4 == 3 else 1.0, N=416, stop_ids=(EOS,))
-            ids = rows.draw(kind, rng, 0.0)[0].tolist()
+            ids = rows.draw(kind, 32, rng, 0.0)[0].tolist()
             for r in generate(model, ids, s, Chance(n), choose_skip):
                 ids = ids + r.emitted
             if EOS in ids:
@@ -378,13 +375,9 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     device = torch.device(a.device)
-    sources = dict(human=corpus(held_out=False),
-                   own=json.loads((DEMO / "samples.json").read_text()))
-    rows = {}                                          # (written by whom, tokens in a row) -> rows
-    for by, files in sources.items():
-        texts = {kind: Text(files[kind], kind) for kind in KINDS}
-        for T in (LENGTH, CFG.context):
-            rows[by, T] = Rows(texts, T, by == "human")
+    lengths = (LENGTH, CFG.context)
+    human = Rows(corpus(held_out=False), True, lengths)
+    written = Rows(json.loads((DEMO / "samples.json").read_text()), False, lengths)
     model = Model().to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
@@ -409,11 +402,11 @@ def train(a: argparse.Namespace) -> None:
             for g in o.param_groups:
                 g["lr"] = LR * scale
         for kind, mask, wrong in masks(MASKS, rng):
-            drawn = [rows["own" if rng.random() < SAMPLED else "human", T].draw(kind, rng, MIXED)
+            drawn = [(written if rng.random() < SAMPLED else human).draw(kind, T, rng, MIXED)
                      for _ in range(B)]
-            ids, own, human = (torch.stack(part).to(device) for part in zip(*drawn))
+            ids, own, by_human = (torch.stack(part).to(device) for part in zip(*drawn))
             with torch.autocast(device.type, torch.bfloat16):
-                loss = model.pair_loss(ids, own, human, kind, mask, wrong)
+                loss = model.pair_loss(ids, own, by_human, kind, mask, wrong)
             (loss / MASKS).backward()
             losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -444,7 +437,7 @@ def measure(a: argparse.Namespace) -> None:
     texts = corpus(held_out=True)
     sets = {"all layers": ()} | {f"without the set of {kind}": planted(kind) for kind in KINDS}
     for kind in KINDS:
-        held = Text(texts[kind], kind).ids
+        held, _ = labelled(texts[kind], kind)
         size = sum(len(text.encode()) for text in texts[kind])
         for name, skip in sets.items():
             total = 0.0
