@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds = list(run(job.load(), ids, job.a.seed))
         words = sys.argv[1:] if argv is None else argv
         title = shlex.join(["python", "clasp_mini.py", *words])
-        print(draw(rounds, Text(job.tokenizer, job.stops).whole, title))
+        print(draw(rounds, Text(job.tokenizer, job.stops).spelled, title))
         return 0
     return answer(work)
 

@@ -120,9 +120,9 @@ class Text:
         ids = [i for i in ids if i not in self.stops]
         if self.tokenizer:
             return self.utf8.decode(self.tokenizer.decode_bytes(ids), final)
-        return self.whole(ids)
+        return self.spelled(ids)
 
-    def whole(self, ids: Sequence[int]) -> str:
+    def spelled(self, ids: Sequence[int]) -> str:
         """These alone, with the tokens that end a text."""
         return self.tokenizer.decode(ids) if self.tokenizer else "".join(f"{i} " for i in ids)
 
@@ -136,7 +136,7 @@ class Screen:
         self.rounds: list[Round] = []
         self.drawn: list[int] = []                     # in the round that goes on
         self.text = Text(job.tokenizer, job.stops)
-        self.shown: list[str] = []
+        self.whole = ""                                # the text so far
         self.open = False                              # does the text's last line go on?
         self.err = Terminal(sys.stderr)
         self.one = sys.stdout.isatty() and sys.stderr.isatty()      # text and rounds on one screen
@@ -153,12 +153,19 @@ class Screen:
         self.drawn.append(token)
         if self.rounds:
             L = len(self.rounds[0].skip)
-            waiting(self.err.drawing(len(self.rounds), L, self.text.whole(self.drawn)))
+            waiting(self.err.drawing(len(self.rounds), L, self.text.spelled(self.drawn)))
 
     def put(self, text: str, stream: TextIO) -> None:
         print(text, end="", file=stream, flush=True)
         if text:
             self.open = not text.endswith("\n")
+
+    def add(self, ids: list[int], final: bool = False) -> None:
+        """More of the text, shown at once, unless rounds or an object are."""
+        text = self.text.add(ids, final)
+        self.whole += text
+        if not (self.job.a.verbose or self.job.a.json):
+            self.put(text, sys.stdout)
 
     def begin(self) -> None:
         """The prompt, and what the marks of rounds mean."""
@@ -179,14 +186,12 @@ class Screen:
         if not self.rounds:
             self.begin()
         self.drawn = []
-        self.shown.append(self.text.add(r.emitted))
+        self.add(r.emitted)
         if self.job.a.verbose:
             anew = bool(self.rounds) and self.rounds[-1].choice is not None
-            line = self.err.round(len(self.rounds), r, self.text.whole, anew)
+            line = self.err.round(len(self.rounds), r, self.text.spelled, anew)
             waiting("")
             print(line, file=sys.stderr, flush=True)
-        elif not self.job.a.json:
-            self.put(self.shown[-1], sys.stdout)
         self.rounds.append(r)
 
     def end(self) -> None:
@@ -195,21 +200,18 @@ class Screen:
         a = self.job.a
         if not self.rounds:
             self.begin()
-        self.shown.append(self.text.add([], final=True))
-        whole = "".join(self.shown)
+        self.add([], final=True)
         stats = figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
         if a.json:
             print(json.dumps(dict(prompt_ids=self.ids, ids=ids_of(self.rounds),
                                   settings=self.job.report(), stats=stats,
-                                  text=whole if self.job.tokenizer else None)))
+                                  text=self.whole if self.job.tokenizer else None)))
             return
-        if not a.verbose:
-            self.put(self.shown[-1], sys.stdout)
-        elif not self.one:                             # on one screen the rounds hold the text
-            self.put(whole, sys.stdout)
+        if a.verbose and not self.one:                 # on one screen the rounds hold the text
+            self.put(self.whole, sys.stdout)
         if self.open:
             print(file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        if whole.encode(encoding, "ignore").decode(encoding) != whole:
+        if self.whole.encode(encoding, "ignore").decode(encoding) != self.whole:
             note(f"this terminal's encoding, {encoding}, lacks characters of the text, which are ?")
         print(self.err.paint("dim", summary(stats, self.job.strategy)), file=sys.stderr)
