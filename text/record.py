@@ -1,5 +1,5 @@
 """What the libraries tokenizers and transformers say of folders that are made here, to which
-test_tokenizer.py holds text/tokenizer.py. `python text/record.py` writes recorded.json; it alone
+test_text.py holds text/tokenizer.py. `python text/record.py` writes recorded.json; it alone
 needs the two (made with tokenizers 0.23.1, transformers 5.24.0).
 """
 import json

@@ -1,5 +1,5 @@
 """The tokenizer against what the libraries tokenizers and transformers said (recorded.json),
-against published vectors, and against broken files."""
+against published vectors, and against broken files; the writer of safetensors files."""
 import json
 import os
 import re
@@ -10,10 +10,11 @@ import pytest
 
 from command.cli import instead
 from command.flags import DEMO
-from llama import ModelError
+from llama import ModelError, safe_open, torch
 from tests.helpers import put
 from text.record import (FOLDERS, RANKS, RECORDED, RENAMED, TEXTS, V, specials, token,
                          tokenizer_json, write)
+from text.safetensors_file import save
 from text.tokenizer import NAMED, Tokenizer, stop_ids
 
 LLAMA3 = os.environ.get("CLASP_LLAMA3")                # a folder of Meta's files
@@ -189,3 +190,18 @@ def test_more_blanks_than_the_library_can_split_are_refused(folder):
     tok = Tokenizer(folder)
     assert tok.decode(tok.encode("x" + " " * 990_000)) == "x" + " " * 990_000
     assert "blanks in a row" in complaint(tok.encode, "x" + "\t" * 1_100_000)
+
+
+def test_tensors_that_were_written_are_read_again_by_all_who_may_read_files_here(tmp_path):
+    """Rejects another dtype, order or name, a file that its owner alone may read, and matrices that
+    are silently transposed."""
+    tensors = {str(dtype): torch.arange(6).view(2, 3).to(dtype)
+               for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64)}
+    (tmp_path / "other").touch()
+    save(tensors, tmp_path / "x", {"format": "pt"})
+    with safe_open(tmp_path / "x", "pt") as f:
+        assert f.metadata() == {"format": "pt"} and f.keys() == sorted(tensors)
+        assert all(f.get_tensor(name).equal(t) for name, t in tensors.items())
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "other").stat().st_mode
+    with pytest.raises(AssertionError):
+        save({"a": torch.zeros(2, 3).t()}, tmp_path / "x", {})
