@@ -27,12 +27,6 @@ from text.tokenizer import EOT, Tokenizer, has_other_template, stop_ids
 MUCH = 0.3                   # GB of weights that are not read in a moment
 
 
-def waited_since() -> float:
-    """When the user began to wait: with the process, if this is its first and only job."""
-    start = sys.modules.pop("command.start", None)
-    return start.BEGAN if start else time.perf_counter()
-
-
 class Job:
     """What the flags `a` ask for. Raises ModelError, UsageError.
 
@@ -45,7 +39,9 @@ class Job:
     Model = Llama                                      # of several GPUs: gpu/ranks.py
 
     def __init__(self, a: argparse.Namespace) -> None:
-        self.began = waited_since()
+        # The user waits since the process began, if this is its first and only job.
+        start = sys.modules.pop("command.start", None)
+        self.began = start.BEGAN if start else time.perf_counter()
         self.a = a
         self.folder = Path(a.model).expanduser()
         if not self.folder.is_dir():

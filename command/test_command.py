@@ -39,9 +39,13 @@ NAMED = ("--skip-layers", 22, "--draft-length", 12, "--draft-exit-threshold", 0.
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(monkeypatch, tmp_path):
+def surroundings(monkeypatch, tmp_path):
+    """The same wherever the tests run, also under nohup."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))                     # costs that are kept
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
     torch.set_num_threads(1)
 
 
@@ -115,16 +119,9 @@ def terminal(run, monkeypatch):
 
 
 def process(*arguments, python=(), **options):
-    """The command in a process of its own, which Ctrl-C can reach even where it is ignored here,
-    and whose output is buffered even where Python is told not to."""
+    """The command in a process of its own."""
     command = [sys.executable, *python, ROOT / "clasp_mini.py", *map(str, arguments)]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
-                                **options)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def copy_of_the_demo(folder, files):
@@ -443,12 +440,11 @@ def test_without_its_packages_it_says_how_to_install_them():
 
 def test_where_ctrl_c_is_ignored_it_stays_ignored(tiny):
     """Rejects a run under nohup that a Ctrl-C meant for another program ends."""
-    before = signal.getsignal(signal.SIGINT)
     for was, will in ((signal.SIG_IGN, signal.SIG_IGN),
                       (signal.SIG_DFL, signal.default_int_handler)):
         signal.signal(signal.SIGINT, was)
         job("--model", tiny, "--prompt-ids", 1).load()
-        assert signal.signal(signal.SIGINT, before) is will
+        assert signal.getsignal(signal.SIGINT) is will
 
 
 class Full(io.StringIO):
