@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from bench.spec_bench import first_turns, opened  # noqa: E402
-from command.cli import UsageError, answer, told  # noqa: E402
+from command.cli import UsageError, answered, told  # noqa: E402
 from command.flags import DEMO  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import ids_of  # noqa: E402
@@ -162,18 +162,17 @@ def table(found: Found) -> str:
     return "\n".join(lines)
 
 
+@answered
 def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        # Recorded passes are of one setting alone.
-        job, questions = opened(__doc__.partition("?")[0] + "?", argv, eager=True)
-        questions = first_turns(job, questions)
-        if len(questions) < 3 or job.M == 0:
-            raise UsageError("needed are three questions, of which one is for the one set, and a "
-                             "layer to leave out")
-        found = measured(job.load(), questions)
-        print(f"{job.M} of {job.cfg.L} layers left out\n{table(found)}")
-        return 0
-    return answer(work)
+    # Recorded passes are of one setting alone.
+    job, questions = opened(__doc__.partition("?")[0] + "?", argv, eager=True)
+    questions = first_turns(job, questions)
+    if len(questions) < 3 or job.M == 0:
+        raise UsageError("needed are three questions, of which one is for the one set, and a "
+                         "layer to leave out")
+    found = measured(job.load(), questions)
+    print(f"{job.M} of {job.cfg.L} layers left out\n{table(found)}")
+    return 0
 
 
 if __name__ == "__main__":

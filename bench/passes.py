@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from bench.spec_bench import first_turns, opened  # noqa: E402
-from command.cli import answer, told  # noqa: E402
+from command.cli import answered, told  # noqa: E402
 from command.job import Job  # noqa: E402
 from dp_layer_skip import torch  # noqa: E402
 from policy import costs  # noqa: E402
@@ -118,17 +118,16 @@ def table(took: dict[Key, float], job: Job) -> str:
     return "\n".join(lines)
 
 
+@answered
 def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        job, questions = opened(__doc__.partition(".")[0], argv, file=None, repeats=20)
-        prompts = first_turns(job, questions)
-        took = measured(job.load())
-        job.costs = tables(took, job.cfg.L, job.K)
-        if prompts:
-            job.costs["risk"] = risks(job, prompts)
-        print(json.dumps(dict(settings=job.report())) if job.a.json else table(took, job))
-        return 0
-    return answer(work)
+    job, questions = opened(__doc__.partition(".")[0], argv, file=None, repeats=20)
+    prompts = first_turns(job, questions)
+    took = measured(job.load())
+    job.costs = tables(took, job.cfg.L, job.K)
+    if prompts:
+        job.costs["risk"] = risks(job, prompts)
+    print(json.dumps(dict(settings=job.report())) if job.a.json else table(took, job))
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from clasp_mini import run  # noqa: E402
-from command.cli import answer  # noqa: E402
+from command.cli import answered  # noqa: E402
 from command.flags import parsed  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import fates  # noqa: E402
@@ -63,16 +63,15 @@ def draw(rounds: Sequence[Round], spell: Callable[[list[int]], str], title: str)
     return "\n".join([*out, "</svg>"])
 
 
+@answered
 def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        job = Job(parsed(argv))
-        ids = job.prompt()
-        rounds = list(run(job.load(), ids, job.a.seed))
-        words = sys.argv[1:] if argv is None else argv
-        title = shlex.join(["python", "clasp_mini.py", *words])
-        print(draw(rounds, Text(job.tokenizer, job.stops).spelled, title))
-        return 0
-    return answer(work)
+    job = Job(parsed(argv))
+    ids = job.prompt()
+    rounds = list(run(job.load(), ids, job.a.seed))
+    words = sys.argv[1:] if argv is None else argv
+    title = shlex.join(["python", "clasp_mini.py", *words])
+    print(draw(rounds, Text(job.tokenizer, job.stops).spelled, title))
+    return 0
 
 
 if __name__ == "__main__":

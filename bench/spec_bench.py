@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from clasp_mini import pair  # noqa: E402
-from command.cli import UsageError, answer, say, told  # noqa: E402
+from command.cli import UsageError, answered, say, told  # noqa: E402
 from command.flags import DEMO, parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
@@ -177,13 +177,12 @@ def bench(job: Job, questions: Questions) -> int:
     return status
 
 
+@answered
 def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        job, questions = opened(__doc__.partition(":")[0], argv)
-        if job.a.strategy == "ar":
-            raise UsageError("both kinds of decoding are run: without --strategy ar")
-        return bench(job.load(), questions)
-    return answer(work)
+    job, questions = opened(__doc__.partition(":")[0], argv)
+    if job.a.strategy == "ar":
+        raise UsageError("both kinds of decoding are run: without --strategy ar")
+    return bench(job.load(), questions)
 
 
 if __name__ == "__main__":

@@ -167,3 +167,8 @@ def answer(work: Callable[[], int]) -> int:
     except OSError as e:                               # a file of the user's, or a full disk
         say(f"{e.filename or 'output'}: {e.strerror}")
         return 1
+
+
+def answered(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """The main(argv) of a script, with `answer` for whatever ends it."""
+    return lambda argv=None: answer(lambda: main(argv))
