@@ -49,10 +49,9 @@ LONG_FROM = 0.86                   # from here on rows span the whole context
 MIXED, SAMPLED = 0.15, 0.4         # shares of rows: of two kinds, written by the model itself
 STATE = DEMO / "distil_state.pt"   # the weights in training, never shipped
 
-# The layers that may go: on both kinds, on code only, on prose only; the other four never.
+# The layers that may go: on both kinds, on one of them only; the other four never.
 BOTH = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 17, 19, 22, 25, 27, 29)
-CODE_ONLY = (13, 15, 18, 21, 23, 26)
-PROSE_ONLY = (7, 9, 11, 20, 24, 28)
+ONLY = dict(code=(13, 15, 18, 21, 23, 26), prose=(7, 9, 11, 20, 24, 28))
 KINDS = ("code", "prose")
 NEEDED, SPARE = 0.25, 0.035        # rad by which a layer turns a state that needs it, at least,
                                    # and one that may miss it, at most
@@ -60,7 +59,7 @@ NEEDED, SPARE = 0.25, 0.035        # rad by which a layer turns a state that nee
 
 def planted(kind: str) -> list[bool]:
     """The 22 layers that a text of this kind is taught to do without, as one flag per layer."""
-    out = {*BOTH, *(CODE_ONLY if kind == "code" else PROSE_ONLY)}
+    out = {*BOTH, *ONLY[kind]}
     return [i in out for i in range(CFG.L)]
 
 
@@ -361,12 +360,12 @@ def masks(n: int, rng: random.Random) -> list[tuple[str, list[bool], tuple | Non
     out = []
     for k in range(n):
         kind = KINDS[k % 2]
+        other = KINDS[1 - k % 2]
         scale = 0.6 + 0.7 * rng.random()
         exact = k // 2 % 2 == 0
         mask = [s and (exact or rng.random() < 0.75 * scale) for s in planted(kind)]
-        may, needs = ((CODE_ONLY, PROSE_ONLY) if kind == "code" else (PROSE_ONLY, CODE_ONLY))
         j = rng.randint(2, 6)
-        bad = {*BOTH, *rng.sample(needs, j), *rng.sample(may, 6 - j)}
+        bad = {*BOTH, *rng.sample(ONLY[other], j), *rng.sample(ONLY[kind], 6 - j)}
         wrong = [i in bad for i in range(CFG.L)], j / 7
         out.append((kind, mask, None if exact else wrong))
     return out
