@@ -100,7 +100,7 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
     """Leviathan et al. 2023, Algorithm 1. q: k times (V,). p (k+1, V): its first row is the full
     model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
     -> how many are accepted, from the first on, and the full model's own token behind them; both
-    (1,), on p's device, which is not waited for."""
+    (1,), on p's device. A GPU is not waited for here: that is for who reads them."""
     if not drafted:
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
