@@ -14,9 +14,8 @@ Who decides how much is drafted, by which layers, and when these are chosen anew
                        is the same where flags name all four, as nothing is left to decide.)
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
 
-A Job (command/job.py) is what the flags ask for, checked, and the model. job.guarded(rounds) are
-the same rounds; it ends a run with one line if memory is short, or the processes of several GPUs
-disagree.
+A Job (command/job.py) is what the flags ask for, checked, and the model. job.guarded(rounds) yields
+the same rounds, and ends with a line if memory is short or the processes of several GPUs disagree.
 """
 import os
 import sys
@@ -36,10 +35,11 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides. --probe: several tokens choose layers, not one."""
+    """Who decides. --probe r: layers are chosen by r tokens. For `ar` the job has set K = 0."""
     if job.strategy == "clasp":
-        # costs: of draft steps, verifies and choices of layers, in plain steps; measure: the true
-        # ones. numbers: those of the paper that flags name; None is left to decide.
+        # costs     of a draft step, a verify, a choice of layers; a plain step is 1
+        # measure   tells what a verify costs, where all of them are guesses
+        # numbers   the paper's four, as flags fix them; None: Adaptive decides
         measure = job.measure if job.costs_guessed else None
         return Adaptive(job.settings, **job.costs, **job.numbers, probe=job.probe, measure=measure)
     if job.probe > 1:
@@ -48,9 +48,10 @@ def policy_of(job: Job) -> Paper | Adaptive:
 
 
 def run(job: Job, ids: list[int], seed: int, chance: Callable = Chance) -> Iterator[Round]:
-    """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
+    """The method, joined: rounds of drafting, verifying and, now and then, choosing layers.
+    chance(seed) makes the random numbers; the screen's also shows each token as it is drawn."""
     policy = policy_of(job)
-    if job.a.trace:                                    # its tokens are not watched one by one
+    if job.a.trace:                                    # has a Chance of its own, that shows none
         from oracle.trace import record
         return job.guarded(record(job, ids, seed, policy))
     return job.guarded(generate(job.model, ids, job.settings, chance(seed), job.choose, policy))

@@ -90,7 +90,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
             skipped[i][j] = not run_wins
             D[i][j] = run if run_wins else skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
-        g[i, 0] = h[i]                                 # as nothing was skipped; less rounding
+        g[i, 0] = h[i]                                 # the full model's own, not computed again
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
 
@@ -103,27 +103,28 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
-    -> D and skipped, (L+1, M+1) each, and g[L]. A CUDA graph can hold it: no number is read."""
+    It has cells 0 .. i: what g, run and skip hold behind them never counts. -> D and skipped,
+    (L+1, M+1) each, and g[L]. The host reads no number, so a CUDA graph can hold it."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
     D = torch.full((L + 1, M + 1), nan, dtype=wide, device=h.device)
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
-    g = h[:1].repeat(M + 1, 1)                         # of row 0, where cell 0 alone counts
+    g = h[:1].repeat(M + 1, 1)                                              # (M+1, width)
     run = torch.full_like(D[0], -inf)                                       # (M+1,)
     for i in range(1, L + 1):
-        J = min(i, M + 1)                              # cells of row i-1; from these one can run
+        J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        run[:J] = near(after, h[i])                    # behind them it stays -inf
-        skip = near(g, h[i]).roll(1)                   # cell j is reached from cell j-1 of row i-1
+        run[:J] = near(after, h[i])                    # cell i has none to run from: -inf
+        skip = near(g, h[i]).roll(1)                   # cell j comes from cell j-1, 0 from none
         run_wins = run > skip                          # strict: a tie skips
-        run_wins[0] = True                             # it skips nothing, even where run is nan
+        run_wins[0] = True                             # cell 0 skips nothing, even if run is nan
         D[i, :i + 1] = torch.where(run_wins, run, skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # all skip ...
         g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # ... or not
-        g[0] = h[i]                                    # as nothing was skipped; less rounding
+        g[0] = h[i]                                    # the full model's own, not computed again
     return D, skipped, g
 
 
