@@ -8,24 +8,25 @@
 
 Who decides how much is drafted, by which layers, and when these are chosen anew?
 
-    --strategy clasp   our policy, the default (policy/adaptive.py), by what passes cost and what
-                       was accepted; flags may name some of the paper's numbers
-    --strategy paper   speculative.Paper, by four numbers: K, M, exit threshold and interval. Flags
-                       that name all four leave clasp nothing to decide: then it is this one, too
+    --strategy clasp   the default: our policy (policy/adaptive.py), by what passes cost and what
+                       was accepted
+    --strategy paper   speculative.Paper, by four numbers: K, M, exit threshold and interval. (clasp
+                       is the same where flags name all four, as nothing is left to decide.)
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
 
-A Job (command/job.py) holds what the flags ask for, checked, and the model. Its `guarded` hands
-rounds on, unless memory is short or the processes of several GPUs do not agree.
+A Job (command/job.py) is what the flags ask for, checked, and the model. job.guarded(rounds) yields
+the same rounds, and ends with a line if memory is short or the processes of several GPUs disagree.
 """
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 if __name__ == "__main__":
     import command.start  # noqa: F401  the clock, and what Ctrl-C means while the rest is imported
 from command.cli import answer
 from command.compare import Pair, compare
-from command.flags import VERSION, parsed, parser  # noqa: F401
+from command.flags import parsed
 from command.job import Job
 from command.screen import Screen
 from policy.adaptive import Adaptive
@@ -34,9 +35,11 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides. Ours is told the numbers that flags name (None: open), what passes cost and, if
-    that is only a guess, how to measure it. --probe: several tokens choose layers, not one."""
+    """Who decides. --probe r: layers are chosen by r tokens. For `ar` the job has set K = 0."""
     if job.strategy == "clasp":
+        # costs     of a draft step, a verify, a choice of layers; a plain step is 1
+        # measure   tells what a verify costs, where all of them are guesses
+        # numbers   the paper's four, as flags fix them; None: Adaptive decides
         measure = job.measure if job.costs_guessed else None
         return Adaptive(job.settings, **job.costs, **job.numbers, probe=job.probe, measure=measure)
     if job.probe > 1:
@@ -45,9 +48,10 @@ def policy_of(job: Job) -> Paper | Adaptive:
 
 
 def run(job: Job, ids: list[int], seed: int, chance: Callable = Chance) -> Iterator[Round]:
-    """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
+    """The method, joined: rounds of drafting, verifying and, now and then, choosing layers.
+    chance(seed) makes the random numbers; the screen's also shows each token as it is drawn."""
     policy = policy_of(job)
-    if job.a.trace:
+    if job.a.trace:                                    # has a Chance of its own, that shows none
         from oracle.trace import record
         return job.guarded(record(job, ids, seed, policy))
     return job.guarded(generate(job.model, ids, job.settings, chance(seed), job.choose, policy))
@@ -72,10 +76,10 @@ def write(job: Job, ids: list[int]) -> int:
     return status
 
 
-def work(argv: Sequence[str] | None, kind: type[Job] = Job) -> int:
+def work(argv: Sequence[str] | None, job_class: type[Job] = Job) -> int:
     """Do what the flags say. What is wrong with them is found before the weights are read."""
     a = parsed(argv)
-    job = kind(a)
+    job = job_class(a)
     ids = job.prompt()
     job.load()
     if a.compare:
@@ -85,10 +89,11 @@ def work(argv: Sequence[str] | None, kind: type[Job] = Job) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C)."""
-    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU
-        from gpu.ranks import together
-        return answer(lambda: together(lambda kind: work(argv, kind), Job))
-    return answer(lambda: work(argv))
+    task = partial(work, argv)
+    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU:
+        from gpu.ranks import together                 # a Job's model is then a part of the whole
+        task = partial(together, task, Job)
+    return answer(task)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,22 @@ states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and ho
 
 In words: after the first i layers, j of them left out, how close can we be to where the full model
 is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or it was
-skipped, and one skip fewer had been spent before. The way back from row L, j = M, is the set.
+skipped, and one skip fewer had been spent before. Traced back from D[L,M], the choices are the set.
 
 Glossary
     L, M     layers; layers to leave out
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (J, width) the states g[i, 0 .. J-1] of one row; row i has min(i, M) + 1 of them
+    g        (M+1, width) the states g[i, 0 .. M] of one row, of which those up to g[i,i] count
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
 Why at the same depth: what the remaining layers will do is not known yet, but from a state near to
 h[i] they mostly lead to one near to h[L]. Why approximate (§3.5): a cell keeps one state, the
 nearest so far, although a farther one might come out nearer in the end.
 
-The cost is L calls of f with at most M+1 states; h the verify has just computed. The cosines of
-column 0 are a check: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of
+The cost is L calls of f with at most M+1 states; h the verify has computed anyway. Column 0 is a
+check for the caller: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of
 1. If it does not, f (its cache, its mask) does not see the text that the verify saw.
 """
 import itertools
@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
-Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,); in the paper cosine
+Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,); the paper's is cosine
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
                 run = near(after, h[i]).item()
             if j > 0:
                 skip = near(g[i - 1, j - 1][None], h[i]).item()
-            run_wins = j == 0 or run > skip            # strict: a tie skips, as what is no number
+            run_wins = j == 0 or run > skip            # strict: a tie skips, and so does nan
             skipped[i][j] = not run_wins
             D[i][j] = run if run_wins else skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
-        g[i, 0] = h[i]                                 # as nothing was skipped; less rounding
+        g[i, 0] = h[i]                                 # the full model's own, not computed again
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
 
@@ -103,27 +103,28 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
-    -> D and skipped, (L+1, M+1) each, and g[L]. A CUDA graph can hold it: no number is read."""
+    It has cells 0 .. i: what g, run and skip hold behind them never counts. -> D and skipped,
+    (L+1, M+1) each, and g[L]. The host reads no number, so a CUDA graph can hold it."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
     D = torch.full((L + 1, M + 1), nan, dtype=wide, device=h.device)
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
-    g = h[:1].repeat(M + 1, 1)                         # in row i the states of cells 0 .. i count
+    g = h[:1].repeat(M + 1, 1)                                              # (M+1, width)
     run = torch.full_like(D[0], -inf)                                       # (M+1,)
     for i in range(1, L + 1):
-        J = min(i, M + 1)                              # cells of row i-1
+        J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        run[:J] = near(after, h[i])                    # behind them nothing can be run: -inf
-        skip = near(g, h[i]).roll(1)                   # cell j is reached from cell j-1 of row i-1
+        run[:J] = near(after, h[i])                    # cell i has none to run from: -inf
+        skip = near(g, h[i]).roll(1)                   # cell j comes from cell j-1, 0 from none
         run_wins = run > skip                          # strict: a tie skips
-        run_wins[0] = True                             # it skips nothing, even where run is nan
+        run_wins[0] = True                             # cell 0 skips nothing, even if run is nan
         D[i, :i + 1] = torch.where(run_wins, run, skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # all skip ...
         g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # ... or not
-        g[0] = h[i]                                    # as nothing was skipped; less rounding
+        g[0] = h[i]                                    # the full model's own, not computed again
     return D, skipped, g
 
 

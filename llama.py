@@ -136,8 +136,8 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) * weight, in the dtype of eps until the weight: float32 or wider.
-    eps is a tensor: with a number each of these small calls would take twice as long."""
+    """x / sqrt(mean(x^2) + eps) * weight, until the weight in the dtype of eps: float32 or wider.
+    eps is a tensor: of small calls on a CPU those with a number take twice as long."""
     x_wide = x.type(eps.dtype)
     total = x_wide.square().sum(-1, keepdim=True)
     under_root = torch.add(eps, total, alpha=1 / x.shape[-1])               # mean(x^2) + eps
@@ -156,6 +156,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
               eps: Tensor) -> Tensor:                                       # (T, D) -> (T, D)
     """What attention adds to the residual stream. keys, values (G, S, hd) are the layer's part of
     the cache: the rows write their slots, then read what they may. eps: as in rms_norm."""
+    wide = eps.dtype
     T = len(x)
     W = rows.bias.shape[-1]
     R = c.H // c.G
@@ -169,7 +170,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     q = q.reshape(c.G, T * R, c.hd)
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
-    weight = score.softmax(-1, dtype=eps.dtype).type(x.dtype)
+    weight = score.softmax(-1, dtype=wide).type(x.dtype)
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
     mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
     return mixed @ w.out
@@ -237,7 +238,7 @@ class Llama:
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
         `device` in `dtype` (default: bfloat16 on a GPU, else float32). Every tensor is used exactly
-        once, as `part(name, tensor)` returns it. Raises ModelError."""
+        once, as `part(name, tensor)` returns it: whole, or one GPU's share. Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -259,8 +260,9 @@ class Llama:
             return part(name, got).to(device, dtype, copy=True)     # away from the memory map
 
         def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
-            """Projections that read the same input as one matrix, (n_in, all n_out)."""
-            w = torch.cat([take(f"{prefix}.{x}_proj.weight", n, n_in) for x, n in n_out.items()])
+            """q=n: the projection {prefix}.q_proj, to n; all that read the same input as one."""
+            w = torch.cat([take(f"{prefix}.{proj}_proj.weight", n, n_in)
+                           for proj, n in n_out.items()])
             # Files hold (out, in). In float32 on a CPU (in, out) is read faster, elsewhere not.
             return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
 
@@ -296,8 +298,9 @@ def read_config(folder: str | Path) -> Config:
     for name in ("rope_scaling", "rope_parameters"):
         rope = c.get(name, {})
         c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
+    # It was once called type. Where nobody names it, a factor stretches in a way that is not known.
     unnamed = "unnamed" if "factor" in c else "default"
-    c.setdefault("rope_type", c.get("type", unnamed))  # once it was called type
+    c.setdefault("rope_type", c.get("type", unnamed))
     supported = dict(
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
@@ -333,10 +336,13 @@ def read_config(folder: str | Path) -> Config:
 def read_json(path: Path) -> dict:
     """A file with one JSON object. Raises ModelError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        why = f"it is a {type(value).__name__}"
+    except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        raise ModelError(f"{path}: cannot be read as a JSON object: {why}") from None
+    raise ModelError(f"{path}: cannot be read as a JSON object: {why}")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (..., V)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
-    Where p = q nothing is owed, and nothing can be rejected but by rounding: then p."""
+    Where p = q nothing is owed, and only rounding can have rejected: then p."""
     owed = (p - q).clamp(min=0)
     mass = owed.sum(-1, keepdim=True)
     return torch.where(mass > 0, owed / mass, p)
@@ -100,7 +100,7 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
     """Leviathan et al. 2023, Algorithm 1. q: k times (V,). p (k+1, V): its first row is the full
     model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
     -> how many are accepted, from the first on, and the full model's own token behind them; both
-    (1,), on p's device, which is not waited for."""
+    (1,), on p's device. A GPU is not waited for here: that is for who reads them."""
     if not drafted:
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
@@ -134,19 +134,25 @@ class Chance:
     def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
         total."""
+        u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
         # Summed in parallel it may rise or fall by rounding, even at a token of probability 0.
         cdf = torch.where(p > 0, cdf, 0)
-        exceeds = cdf > self.uniform() * cdf.amax()
+        exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
 
 
 class Paper:
-    """The policy of the paper: fixed numbers. Another may take its place (policy/). A round reads
-    `skip`, the layers that the draft leaves out, asks `goes_on` before each token, tells `judged`
-    what came of them, asks whether layers are `due` and, if so, lets them be `optimise`d. A policy
-    says how many tokens are drafted and by which layers, never what becomes of one. So it cannot
-    change the distribution, if it writes no slots of the cache but the `slots` behind the probe."""
+    """The policy of the paper: fixed numbers. Another may take its place (policy/). A round uses
+
+        skip       the layers that its draft leaves out
+        goes_on    before each token: shall one more be drafted?
+        judged     after the verify, also of the prefill: what came of them
+        due        unless the text is done: are layers to be chosen?
+        optimise   if so: choose them. It may write the `slots` of the cache behind the probe
+
+    It says how many tokens are drafted and by which layers, never what becomes of one. So it cannot
+    change the distribution."""
 
     def __init__(self, s: Settings, L: int) -> None:
         assert s.M <= L, f"{s.M} of {L} layers cannot be left out"
@@ -155,20 +161,20 @@ class Paper:
         self.slots = s.M + 1
 
     def goes_on(self, confidence: list[float]) -> bool:
-        """Shall one more token be drafted? confidence: of those drafted so far in this round."""
+        """confidence: of the tokens drafted so far in this round."""
         if len(confidence) == self.s.K:
             return False
         return not confidence or confidence[-1] >= self.s.exit_threshold
 
     def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
-        """The draft has been judged: p (k+1, V), q k times (V,). Of the prefill too: k = 0."""
+        """p (k+1, V), q k times (V,)."""
 
     def due(self, n: int) -> bool:
-        """After verification n, where 0 is the prefill: are layers to be chosen?"""
+        """After verification n; n = 0 is the prefill."""
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
-        """Choose them (§3.4 to 3.6). `text` ends with the probe; h (L+1, D) are its states."""
+        """§3.4 to 3.6. `text` ends with the probe; h (L+1, D) are its states."""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
         def run_layer(i: int, g: Tensor) -> Tensor:                         # (J, D) -> (J, D)

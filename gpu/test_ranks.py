@@ -22,6 +22,7 @@ import clasp_mini
 import command.job
 import llama
 import speculative
+from command.flags import parser
 from dp_layer_skip import choose_skip, torch
 from gpu import ranks
 from gpu.trial import replaying
@@ -187,7 +188,7 @@ def test_a_rank_holds_copies_and_exchanges_no_more_than_its_share(tmp_path):
 # ------------------------------------------------------------------------------ decisions
 
 def job_of(kind, *flags):
-    return kind(clasp_mini.parser().parse_args([*map(str, (*TINY, *flags))]))
+    return kind(parser().parse_args([*map(str, (*TINY, *flags))]))
 
 
 def decisions(job):
