@@ -167,9 +167,8 @@ class Job:
         if self.a.costs:
             return costs.load(self.a.costs, self.cfg.L, self.K)
         self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
-        if os.path.exists(self.shelf):                 # False where one may not look
-            with contextlib.suppress(ModelError):      # a table cut short is measured again
-                return costs.load(str(self.shelf), self.cfg.L, self.K)
+        with contextlib.suppress(ModelError):          # there is none, or it was cut short
+            return costs.load(str(self.shelf), self.cfg.L, self.K)
         self.costs_guessed = True
         return costs.guess(self.cfg, self.K)
 

@@ -44,11 +44,7 @@ class Terminal:
         with contextlib.suppress(OSError, AttributeError):             # no terminal
             self.width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
         self.bar = BAR if self.width > 2 * BAR else BAR // 4
-        self.cells = "█░"
-        try:
-            self.cells.encode(stream.encoding or "ascii")
-        except UnicodeEncodeError:
-            self.cells = "#."
+        self.cells = "█░" if "utf" in (stream.encoding or "").lower() else "#."
 
     def paint(self, kind: str, text: str) -> str:
         code = self.CODES.get(kind)
