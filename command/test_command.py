@@ -328,10 +328,12 @@ def test_what_a_model_holds_for_itself_is_the_default(result, tmp_path):
 @pytest.mark.parametrize("much, said", [(0.3, []), (0.0, ["loading 0.0 GB", "timing passes"])])
 def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys, much, said):
     """Rejects a log that is silent while weights are read or passes timed, and one that a small
-    model fills."""
+    model fills; an account that begins later than the process."""
     monkeypatch.setattr("command.job.MUCH", much)
+    monkeypatch.setitem(sys.modules, "command.start", SimpleNamespace(BEGAN=-1e6))
     this = job("--model", tiny, "--device", "cpu", "--prompt-ids", 1)
     this.load().measure(this.model, this.model.cache(20), [1])
+    assert this.load_seconds > 1e6
     assert re.findall("note: (loading 0.0 GB|timing passes)", capsys.readouterr().err) == said
 
 
