@@ -165,7 +165,6 @@ class Screen:
 
     def begin(self) -> None:
         """The prompt, and what the marks of rounds mean."""
-        waiting("")
         a = self.job.a
         tok = self.job.tokenizer
         prompt = tok.decode(self.ids[self.ids[0] == tok.bos:]) if tok else ""
@@ -179,6 +178,7 @@ class Screen:
 
     def show(self, r: Round) -> None:
         """A round has ended."""
+        waiting("")
         if not self.rounds:
             self.begin()
         self.drawn = []
@@ -186,7 +186,6 @@ class Screen:
         if self.job.a.verbose:
             anew = bool(self.rounds) and self.rounds[-1].choice is not None
             line = self.err.round(len(self.rounds), r, self.text.spelled, anew)
-            waiting("")
             print(line, file=sys.stderr, flush=True)
         self.rounds.append(r)
 
@@ -194,8 +193,6 @@ class Screen:
         """The run has ended, or was interrupted: what was made so far is kept."""
         waiting("")
         a = self.job.a
-        if not self.rounds:
-            self.begin()
         self.add([], final=True)
         stats = figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
         if a.json:
