@@ -7,7 +7,7 @@ from pathlib import Path
 from command.cli import Parser, UsageError, number, numbers
 from llama import torch
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16)}
 
