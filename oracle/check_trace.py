@@ -55,8 +55,7 @@ NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "residual", "column",
 
 
 class Ended(Exception):
-    """With DEPARTED: it is not known how the trace goes on. With INCOMPLETE: the file ends, in whole
-    lines, before the trace does."""
+    """DEPARTED: how the trace goes on is not known. INCOMPLETE: the file ends before the trace."""
 
 
 def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], Tensor], M: int,

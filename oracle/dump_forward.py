@@ -11,17 +11,26 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
 import json  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 
 from command.cli import UsageError, answer, numbers  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
-from llama import Llama, torch  # noqa: E402
+from llama import Cache, Llama, Tensor, torch  # noqa: E402
 from oracle.compare_dumps import TENSORS  # noqa: E402
 from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
 from speculative import CHUNK  # noqa: E402
 from text.safetensors_file import save  # noqa: E402
+
+
+def passes(model: Llama, ids: Sequence[int], cache: Cache, skip: Sequence[bool] = ()
+           ) -> Iterator[list[Tensor]]:
+    """The states h[0..L] of `ids`, from position 0 on, (T, D) each; T is at most CHUNK."""
+    t = 0
+    for part in torch.tensor(ids, device=model.device).split(CHUNK):
+        yield model.forward(part, cache.sequence(t, len(part)), cache, skip)
+        t += len(part)
 
 
 @torch.inference_mode()
@@ -30,10 +39,7 @@ def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path:
     """One pass over `prompt` without the layers `skip`; -> what has been written, in words."""
     cache = model.cache(len(prompt))
     left_out = [i in skip for i in range(model.cfg.L)]
-    parts = []
-    for t in range(0, len(prompt), CHUNK):
-        ids = torch.tensor(prompt[t:t + CHUNK], device=model.device)
-        parts.append(model.forward(ids, cache.sequence(t, len(ids)), cache, left_out))
+    parts = passes(model, prompt, cache, left_out)
     hidden = torch.stack([torch.cat(each) for each in zip(*parts)])         # (L+1, T, D)
     tensors = dict(prompt_ids=torch.tensor(prompt), hidden=hidden, logits=model.head(hidden[-1]),
                    keys=cache.k.transpose(1, 2), values=cache.v.transpose(1, 2))

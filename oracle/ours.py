@@ -3,9 +3,11 @@
     python oracle/conformance.py --level 4 --program "python oracle/ours.py"
     python oracle/sampler/exact.py oracle/ours.py:run
 """
+import io
 import itertools
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,16 +79,30 @@ def dump(request: dict) -> dict:
     return {}
 
 
+def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int, r: int = 1,
+           chance: Recording | None = None, dtype: torch.dtype = torch.float64) -> list[dict]:
+    """The lines of a trace by the paper's numbers, without times."""
+    model = Llama.load(folder, dtype=dtype)
+    policy = PaperByProbe(s, model.cfg.L, r) if r > 1 else Paper(s, model.cfg.L)
+    said = dict(r=r, seed=None if chance else seed)
+    chance = chance or Recording(Chance(seed).uniform)
+    text = io.StringIO()
+    for _ in write_trace(text, model, prompt, s, chance, choose_skip, policy, about(folder), said):
+        pass
+    lines = map(json.loads, text.getvalue().splitlines())
+    return [line for line in lines if line["event"] != "times"]
+
+
+def write(path: str | Path, lines: Iterable[dict]) -> None:
+    texts = [json.dumps(line, separators=(",", ":")) + "\n" for line in lines]
+    Path(path).write_text("".join(texts), encoding="utf-8")
+
+
 def trace(request: dict) -> dict:
-    model = Llama.load(request["model"], dtype=torch.float64)
     settings = dict(request["settings"])
-    beside = dict(r=settings.pop("r"), seed=settings.pop("seed"))
-    s = Settings(**settings)
-    r, L = beside["r"], model.cfg.L
-    policy = PaperByProbe(s, L, r) if r > 1 else Paper(s, L)
-    with open(request["out"], "w", encoding="utf-8") as out:
-        list(write_trace(out, model, request["prompt_ids"], s, chance_of(request, beside["seed"]),
-                         choose_skip, policy, about(request["model"]), beside))
+    r, seed = settings.pop("r"), settings.pop("seed")
+    write(request["out"], traced(request["model"], request["prompt_ids"], Settings(**settings),
+                                 seed, r, chance_of(request, seed)))
     return {}
 
 

@@ -27,7 +27,8 @@ from llama import Cache, Llama, read_config
 from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
-from oracle.make_vectors import run, vector
+from oracle.make_vectors import vector
+from oracle.ours import traced as run
 from oracle.trace import Recording, write_trace
 from policy import probe
 from speculative import Chance, Paper, Settings
@@ -655,7 +656,7 @@ def test_a_trace_that_breaks_off_is_checked_as_far_as_it_goes(check, lively):
     assert check([*lively[:2], lively[2] | dict(token=0), lively[3]])[0] == 1
 
 
-@pytest.mark.parametrize("name", ["check_trace", "compare_dumps", "dump_forward", "make_vectors"])
+@pytest.mark.parametrize("name", ["check_trace", "compare_dumps", "dump_forward", "greedy"])
 def test_a_script_looks_in_the_right_folder_and_names_a_wrong_flag(name, monkeypatch, capsys):
     """Rejects a script that finds its own folder alone, whose trace.py is not Python's; a status
     that is lost on the way, and the whole usage for a slip."""
@@ -766,7 +767,7 @@ def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
 def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, monkeypatch):
     """Rejects a verdict on the parting alone, one that knows no type's rounding, and a text that is
     taken for greedy because the other is."""
-    monkeypatch.setattr(greedy, "CHUNK", 7)
+    monkeypatch.setattr(dump_forward, "CHUNK", 7)
     lines = RUNS["tiny-greedy"]
     text = lines[0]["prompt_ids"] + [t for line in lines if line["event"] == "emit"
                                      for t in line["tokens"]]
