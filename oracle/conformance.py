@@ -1,6 +1,7 @@
 """Which levels of the oracle does a program, in any language, reach?
 
     python oracle/conformance.py --level N --program "./mine" [--junit FILE]
+    python oracle/conformance.py --level 1 --counts FILE         # of texts that were made elsewhere
 
 README.md says what a level asks and promises. The program reads one JSON object per line on stdin
 and answers each with one on stdout, {"skip": "why"} where it cannot. A line is printed per case.
@@ -197,13 +198,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description="Run all of a level of the oracle.")
     p.error = lambda message: p.exit(2, f"conformance.py: {message} (--help lists the flags)\n")
     p.add_argument("--level", type=int, choices=range(len(LEVELS)), required=True)
-    p.add_argument("--program", metavar="COMMAND", required=True)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--program", metavar="COMMAND")
+    source.add_argument("--counts", metavar="FILE", help="{case: {text: how often}}, for level 1")
     p.add_argument("--junit", metavar="FILE", help="write the result as JUnit XML too")
     a = p.parse_args(argv)
+    if a.counts and a.level != 1:
+        p.error("--counts goes with --level 1")
     cases = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for verdict, name, why in LEVELS[a.level](a.program, Path(folder)):
+            if a.counts:
+                verdicts = check.verdicts(check.read_counts(a.counts))
+            else:
+                verdicts = LEVELS[a.level](a.program, Path(folder))
+            for verdict, name, why in verdicts:
                 cases.append((verdict, name, why))
                 print(f"{verdict:6}{name}: {why}".rstrip(": "))
     except (Refused, OSError, ValueError, KeyError) as e:

@@ -16,7 +16,6 @@ from dataclasses import asdict  # noqa: E402
 
 from command.cli import UsageError, answer, numbers  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
-from command.job import Job  # noqa: E402
 from llama import Cache, Llama, Tensor, torch  # noqa: E402
 from oracle.compare_dumps import TENSORS  # noqa: E402
 from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
@@ -54,6 +53,7 @@ def dump_forward(model: Llama, prompt: Sequence[int], skip: Sequence[int], path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
+        from command.job import Job                    # the others need no tokenizer
         p = parser()
         p.usage = "python oracle/dump_forward.py FILE --prompt TEXT [--skip 3,7] [flags]"
         p.description = "Write one forward pass over a prompt as safetensors (oracle/TRACE.md)."
