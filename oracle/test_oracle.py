@@ -10,8 +10,8 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,17 +24,20 @@ import llama
 import speculative
 from command.flags import DEMO, DTYPES
 from llama import Cache, Llama, read_config
-from oracle import allowed, check_trace, compare_dumps, dump_forward, greedy, make_vectors, trace
+from oracle import (allowed, check_trace, compare_dumps, conformance, dump_forward, greedy,
+                    make_vectors, ours, trace)
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
-from oracle.make_vectors import vector
 from oracle.ours import traced as run
+from oracle.sampler import check as sampler_check
+from oracle.sampler.exact import ALONE
+from oracle.sampler.law import CASES
 from oracle.trace import Recording, write_trace
 from policy import probe
 from speculative import Chance, Paper, Settings
 from tests.helpers import full_model
 from tests.slow_llama import random_checkpoint
-from tests.wrong_programs import WRONG, edit, put, running
+from tests.wrong_programs import WRONG, dp, edit, put, running, sp
 from text.safetensors_file import save
 
 HERE = Path(trace.__file__).resolve().parent
@@ -446,18 +449,15 @@ class Numbers(Recording):
         return token
 
 
-right = types.SimpleNamespace(draft=speculative.draft, judge=speculative.judge, draw=Chance.draw,
-                              cosine=dp_layer_skip.cosine, probabilities=speculative.probabilities)
-
-
 def throwing_away(*how):
     """A draft that ends before a token that seems unlikely, though it was drawn."""
-    drafted, q, confidence = right.draft(*how)
+    drafted, q, confidence = sp.draft(*how)
     k = next((k for k, (token, p) in enumerate(zip(drafted, q)) if p[token] < 0.02), len(drafted))
     del how[-1].draws[k:], how[-1].u[k:]
     return drafted[:k], q[:k], confidence[:k]
 
 
+draw = Chance.draw
 HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=80)
 CHANCES = {        # the generator of a lossy program
     "one number draws and judges": lambda source: Numbers(source, lambda u: u),
@@ -474,20 +474,20 @@ PLANTED = {        # a change by name: where the first message must send
     "no upper limit": (put(speculative, "acceptance", lambda p, q: p.double() / q), "the verdict"),
     "|p - q|": (put(speculative, "residual", lambda p, q: (p - q).abs() / (p - q).abs().sum()),
                 "the residual"),
-    "the row before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
+    "the row before": (put(speculative, "judge", lambda p, q, drafted, chance: sp.judge(
         p[[0, *range(len(drafted))]], q, drafted, chance)), "the (verdict|bonus token|residual)"),
-    "rows one late": (put(speculative, "probabilities", lambda logits, s: right.probabilities(
+    "rows one late": (put(speculative, "probabilities", lambda logits, s: sp.probabilities(
         logits if logits.dim() == 1 else logits[[0, *range(len(logits) - 1)]], s)),
         "the verify's rows"),
-    "cosines of bfloat16": (put(dp_layer_skip, "cosine", lambda a, b: right.cosine(
+    "cosines of bfloat16": (put(dp_layer_skip, "cosine", lambda a, b: dp.cosine(
         a.bfloat16(), b.bfloat16())), "the table: how near"),
     "a mask without the token before": (
         edit(Cache, "candidates", ("slot < t", "slot < t - 1")), "the candidates"),
     "no causal mask": (edit(Cache, "sequence", (
         "<= slots[:, None]", "<= slots[-1] + 0 * slots[:, None]")), "the forward pass"),
     "draws from the last id on": (put(
-        Chance, "draw", lambda self, p: len(p) - 1 - right.draw(self, p.flip(0))), "the draw"),
-    "the q before": (put(speculative, "judge", lambda p, q, drafted, chance: right.judge(
+        Chance, "draw", lambda self, p: len(p) - 1 - draw(self, p.flip(0))), "the draw"),
+    "the q before": (put(speculative, "judge", lambda p, q, drafted, chance: sp.judge(
         p, [x + 1e-300 for x in (*q[:1], *q[:-1])], drafted, chance)), "the (verdict|residual)"),
     **{name: (None, "the generator") for name in CHANCES}}
 # Of the table of wrong programs: in which part those of a module are.
@@ -818,30 +818,90 @@ def test_a_model_runs_on_a_gpu_that_is_there(monkeypatch, capsys):
             assert said in err and err.count("\n") == 1
 
 
-# ---------------------------------------------------------------- the vectors
+# ---------------------------------------------------------------- levels and vectors
 
-def alike(a, b):
-    """Equal lines but for versions, and floats, which may be 1e-9 apart."""
-    near = [json.loads(json.dumps([lines[0] | dict(versions=0), *lines[1:]]),
-                       parse_float=lambda x: round(float(x), 8)) for lines in (a, b)]
-    return near[0] == near[1]
+@pytest.fixture
+def faults(monkeypatch, tmp_path):
+    """faults(level, answer): of each case that `answer` (a function of a request) gets wrong."""
+    def run(level, answer):
+        monkeypatch.setattr(conformance, "ask", lambda program, requests: map(answer, requests))
+        return (why for verdict, _, why in conformance.LEVELS[level]("it", tmp_path)
+                if verdict == "WRONG")
+    return run
 
 
-def test_make_vectors_makes_what_is_here(tmp_path, monkeypatch):
+def test_make_vectors_makes_what_is_here(tmp_path, monkeypatch, faults):
     """Rejects vectors of other weights or of an older program, a file too many or too few, another
-    tiny model, and a dump by chunks that differs."""
+    tiny model, and a dump by chunks that differs; and a level too strict for what is right."""
     monkeypatch.setattr(dump_forward, "CHUNK", 7)
     make_vectors.make(tmp_path)
-    made = sorted((tmp_path / "vectors").iterdir())
-    assert [p.name for p in made] == sorted(p.name for p in VECTORS.iterdir())
-    for path in made:
-        if path.suffix == ".jsonl":
-            assert alike(RUNS[path.stem], list(map(json.loads, path.read_text().splitlines())))
-        else:
-            old, new = compare_dumps.read(VECTORS / path.name), compare_dumps.read(path)
-            assert compare_dumps.compare(old, new)[0] == 0
     for path in TINY.iterdir():
         assert path.read_bytes() == (tmp_path / "tiny" / path.name).read_bytes()
+    made = tmp_path / "vectors"
+    assert {p.name for p in made.iterdir()} == {p.name for p in VECTORS.iterdir()}
+    for name, lines in RUNS.items():
+        header = json.loads((made / f"{name}.jsonl").read_text().partition("\n")[0])
+        assert header | dict(versions=0) == lines[0] | dict(versions=0)
+
+    def answer(request):
+        shutil.copy(made / request["case"], request["out"])
+        return {}
+    for level in (3, 4, 5):
+        assert not list(faults(level, answer))
+
+
+def answering(vector):
+    """Our own program, asked for this vector alone; or for all that are not of the demo."""
+    def answer(request):
+        asked = request["case"].startswith(vector) if vector else "demo" not in request.get(
+            "model", "")
+        return ours.ANSWERS[request["level"]](request) if asked else dict(skip="slow")
+    return answer
+
+
+@pytest.mark.parametrize("level", [0, 3, 4])
+def test_our_own_program_reaches_every_level(level, faults):
+    assert not list(faults(level, answering("")))
+
+
+REJECTED = [       # by which level, by which vector ("": by one that is not the demo's); what
+    (0, "", "accepts at u = a"), (0, "", "draws at u = the running sum"),
+    (0, "", "top-p before temperature"), (2, "", "ties are run"),
+    (2, "", "the target is always h[L]"), (2, "", "g[i,0] is computed again"),
+    (2, "", "the losing state is kept"), (2, "", "the way back reads one row early"),
+    (2, "", "several tokens are held against h[i]"), (2, "", "cosines of bfloat16"),
+    (3, "", "the interleaved rotary layout"), (3, "", "a norm without eps"),
+    (4, "", "one position too far"), (4, "zero-verdict", "accepts at u = a"),
+    (4, "zero-draw", "draws at u = the running sum"), (4, "top-p", "residual = p"),
+    (4, "stop-in-draft", "the text goes on after an accepted stop"),
+    (4, "greedy", "the probe is the last drafted token"),
+    (4, "tiny-probe", "one position for all tokens"),
+    (4, "short-interval", "the probe is the token before the round"),
+    (4, "temperature", "layers are optimised a round late"),
+    (4, "tiny-top-p", "p without the filters")]
+
+
+@pytest.mark.parametrize("level, vector, wrong", REJECTED)
+def test_a_wrong_program_does_not_reach_the_level(level, vector, wrong, faults):
+    """Rejects tables and vectors too tame to tell, and a level that does not look."""
+    with running(PLANTED.get(wrong, [wrong])[0]):
+        assert any(faults(level, answering(vector)))
+
+
+def test_the_hall_of_bugs_names_wrong_programs_that_its_check_finds():
+    """Rejects a row whose program is gone, or whose check does not find it; and another number of
+    rounds than the right rules take."""
+    hall, slow, _ = (HERE / "BUGS.md").read_text().split("\n## ")
+    rows = [line.split("|") for line in hall.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 12
+    found = {(f"level {level}", wrong) for level, _, wrong in REJECTED}
+    for row in rows:
+        program, finder = (re.search(r"`(.+)`", cell)[1] for cell in row[3:5])
+        cases = list(CASES) if finder == "level 1" else [finder]
+        assert (finder, program) in found or sampler_check.missed(program, cases) <= 0.01, row
+    taken = dict.fromkeys(ALONE, 0.0)
+    for rule, number in re.findall(r"^\| (.+?) \| (\d\S+) ", slow, re.M):
+        assert f", {rule} {number}," in sampler_check.speed(taken).replace(";", ",")
 
 
 def test_the_vectors_show_what_trace_md_says():
@@ -868,26 +928,6 @@ def test_the_vectors_show_what_trace_md_says():
     assert own["kind"] == "bonus" and stops[-2]["tokens"][-1] == accepted["token"]
     own, emit, _ = RUNS["tiny-stops"][-3:]
     assert rejected("tiny-stops", token=61) and own["token"] == emit["tokens"][-1] == 9
-
-
-CHANGING = {       # a wrong program, the vector that it cannot reproduce
-    "accepts at u = a": "zero-verdict", "draws at u = the running sum": "zero-draw",
-    "the text goes on after an accepted stop": "stop-in-draft", "residual = p": "top-p",
-    "the probe is the last drafted token": "greedy", "one position for all tokens": "tiny-probe",
-    "the probe is the token before the round": "short-interval",
-    "layers are optimised a round late": "temperature", "p without the filters": "tiny-top-p"}
-
-
-@pytest.mark.parametrize("wrong", CHANGING)
-def test_a_wrong_program_does_not_reproduce_the_vectors(wrong):
-    """Rejects vectors too tame to tell: each of these programs must come to other lines, or to what
-    is no number."""
-    name = CHANGING[wrong]
-    try:
-        with running(wrong):
-            assert not alike(RUNS[name], vector(name))
-    except ValueError:
-        pass
 
 
 # ---------------------------------------------------------------- the documents
