@@ -69,21 +69,20 @@ def learned(seen: Seen, name: str) -> float:
     return total
 
 
-def doubt(seen: Seen, name: str) -> float:
-    """ln of how many times better something else explains these texts than this sampler does."""
-    own = likelihood(seen, name)
-    if own == -math.inf:
-        return math.inf
-    return max(learned(seen, name), *(likelihood(seen, fault) for fault in WRONG)) - own
-
-
 def fault_in(seen: Seen) -> str:
     """In words; nothing if these texts may be right."""
-    if doubt(seen, "right") < ALARM:
+    likely = {name: likelihood(seen, name) for name in ("right", *WRONG)}
+    first, second = sorted(WRONG, key=likely.get, reverse=True)[:2]
+
+    def doubted(name: str) -> bool:
+        """Does something else explain these texts that much better?"""
+        if likely[name] == -math.inf:
+            return True
+        return max(learned(seen, name), likely[first]) - likely[name] >= ALARM
+
+    if not doubted("right"):
         return ""
-    likely = {fault: likelihood(seen, fault) for fault in WRONG}
-    first, second = sorted(likely, key=likely.get, reverse=True)[:2]
-    if doubt(seen, first) >= ALARM:
+    if doubted(first):
         return "a fault without a name"
     return f"{first} (next, e^{likely[first] - likely[second]:.0f} times less likely: {second})"
 
