@@ -507,14 +507,6 @@ def check_file(a: argparse.Namespace) -> tuple[int, str]:
     return DEPARTED if check.departures else status, check.report(status)
 
 
-def span(text: str) -> tuple[int, int]:
-    """A type for argparse: the first and the last round."""
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} are not two rounds such as 10-20")
-    return int(first), int(last)
-
-
 def add_model(p: Parser) -> None:
     """The flags that say which model is asked, and where it runs."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -532,8 +524,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
                        type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
-        p.add_argument("--rounds", metavar="A-B", type=span, default=(0, math.inf),
-                       help="check these alone; the text before them is read in one pass")
+        p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
+                       help="check these alone; the text before them is read in one pass",
+                       type=number(lambda text: tuple(map(int, text.split("-"))), "a span of "
+                                   "rounds such as 10-20", lambda v: len(v) == 2 and v[0] <= v[1]))
         a = p.parse_args(argv)
         try:
             status, said = check_file(a)

@@ -133,7 +133,7 @@ def about(level: int, path: Path, folder: Path, **fields: Any) -> dict:
 def forward(program: str, folder: Path) -> Iterator[Verdict]:
     """Level 3: passes over a prompt, dumped."""
     from llama import safe_open
-    from oracle import compare_dumps
+    from oracle import dumps
     requests = []
     for path in sorted((HERE / "vectors").glob("*.safetensors")):
         with safe_open(path, framework="pt") as f:
@@ -141,7 +141,7 @@ def forward(program: str, folder: Path) -> Iterator[Verdict]:
             ids = f.get_tensor("prompt_ids").tolist()
         requests.append(about(3, path, folder, prompt_ids=ids, skip=skip))
     return asked(program, requests, lambda request, answer: quiet(
-        compare_dumps.main, str(HERE / "vectors" / request["case"]), request["out"]))
+        dumps.main, str(HERE / "vectors" / request["case"]), "--against", request["out"]))
 
 
 def read(path: str | Path) -> list[dict]:

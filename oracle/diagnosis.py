@@ -68,7 +68,7 @@ def look_at(departures: Sequence[Departure], checked: Counter[str], sampled: boo
     if first.round == 0:                               # the prefill: nothing was drafted before
         if checked["confidence"] and "confidence" not in rules:
             return FILTERS + "; the drafts' logits are right"
-        return ("the forward pass; or, if forward dumps agree (dump_forward.py, compare_dumps.py), "
+        return ("the forward pass; or, if forward dumps agree (dumps.py), "
                 "the filters")
     if rule == "confidence" and sampled and "q" not in fields:
         return "the confidence: the draft's highest probability, at temperature 1, unfiltered"

@@ -21,7 +21,7 @@ from command.cli import Parser, UsageError, answer, numbers  # noqa: E402
 from command.flags import DTYPES  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle.check_trace import TOLERANCE, add_model  # noqa: E402
-from oracle.dump_forward import passes  # noqa: E402
+from oracle.dumps import passes  # noqa: E402
 
 WIDER = dict(bfloat16="float32", float32="float64", float64="float64")
 

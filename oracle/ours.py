@@ -18,9 +18,9 @@ import torch  # noqa: E402
 
 from dp_layer_skip import choose_skip, cosine  # noqa: E402
 from llama import Llama  # noqa: E402
-from oracle.dump_forward import dump_forward  # noqa: E402
+from oracle import dumps  # noqa: E402
 from oracle.sampler.law import cut  # noqa: E402
-from oracle.trace import Recording, about, indices, write_trace  # noqa: E402
+from oracle.trace import Recording, about, table_of, write_trace  # noqa: E402
 from policy.probe import PaperByProbe, nearness  # noqa: E402
 from speculative import Chance, Paper, Settings, draft, judge, probabilities  # noqa: E402
 
@@ -64,18 +64,13 @@ def choose(request: dict) -> dict:
         x = g.view(-1, *h[0].shape)
         return (x + x @ layers[i].T).flatten(1)
     near = cosine if h.shape[1] == 1 else nearness(h[-1])
-    choice = choose_skip(h.flatten(1), run_layer, request["M"], near)
-    rows = [min(i, request["M"]) + 1 for i in range(len(h))]
-    return dict(D=[row[:J] for row, J in zip(choice.D, rows)],
-                skipped=["".join("01"[bit] for bit in row[:J])
-                         for row, J in zip(choice.skipped, rows)],
-                skip=indices(choice.skip()))
+    return table_of(choose_skip(h.flatten(1), run_layer, request["M"], near))
 
 
 def dump(request: dict) -> dict:
-    model = Llama.load(request["model"], dtype=torch.float64)
-    dump_forward(model, request["prompt_ids"], request["skip"], request["out"],
-                 about(request["model"]))
+    folder = request["model"]
+    model = Llama.load(folder, dtype=torch.float64)
+    dumps.dump(folder, model, request["prompt_ids"], request["skip"], request["out"])
     return {}
 
 

@@ -25,8 +25,7 @@ import llama
 import speculative
 from command.flags import DEMO, DTYPES
 from llama import Cache, Llama, read_config
-from oracle import (allowed, check_trace, compare_dumps, conformance, dump_forward, greedy,
-                    make_vectors, ours, trace)
+from oracle import allowed, check_trace, conformance, dumps, greedy, make_vectors, ours, trace
 from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
 from oracle.ours import traced as run
@@ -627,7 +626,7 @@ def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
     for said, main, *arguments in (
             ("directory", check_trace, DEMO), ("another model", check_trace, right),
             ("config.json", check_trace, right, "--model", "/no"),
-            ("--skip 6: the model has layers", dump_forward, tmp_path / "d", "--model", TINY,
+            ("--skip 6: the model has layers", dumps, tmp_path / "d", "--model", TINY,
              "--prompt-ids", "3", "--skip", "1,6")):
         assert main.main(list(map(str, arguments))) == 2
         err = capsys.readouterr().err
@@ -642,7 +641,7 @@ def test_a_trace_that_breaks_off_is_checked_as_far_as_it_goes(check, lively):
     assert check([*lively[:2], lively[2] | dict(token=0), lively[3]])[0] == 1
 
 
-SCRIPTS = ["check_trace", "compare_dumps", "conformance", "dump_forward", "greedy"]
+SCRIPTS = ["check_trace", "conformance", "dumps", "greedy"]
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "sampler/exact", "ours"])
@@ -696,11 +695,11 @@ PLACES = [         # what is changed: where it departs, what is said
 def test_two_dumps_are_compared_in_the_order_of_computation_and_what_agrees_is_excluded():
     """Rejects a comparison that names a later place than the first, or sends to another part; a
     fault in one entry that a part's mean would hide; and what is no number taken for equal."""
-    ours = compare_dumps.read(VECTORS / "tiny-forward.safetensors")
+    ours = dumps.read(VECTORS / "tiny-forward.safetensors")
     for change, place, said in PLACES:
         theirs = {name: x.clone() for name, x in ours.items()}
         change(theirs)
-        status, out = compare_dumps.compare(ours, theirs)
+        status, out = dumps.compare(ours, theirs)
         assert status == 1 and re.match(place, out) and re.search("look at: .*" + said, out), out
 
 
@@ -711,14 +710,14 @@ def test_dumps_that_are_alike_or_cannot_be_compared_are_told_apart(tmp_path, cap
             (a, "3,41,7", "float64", 0, "alike"), (b, "3,41,7", "float32", 0, "alike"),
             (b, "3,41,7", "bfloat16", 0, "alike"), (b, "3,41", "float32", 2, "shapes"),
             (b, "3,41,8", "float32", 2, "different tokens")):
-        assert dump_forward.main([path, "--model", str(TINY), "--device", "cpu",
+        assert dumps.main([path, "--model", str(TINY), "--device", "cpu",
                                   "--prompt-ids", ids, "--dtype", dtype]) == 0
-        assert compare_dumps.read(path)["keys"].dtype == DTYPES[dtype]
-        assert compare_dumps.main([a, path]) == status
+        assert dumps.read(path)["keys"].dtype == DTYPES[dtype]
+        assert dumps.main([a, "--against", path]) == status
         assert said in "".join(capsys.readouterr())
     (tmp_path / "b").write_bytes(b"no dump")
     for path in (b, "/nowhere", tmp_path, DEMO / "model.safetensors"):
-        assert compare_dumps.main([a, str(path)]) == 2
+        assert dumps.main([a, "--against", str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -762,7 +761,7 @@ def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
 def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, monkeypatch):
     """Rejects a verdict on the parting alone, one that knows no type's rounding, and a text that is
     taken for greedy because the other is."""
-    monkeypatch.setattr(dump_forward, "CHUNK", 7)
+    monkeypatch.setattr(dumps, "CHUNK", 7)
     lines = RUNS["tiny-greedy"]
     text = lines[0]["prompt_ids"] + [t for line in lines for t in line.get("tokens", ())]
     model = Llama.load(TINY, dtype=torch.float64)
@@ -821,7 +820,7 @@ def faults(monkeypatch, tmp_path):
 def test_make_vectors_makes_what_is_here(tmp_path, monkeypatch, faults):
     """Rejects vectors of other weights or of an older program, a file too many or too few, another
     tiny model, and a dump by chunks that differs; and a level too strict for what is right."""
-    monkeypatch.setattr(dump_forward, "CHUNK", 7)
+    monkeypatch.setattr(dumps, "CHUNK", 7)
     make_vectors.make(tmp_path)
     for path in TINY.iterdir():
         assert path.read_bytes() == (tmp_path / "tiny" / path.name).read_bytes()
@@ -927,7 +926,7 @@ def test_the_contract_names_every_field_rule_tolerance_and_vector():
     words = set(re.findall(r"`([A-Za-z0-9_.-]+)`", text))
     grammar = trace.EVENTS | dict(header=trace.HEADER | trace.SETTINGS | trace.CONFIG)
     assert words >= grammar.keys() | {name for fields in grammar.values() for name in fields}
-    assert words >= compare_dumps.TENSORS.keys() | {p.name for p in VECTORS.iterdir()}
+    assert words >= dumps.TENSORS.keys() | {p.name for p in VECTORS.iterdir()}
     assert f"version {trace.VERSION}\n" in text
     rules = text.partition("## Rules")[2].partition("##")[0]
     exact, _, rest = rules.partition("The others")
@@ -936,8 +935,8 @@ def test_the_contract_names_every_field_rule_tolerance_and_vector():
     assert loose - {"exit"} == NUMERIC
     assert loose | set(re.findall("`([a-z]+)`", exact)) - {"ended"} == RULES.keys()
     assert all(f"| {name} | {x:g} |" in text for name, x in TOLERANCE.items())
-    dumps = re.findall(r"([0-9][0-9.e-]*) in\s+(float64|float32|bfloat16)", text)
-    assert {DTYPES[name]: float(x) for x, name in dumps} == compare_dumps.TOLERANCE
+    known = re.findall(r"([0-9][0-9.e-]*) in\s+(float64|float32|bfloat16)", text)
+    assert {DTYPES[name]: float(x) for x, name in known} == dumps.TOLERANCE
     for line in map(json.loads, re.findall(r"^\{.*\}$", text, re.M)[1:]):
         trace.match(line, trace.EVENTS[line["event"]], "the example")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from command.flags import VERSION as PROGRAM_VERSION
+from dp_layer_skip import Choice
 from llama import Tensor, torch
 from speculative import Chance, Round, Settings, generate
 
@@ -134,13 +135,16 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
                       p=p[token].item(), q=q[token].item(), mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
-        D, skipped = r.choice.D, r.choice.skipped
-        yield "optimise", dict(
-            position=r.start - 1 + r.accepted, M=len(D[0]) - 1,
-            D=[row[:i + 1] for i, row in enumerate(D)],
-            skipped=["".join("01"[bit] for bit in row[:i + 1]) for i, row in enumerate(skipped)],
-            skip=indices(r.choice.skip()))
+        M = len(r.choice.D[0]) - 1
+        yield "optimise", dict(position=r.start - 1 + r.accepted, M=M, **table_of(r.choice))
     yield "times", dict(zip(("draft", "verify", "optimise"), r.seconds))
+
+
+def table_of(choice: Choice) -> dict:
+    """What a table's lines hold: of line i the cells that are reached."""
+    bits = ["".join("01"[bit] for bit in row) for row in choice.skipped]
+    return dict(D=[row[:i + 1] for i, row in enumerate(choice.D)],
+                skipped=[row[:i + 1] for i, row in enumerate(bits)], skip=indices(choice.skip()))
 
 
 def indices(skip: Sequence[bool]) -> list[int]:
