@@ -526,8 +526,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
         p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
                        help="check these alone; the text before them is read in one pass",
-                       type=number(lambda text: tuple(map(int, text.split("-"))), "a span of "
-                                   "rounds such as 10-20", lambda v: len(v) == 2 and v[0] <= v[1]))
+                       type=number(lambda text: tuple(map(int, text.split("-"))),
+                                   "two rounds such as 10-20",
+                                   lambda v: len(v) == 2 and 0 <= v[0] <= v[1]))
         a = p.parse_args(argv)
         try:
             status, said = check_file(a)

@@ -108,7 +108,7 @@ def with_settings(lines, **changes):
     return with_line(lines, 0, settings=lines[0]["settings"] | changes)
 
 
-LIVELY = replace(S, N=24, interval=3, temperature=0.5, top_k=0, top_p=1.0)
+LIVELY = replace(S, N=20, interval=3, temperature=0.5, top_k=0, top_p=1.0)
 JUDGED = dict(accepted=lambda v: v is not None, a=lambda a: a < 0.9)
 UNJUDGED = dict(accepted=None)
 THIRD = dict(round=3)                  # has a table
@@ -145,7 +145,7 @@ class Numbers(Recording):
 
 # ---------------------------------------------------------------- what is right passes
 
-ANY = dict(max_new_tokens=[1, 9, 30], temperature=[0, 0.2, 1], top_k=[0, 3, 20], top_p=[1, 0.9],
+ANY = dict(max_new_tokens=[1, 9, 20], temperature=[0, 0.2, 1], top_k=[0, 3, 20], top_p=[1, 0.9],
            dtype=list(DTYPES), strategy=["clasp", "clasp", "paper", "ar"], probe=[2, 5, 30],
            skip_layers=[0, 1, 2, 5], draft_length=[0, 1, 4, 12], interval=[1, 2, 5],
            draft_exit_threshold=[0, 0.1, 0.7], prompt_ids=["3", "3,41,7", "8,7,9," * 30])
@@ -158,7 +158,7 @@ def any_flags(seed):
     return [f"--{name.replace('_', '-')}={g.choice(ANY[name])}" for name in named]
 
 
-OPEN = ("--prompt-ids", "3,41,7", "--max-new-tokens", 60, "--temperature", 0.2)
+OPEN = ("--prompt-ids", "3,41,7", "--max-new-tokens", 40, "--temperature", 0.2)
 
 
 @pytest.mark.parametrize("flags", [
@@ -443,7 +443,7 @@ def throwing_away(*how):
 
 
 draw = Chance.draw
-HOT = replace(S, temperature=0.5, top_k=0, top_p=1.0, N=80)
+HOT = replace(S, top_k=0, top_p=1.0, N=50, M=5)
 CHANCES = {        # the generator of a lossy program
     "one number draws and judges": lambda source: Numbers(source, lambda u: u),
     "a verdict by the mirrored number": lambda source: Numbers(source, lambda u: 1 - u),
@@ -533,9 +533,10 @@ def test_every_wrong_program_is_found_and_most_at_the_right_place(check):
 def test_drafted_tokens_that_were_thrown_away_are_missed(check):
     """Rejects a checker that believes a policy, of open settings, which drafts only what it likes;
     and one that suspects a policy that ends a draft early."""
+    s = replace(HOT, temperature=0.5, N=80, exit_threshold=0.0, K=3)
     for changes, status in (([], 0), ([put(speculative, "draft", throwing_away)], 1)):
         with running(*changes):
-            lines = run(TINY, [3, 41, 7], replace(HOT, N=110, exit_threshold=0.0, K=3), 0)
+            lines = run(TINY, [3, 41, 7], s, 0)
         lines = [line | dict(ended="policy") if line.get("ended") == "K" else line
                  for line in with_settings(lines, K=None)]
         got, out, _ = check(lines, model=TINY)
@@ -749,7 +750,7 @@ def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
     for part in ("0-1", f"2-{last - 1}", f"3-{last + 9}"):
         assert check(lively, "--rounds", part)[::2] == (0, "")
     wrong = with_line(lively, find(lively, "draft", round=3), confidence=0.9)
-    for part, status in (("1-2", 0), ("3-3", 1), ("2-5", 1), ("4-7", 0)):
+    for part, status in (("1-2", 0), ("3-3", 1), ("2-5", 1), ("4-6", 0)):
         got, out, _ = check(wrong, "--rounds", part)
         assert got == status and (status == 1 or f"rounds {part[0]} to {part[-1]}; " in out), out
     for part in ("9-2", "x", f"{last + 1}-{last + 2}"):
@@ -893,11 +894,10 @@ def test_the_hall_of_bugs_names_wrong_programs_that_its_check_finds():
 
 def test_the_vectors_show_what_trace_md_says():
     """Rejects a vector that has become too tame: other weights or another order of the uniform
-    numbers may do that."""
+    numbers may do that. (What a wrong program of REJECTED changes in it, it shows.)"""
     def rejected(name, **what):
-        verifies = [line for line in RUNS[name] if line["event"] == "verify"]
-        return [line for line in verifies if line["accepted"] is False
-                and all(line[field] == value for field, value in what.items())]
+        return [line for line in RUNS[name] if line["event"] == "verify"
+                and line.items() >= dict(what, accepted=False).items()]
 
     for name, least in (("greedy", 5), ("temperature", 2), ("tiny-greedy", 5), ("tiny-top-p", 5),
                         ("tiny-temperature", 5), ("tiny-probe", 5)):
@@ -909,10 +909,6 @@ def test_the_vectors_show_what_trace_md_says():
         assert {"K", "confidence"} <= {line.get("ended") for line in RUNS[name]}
     assert len(rejected("top-p", p=0)) > 1 and rejected("zero-verdict", a=0, u=0)
     assert not rejected("full-draft") and RUNS["full-draft"][-1]["reason"] == "length"
-    stops = RUNS["stop-in-draft"]
-    accepted, own = [line for line in stops if line["event"] in ("verify", "own")][-2:]
-    assert accepted["accepted"] and accepted["token"] in stops[0]["settings"]["stop_ids"]
-    assert own["kind"] == "bonus" and stops[-2]["tokens"][-1] == accepted["token"]
     own, emit, _ = RUNS["tiny-stops"][-3:]
     assert rejected("tiny-stops", token=61) and own["token"] == emit["tokens"][-1] == 9
 
