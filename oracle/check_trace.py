@@ -37,7 +37,7 @@ from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
 from oracle.conformance import alike  # noqa: E402
 from oracle.diagnosis import RULES, Departure  # noqa: E402
-from oracle.trace import Invalid, Lines, indices, short  # noqa: E402
+from oracle.trace import Lines, indices, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Settings, read  # noqa: E402
 
@@ -179,7 +179,7 @@ class Check:
                 self.check_shape(self.lines.now)
             self.lines.advance()
         if self.lines.event != "round" or len(self.text) >= self.end:
-            raise Invalid(f"line {self.lines.number}: no round {first} follows")
+            raise UsageError(f"line {self.lines.number}: no round {first} follows")
         self.cached = len(self.text) - 1
         read(self.model, self.text[:-1], 0, self.cache)
 
@@ -487,7 +487,7 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Check:
             (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
              f"SHA-256 of {', '.join(differ)}")):
         if wrong:
-            raise Invalid(f"line 1: {what}")
+            raise UsageError(f"line 1: {what}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
     return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X, a.rounds)
@@ -532,7 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         a = p.parse_args(argv)
         try:
             status, said = check_file(a)
-        except (Invalid, ModelError) as e:
+        except (UsageError, ModelError) as e:
             raise UsageError(f"{a.file}: {e}") from None
         except OSError as e:                           # 1 is a departure, and this is none
             raise UsageError(f"{e.filename}: {e.strerror}") from None

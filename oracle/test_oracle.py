@@ -221,16 +221,14 @@ RULE_OF = dict(      # what is said of a line in which this field alone is wrong
              q="own", mass="own"),
     emit=dict(round="order", tokens="emit"), end=dict(reason="end", emitted="end"),
     optimise=dict(round="order", position="probe", M="table", D="table", skip="path"))
-OTHER_WORDS = dict(prefill="K", K="N", N="K", stop="K", confidence="K", plain="bonus",
-                   bonus="residual", residual="plain", length="stop")
 
 
-def other(field, value):
+def other(event, field, value):
     """Another value, near to this one."""
     if field == "u":
         return (value + 0.5) % 1
     if isinstance(value, str):
-        return OTHER_WORDS[value]
+        return next(word for word in trace.EVENTS[event][field] if word != value)
     if field == "skip":
         return sorted([*value[1:], next(i for i in range(5) if i not in value)])
     if isinstance(value, list):
@@ -249,7 +247,7 @@ def test_every_wrong_value_is_found_where_it_is(check, lively):
             optimise=[dict(round=3)]).items():
         for i in [find(lively, event, **where) for where in wheres]:
             for field, rule in RULE_OF[event].items():
-                value = other(field, lively[i][field])
+                value = other(event, field, lively[i][field])
                 status, out, err = check(with_line(lively, i, **{field: value}))
                 assert (status, err) == (1, "")
                 assert re.match(rf"line {i + 1}, round \d+.*: .*: trace .*, ours .*\nrule {rule}:.*"
@@ -282,10 +280,9 @@ CORRUPTIONS = [                        # rule, of which line, what is done there
 ]
 
 
-@pytest.mark.parametrize("n", range(len(CORRUPTIONS)))
-def test_every_corruption_is_found_where_it_is(n, check, lively):
+@pytest.mark.parametrize("rule, event, where, harm, later", CORRUPTIONS)
+def test_every_corruption_is_found_where_it_is(rule, event, where, harm, later, check, lively):
     """Rejects a checker that overlooks what is missing, too much or against the settings."""
-    rule, event, where, harm, later = CORRUPTIONS[n]
     i = find(lively, event, **where)
     harm(lines := copy.deepcopy(lively), i)
     status, out, err = check(lines)
@@ -611,25 +608,29 @@ NO_TRACES = [                          # what is in the file, what is said
     (lambda x: jsonl(x[0], x[1], {"event": "own"}), "line 3, own: missing field 'round'")]
 
 
-@pytest.mark.parametrize("n", range(len(NO_TRACES)))
-def test_a_file_that_is_no_trace_gets_one_clear_line(n, check, lively):
+@pytest.mark.parametrize("make, said", NO_TRACES)
+def test_a_file_that_is_no_trace_gets_one_clear_line(make, said, check, lively):
     """Rejects a traceback, a guess, and a message without the line's number."""
-    make, said = NO_TRACES[n]
     status, out, err = check(make(lively))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert said.replace("{n}", str(len(lively))) in err and err.isascii()
 
 
-def test_what_cannot_be_done_is_named(capsys, lively, tmp_path):
-    """Rejects a traceback or a status of 1, which is a departure, for what is no trace; and a layer
-    that is silently not skipped."""
-    (right := tmp_path / "t").write_bytes(jsonl(*lively))
-    for said, main, *arguments in (
-            ("directory", check_trace, DEMO), ("another model", check_trace, right),
-            ("config.json", check_trace, right, "--model", "/no"),
-            ("--skip 6: the model has layers", dumps, tmp_path / "d", "--model", TINY,
-             "--prompt-ids", "3", "--skip", "1,6")):
-        assert main.main(list(map(str, arguments))) == 2
+def test_what_cannot_be_done_is_named(capsys, lively, tmp_path, monkeypatch):
+    """Rejects a traceback or a status of 1, which is a departure, for what is no trace; a layer
+    that is silently not skipped; and `--device cuda` refused where there is a GPU."""
+    right = tmp_path / "t"
+    right.write_bytes(jsonl(*lively))
+    for gpu, said, program, *arguments in (
+            (0, "directory", check_trace, DEMO), (0, "another model", check_trace, right),
+            (0, "config.json", check_trace, right, "--model", "/no"),
+            (0, "--skip 6: the model has layers", dumps, tmp_path / "d", "--model", TINY,
+             "--prompt-ids", "3", "--skip", "1,6"),
+            (0, "--device: invalid choice", check_trace, right, "--device", "cuda"),
+            (0, "--device: invalid choice", greedy, right, right, "--device", "cuda"),
+            (1, "No such file", greedy, "/no", right, "--device", "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+        assert program.main(list(map(str, arguments))) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and said in err, err
 
@@ -794,16 +795,6 @@ def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, 
             got = greedy.main([str(tmp_path / a), str(tmp_path / b), "--model", str(TINY)])
         out = "".join(capsys.readouterr())
         assert got == status and said in out, (a, b, out)
-
-
-def test_a_model_runs_on_a_gpu_that_is_there(monkeypatch, capsys):
-    """Rejects `--device cuda` refused where there is a GPU, and a traceback where there is none."""
-    for program, files in ((greedy, ["a", "b"]), (check_trace, ["a"])):
-        for there, said in ((False, "--device: invalid choice"), (True, "No such file")):
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-            assert program.main([*files, "--device", "cuda"]) == 2
-            err = capsys.readouterr().err
-            assert said in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- levels and vectors

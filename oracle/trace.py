@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from command.cli import UsageError
 from command.flags import VERSION as PROGRAM_VERSION
 from dp_layer_skip import Choice
 from llama import Tensor, torch
@@ -20,10 +21,6 @@ from speculative import Chance, Round, Settings, generate
 
 VERSION = 5                  # of the format
 PROGRAM = "clasp-mini"
-
-
-class Invalid(Exception):
-    """Why a file is not a trace that can be checked, in one line for its user."""
 
 
 class Recording(Chance):
@@ -226,15 +223,15 @@ def short(value: Any) -> str:
 
 
 def match(line: dict, fields: dict, where: str) -> None:
-    """Raise Invalid unless `line` has exactly these fields and each holds what it may."""
+    """Raise UsageError unless `line` has exactly these fields and each holds what it may."""
     for name, kind in fields.items():
         if name not in line:
-            raise Invalid(f"{where}: missing field {name!r}")
+            raise UsageError(f"{where}: missing field {name!r}")
         value = line[name]
         if not holds(kind, value):
-            raise Invalid(f"{where}: {name} is {short(value)}; {kind} wanted (TRACE.md)")
+            raise UsageError(f"{where}: {name} is {short(value)}; {kind} wanted (TRACE.md)")
     if len(line) > len(fields):
-        raise Invalid(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
+        raise UsageError(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
 
 
 class Lines:
@@ -248,7 +245,7 @@ class Lines:
         self.V = math.inf
 
     def advance(self) -> None:
-        """To the next line, a JSON object. Raises Invalid, with the line's number: these files come
+        """To the next line, a JSON object. Raises UsageError, with the line's number: files come
         from other programs."""
         raw = next(self.file, None)
         self.number += 1
@@ -262,12 +259,12 @@ class Lines:
             event = line["event"]
             fields = self.grammar[event]
         except (ValueError, RecursionError, TypeError, LookupError):
-            raise Invalid(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
+            raise UsageError(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
                           f"one of {', '.join(self.grammar)}") from None
         match(line, fields, f"{where}, {event}")
         for token in [line.get("token", 0), *line.get("tokens", ())]:
             if token >= self.V:
-                raise Invalid(f"{where}, {event}: token {token} of {self.V}")
+                raise UsageError(f"{where}, {event}: token {token} of {self.V}")
         self.now = line
         self.event = event
 
@@ -275,7 +272,7 @@ class Lines:
         """The first line."""
         self.advance()
         if not self.now:
-            raise Invalid("empty; a trace begins with a header")
+            raise UsageError("empty; a trace begins with a header")
         for part, fields in dict(config=CONFIG, settings=SETTINGS).items():
             match(self.now[part], fields, f"line 1, {part}")
         self.grammar = EVENTS
