@@ -405,8 +405,8 @@ class Check:
         slack = self.X / 4
         off = {}
         wrong = []                                     # what is to be said
-        for i, j in [(i, j) for i, row in enumerate(ways) for j in range(len(row))]:
-            near = ways[i][j]
+        cells = [(i, j, near) for i, row in enumerate(ways) for j, near in enumerate(row)]
+        for i, j, near in cells:
             bit = line["skipped"][i][j]
             D = line["D"][i][j]
             best = max(near, key=near.get)

@@ -77,12 +77,12 @@ def departure(ours: dict, theirs: dict) -> str:
 
 def uniforms(program: str, folder: Path) -> Iterator[Verdict]:
     """Level 0: texts from given uniform numbers."""
-    vectors = {vector.pop("shows"): vector for vector in json.loads(
-        (HERE / "sampler" / "uniforms.json").read_text())}
-    requests = [CASES[vector["case"]] | dict(level=0, case=shows, texts=1, seed=0, u=vector["u"])
-                for shows, vector in vectors.items()]
+    vectors = json.loads((HERE / "sampler" / "uniforms.json").read_text())
+    right = {vector["shows"]: dict(texts=[vector["text"]]) for vector in vectors}
+    requests = [CASES[vector["case"]] | dict(level=0, case=vector["shows"], texts=1, seed=0,
+                                             u=vector["u"]) for vector in vectors]
     return asked(program, requests, lambda request, answer: departure(
-        dict(texts=[vectors[request["case"]]["text"]]), answer))
+        right[request["case"]], answer))
 
 
 def sampler(program: str, folder: Path) -> Iterator[Verdict]:
@@ -145,6 +145,7 @@ def forward(program: str, folder: Path) -> Iterator[Verdict]:
 
 
 def read(path: str | Path) -> list[dict]:
+    """The lines of a trace, without times."""
     lines = map(json.loads, Path(path).read_text().splitlines())
     return [line for line in lines if line["event"] != "times"]
 
