@@ -833,10 +833,10 @@ REJECTED = [       # by which level, by which vector ("": by one that is not the
     (4, "", "one position too far"), (4, "zero-verdict", "accepts at u = a"),
     (4, "zero-draw", "draws at u = the running sum"), (4, "top-p", "residual = p"),
     (4, "stop-in-draft", "the text goes on after an accepted stop"),
-    (4, "greedy", "the probe is the last drafted token"),
+    (4, "tiny-greedy", "the probe is the last drafted token"),
     (4, "tiny-probe", "one position for all tokens"),
     (4, "short-interval", "the probe is the token before the round"),
-    (4, "temperature", "layers are optimised a round late"),
+    (4, "tiny-temperature", "layers are optimised a round late"),
     (4, "tiny-top-p", "p without the filters")]
 
 
