@@ -502,7 +502,7 @@ def check_file(a: argparse.Namespace) -> tuple[int, str]:
         try:
             check.run()
         except Ended as e:
-            status, = e.args
+            status = e.args[0]
     check.check_whole()
     return DEPARTED if check.departures else status, check.report(status)
 

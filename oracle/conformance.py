@@ -165,7 +165,7 @@ def loop(program: str, folder: Path) -> Iterator[Verdict]:
     def judge(request: dict, answer: dict) -> str:
         _, *right = read(HERE / "vectors" / request["case"])
         _, *theirs = read(request["out"])
-        for ours, line in itertools.zip_longest(right, theirs, fillvalue={}):
+        for ours, line in itertools.zip_longest(right, theirs, fillvalue=dict(event="")):
             if said := departure(ours, line):
                 return f"round {ours.get('round')}, {ours['event']}: {said}"
         return ""
@@ -223,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"level {a.level} of oracle {(HERE / 'version').read_text().split()[0]}"
     if a.junit:
         junit(title, cases).write(a.junit, encoding="utf-8")
-    print(f"{title}: {said['ok']} right, {said['WRONG']} wrong, "
-          f"{said['skip']} skipped")
+    print(f"{title}: {said['ok']} right, {said['WRONG']} wrong, {said['skip']} skipped")
     return 1 if said["WRONG"] else 0
 
 

@@ -820,6 +820,7 @@ def answering(vector):
 
 @pytest.mark.parametrize("level", [0, 2, 3, 4])
 def test_our_own_program_reaches_every_level(level, faults):
+    """Rejects an example, ours.py, that does not answer what it is asked."""
     assert not list(faults(level, answering("")))
 
 
@@ -845,6 +846,15 @@ def test_a_wrong_program_does_not_reach_the_level(level, vector, wrong, faults):
     """Rejects tables and vectors too tame to tell, and a level that does not look."""
     with running(PLANTED.get(wrong, [wrong])[0]):
         assert any(faults(level, answering(vector)))
+
+
+def test_a_trace_that_goes_on_behind_its_end_is_wrong(faults):
+    """Rejects a level 4 that compares as many lines as are right."""
+    def answer(request):
+        lines = RUNS[Path(request["case"]).stem]
+        ours.write(request["out"], [*lines, lines[-1]])
+        return {}
+    assert len(list(faults(4, answer))) == len(RUNS)
 
 
 def test_the_hall_of_bugs_names_wrong_programs_that_its_check_finds():
