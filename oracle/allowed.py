@@ -53,7 +53,9 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
         edge = logits[kept].amin()                     # of the last token kept
         more = near(~kept & (logits >= edge - 4 * X))
         less = near(kept & (logits <= edge + 4 * X))
-        changes = [([], []), *itertools.product(more, less)]
+        changes = list(itertools.product(more, less))
+        if off:
+            changes.append(([], []))
         if ties:
             changes += [(i, []) for i in more]
         if ties and kept.sum() > s.top_k:

@@ -24,6 +24,7 @@ import argparse  # noqa: E402
 import functools  # noqa: E402
 import itertools  # noqa: E402
 import math  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from typing import Any  # noqa: E402
@@ -35,8 +36,8 @@ from llama import Llama, ModelError, Tensor, read_config, torch  # noqa: E402
 from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
 from oracle.conformance import alike  # noqa: E402
-from oracle.diagnosis import RULES, Departure, Tally  # noqa: E402
-from oracle.trace import Invalid, Lines, indices, short  # noqa: E402
+from oracle.diagnosis import RULES, Departure  # noqa: E402
+from oracle.trace import Lines, indices, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Settings, read  # noqa: E402
 
@@ -47,17 +48,14 @@ TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.1}
 EXACT = 1e-9                 # for arithmetic on numbers that stand in the trace themselves
 ROUNDED = 1e-6               # ... in float32, of the size of its terms
 SIGMAS = 4.0                 # of a sum over a trace; one right trace in 10,000 is further off
+DEPARTED, INCOMPLETE = 1, 3  # exit statuses
 # After a departure from one of these the trace itself says how it goes on.
 NUMERIC = {"confidence", "q", "p", "draw", "ratio", "own", "residual", "column", "table", "choice",
            "repeats", "independent", "kept"}
 
 
 class Ended(Exception):
-    """A departure behind which it is not known how the trace goes on."""
-
-
-class Incomplete(Exception):
-    """The file ends, in whole lines, before the trace does."""
+    """DEPARTED: how the trace goes on is not known. INCOMPLETE: the file ends before the trace."""
 
 
 def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], Tensor], M: int,
@@ -105,8 +103,9 @@ class Check:
         self.round = 0
         self.step: int | None = None
         self.reason = ""                               # why the text has ended
-        self.tally = {rule: Tally() for rule in RULES}
-        self.first: Departure | None = None
+        self.checked: Counter[str] = Counter()         # rule: how often
+        self.largest: Counter[str] = Counter()         # ... and the largest difference seen
+        self.departures: list[Departure] = []
         self.uniforms: list[float] = []
         self.pairs: list[tuple[float, float]] = []     # a draw's number, its verdict's
         self.corrections: list[tuple[float, float]] = []           # a rejection's, its correction's
@@ -121,22 +120,20 @@ class Check:
         said = (f"line {self.lines.number}, round {self.round}{step}: {field}: "
                 f"trace {short(theirs)}, ours {short(ours)}" + (f" ({notes})" if notes else ""))
         kind = self.lines.now.get("kind", self.lines.event)
-        departure = Departure(rule, field, self.lines.number, self.round, self.step, kind, said,
-                              hint)
-        self.first = self.first or departure
-        self.tally[rule].departed.append(departure)
+        self.departures.append(Departure(rule, field, self.lines.number, self.round, self.step,
+                                         kind, said, hint))
         if final or rule not in NUMERIC:
-            raise Ended
+            raise Ended(DEPARTED)
 
     def equal(self, rule: str, field: str, theirs: Any, ours: Any, **more: Any) -> None:
-        self.tally[rule].checked += 1
+        self.checked[rule] += 1
         if theirs != ours:
             self.depart(rule, field, theirs, ours, **more)
 
     def met(self, rule: str, off: float) -> None:
         """A number has been compared, and was so far off."""
-        self.tally[rule].checked += 1
-        self.tally[rule].largest = max(self.tally[rule].largest, off)
+        self.checked[rule] += 1
+        self.largest[rule] = max(self.largest[rule], off)
 
     def close(self, rule: str, field: str, theirs: float, ours: float, slack: float,
               **more: Any) -> None:
@@ -147,7 +144,7 @@ class Check:
     def take(self, event: str, **want: Any) -> dict:
         """The line looked at, which must be of this kind and hold this."""
         if not self.lines.now:
-            raise Incomplete
+            raise Ended(INCOMPLETE)
         for name, ours in dict(event=event, **want).items():
             self.equal("order", name, self.lines.now.get(name), ours)
         return self.lines.now
@@ -161,12 +158,12 @@ class Check:
         first, last = self.rounds
         if first > 0:
             self.pass_over(first)
-        while not self.reason and self.round <= last:
+        for self.round in itertools.count(first):
             self.check_round()
-            self.round += 1
-        self.round -= 1
-        if not self.reason:
-            return
+            if self.reason:
+                break
+            if self.round == last:
+                return
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
         self.equal("end", "emitted", line["emitted"], len(self.text) - self.start)
@@ -182,10 +179,9 @@ class Check:
                 self.check_shape(self.lines.now)
             self.lines.advance()
         if self.lines.event != "round" or len(self.text) >= self.end:
-            raise Invalid(f"line {self.lines.number}: no round {first} follows")
+            raise UsageError(f"line {self.lines.number}: no round {first} follows")
         self.cached = len(self.text) - 1
         read(self.model, self.text[:-1], 0, self.cache)
-        self.round = first
 
     def check_round(self) -> None:
         self.check_begin()
@@ -260,7 +256,7 @@ class Check:
                 self.depart("exit", "event", event, "the end of the draft", note=note)
             return True
         if not self.lines.now:
-            raise Incomplete
+            raise Ended(INCOMPLETE)
         if not reasons:
             self.depart("exit", "event", event, "draft", note=note)
         if self.begin["ended"] not in reasons:
@@ -409,12 +405,12 @@ class Check:
         slack = self.X / 4
         off = {}
         wrong = []                                     # what is to be said
-        for i, j in [(i, j) for i, row in enumerate(ways) for j in range(len(row))]:
-            near = ways[i][j]
+        cells = [(i, j, near) for i, row in enumerate(ways) for j, near in enumerate(row)]
+        for i, j, near in cells:
             bit = line["skipped"][i][j]
             D = line["D"][i][j]
             best = max(near, key=near.get)
-            self.tally["choice"].checked += 1
+            self.checked["choice"] += 1
             # A value that neither way has is no wrong choice: the table itself is wrong.
             if near[best] - near[bit] > slack >= min(abs(D - value) for value in near.values()):
                 wrong.append(("choice", f"skipped[{i}][{j}]", bit, best, slack,
@@ -449,22 +445,23 @@ class Check:
         rounds = f"{self.round + 1} rounds, {len(self.text) - self.start} tokens"
         if self.rounds != (0, math.inf):
             rounds = f"rounds {self.rounds[0]} to {self.round}"
-        first = self.first
-        if first is None and status == 3:
+        if not self.departures and status == INCOMPLETE:
             return (f"incomplete: no departure in {self.lines.number - 1} lines, and they break "
                     f"off in round {self.round}")
-        if first is None:
-            seen = [f"{rule} {self.tally[rule].largest:.1e}" for rule in ("p", "q", "table")]
+        if not self.departures:
+            seen = [f"{rule} {self.largest[rule]:.1e}" for rule in ("p", "q", "table")]
             return f"no departure in {rounds}; largest difference in {', '.join(seen)}"
-        tally = {rule: t for rule, t in self.tally.items() if rule in NUMERIC and t.checked}
-        counts = [f"{rule} {len(t.departed)} of {t.checked}" for rule, t in tally.items()
-                  if t.departed]
-        right = [rule for rule, t in tally.items() if not t.departed]
-        said = [first.said, f"rule {first.rule}: {RULES[first.rule][1]}",
-                f"look at: {diagnosis.look_at(first, self.tally, self.s.temperature > 0)}"]
+        first = self.departures[0]
+        where = diagnosis.look_at(self.departures, self.checked, self.s.temperature > 0)
+        said = [first.said, f"rule {first.rule}: {RULES[first.rule][1]}", f"look at: {where}"]
+        departed = Counter(d.rule for d in self.departures)
+        checked = [rule for rule in RULES if rule in NUMERIC and self.checked[rule]]
+        counts = [f"{rule} {departed[rule]} of {self.checked[rule]}" for rule in checked
+                  if departed[rule]]
+        right = [rule for rule in checked if not departed[rule]]
         if counts:
             said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
-        if status == 1 and self.lines.number != first.line:
+        if status == DEPARTED and self.lines.number != first.line:
             said.append(f"it ends in line {self.lines.number}: from there it is not known how the "
                         "trace goes on")
         return "\n".join(said)
@@ -490,7 +487,7 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Check:
             (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
              f"SHA-256 of {', '.join(differ)}")):
         if wrong:
-            raise Invalid(f"line 1: {what}")
+            raise UsageError(f"line 1: {what}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
     return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X, a.rounds)
@@ -504,29 +501,18 @@ def check_file(a: argparse.Namespace) -> tuple[int, str]:
         status = 0
         try:
             check.run()
-        except Ended:
-            status = 1
-        except Incomplete:
-            status = 3
+        except Ended as e:
+            status = e.args[0]
     check.check_whole()
-    return 1 if check.first else status, check.report(status)
-
-
-def span(text: str) -> tuple[int, int]:
-    """A type for argparse: the first and the last round."""
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} are not two rounds such as 10-20")
-    return int(first), int(last)
+    return DEPARTED if check.departures else status, check.report(status)
 
 
 def add_model(p: Parser) -> None:
     """The flags that say which model is asked, and where it runs."""
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("--model", metavar="DIR", default=str(DEMO),
                    help="its Hugging Face folder (default: the demo)")
-    p.add_argument("--device", default="cpu", choices=["cpu", *["cuda"][:len(gpus)], *gpus],
-                   help="(cpu)")
+    p.add_argument("--device", choices=devices, default="cpu", help="(cpu)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -538,12 +524,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
                        type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
         p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
-        p.add_argument("--rounds", metavar="A-B", type=span, default=(0, math.inf),
-                       help="check these alone; the text before them is read in one pass")
+        p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
+                       help="check these alone; the text before them is read in one pass",
+                       type=number(lambda text: tuple(map(int, text.split("-"))),
+                                   "two rounds such as 10-20",
+                                   lambda v: len(v) == 2 and 0 <= v[0] <= v[1]))
         a = p.parse_args(argv)
         try:
             status, said = check_file(a)
-        except (Invalid, ModelError) as e:
+        except (UsageError, ModelError) as e:
             raise UsageError(f"{a.file}: {e}") from None
         except OSError as e:                           # 1 is a departure, and this is none
             raise UsageError(f"{e.filename}: {e.strerror}") from None

@@ -1,6 +1,7 @@
 """Which levels of the oracle does a program, in any language, reach?
 
     python oracle/conformance.py --level N --program "./mine" [--junit FILE]
+    python oracle/conformance.py --level 1 --counts FILE         # of texts that were made elsewhere
 
 README.md says what a level asks and promises. The program reads one JSON object per line on stdin
 and answers each with one on stdout, {"skip": "why"} where it cannot. A line is printed per case.
@@ -76,12 +77,12 @@ def departure(ours: dict, theirs: dict) -> str:
 
 def uniforms(program: str, folder: Path) -> Iterator[Verdict]:
     """Level 0: texts from given uniform numbers."""
-    vectors = {vector.pop("shows"): vector for vector in json.loads(
-        (HERE / "sampler" / "uniforms.json").read_text())}
-    requests = [CASES[vector["case"]] | dict(level=0, case=shows, texts=1, seed=0, u=vector["u"])
-                for shows, vector in vectors.items()]
+    vectors = json.loads((HERE / "sampler" / "uniforms.json").read_text())
+    right = {vector["shows"]: dict(texts=[vector["text"]]) for vector in vectors}
+    requests = [CASES[vector["case"]] | dict(level=0, case=vector["shows"], texts=1, seed=0,
+                                             u=vector["u"]) for vector in vectors]
     return asked(program, requests, lambda request, answer: departure(
-        dict(texts=[vectors[request["case"]]["text"]]), answer))
+        right[request["case"]], answer))
 
 
 def sampler(program: str, folder: Path) -> Iterator[Verdict]:
@@ -132,7 +133,7 @@ def about(level: int, path: Path, folder: Path, **fields: Any) -> dict:
 def forward(program: str, folder: Path) -> Iterator[Verdict]:
     """Level 3: passes over a prompt, dumped."""
     from llama import safe_open
-    from oracle import compare_dumps
+    from oracle import dumps
     requests = []
     for path in sorted((HERE / "vectors").glob("*.safetensors")):
         with safe_open(path, framework="pt") as f:
@@ -140,10 +141,11 @@ def forward(program: str, folder: Path) -> Iterator[Verdict]:
             ids = f.get_tensor("prompt_ids").tolist()
         requests.append(about(3, path, folder, prompt_ids=ids, skip=skip))
     return asked(program, requests, lambda request, answer: quiet(
-        compare_dumps.main, str(HERE / "vectors" / request["case"]), request["out"]))
+        dumps.main, str(HERE / "vectors" / request["case"]), "--against", request["out"]))
 
 
 def read(path: str | Path) -> list[dict]:
+    """The lines of a trace, without times."""
     lines = map(json.loads, Path(path).read_text().splitlines())
     return [line for line in lines if line["event"] != "times"]
 
@@ -163,7 +165,7 @@ def loop(program: str, folder: Path) -> Iterator[Verdict]:
     def judge(request: dict, answer: dict) -> str:
         _, *right = read(HERE / "vectors" / request["case"])
         _, *theirs = read(request["out"])
-        for ours, line in itertools.zip_longest(right, theirs, fillvalue={}):
+        for ours, line in itertools.zip_longest(right, theirs, fillvalue=dict(event="")):
             if said := departure(ours, line):
                 return f"round {ours.get('round')}, {ours['event']}: {said}"
         return ""
@@ -197,13 +199,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description="Run all of a level of the oracle.")
     p.error = lambda message: p.exit(2, f"conformance.py: {message} (--help lists the flags)\n")
     p.add_argument("--level", type=int, choices=range(len(LEVELS)), required=True)
-    p.add_argument("--program", metavar="COMMAND", required=True)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--program", metavar="COMMAND")
+    source.add_argument("--counts", metavar="FILE", help="{case: {text: how often}}, for level 1")
     p.add_argument("--junit", metavar="FILE", help="write the result as JUnit XML too")
     a = p.parse_args(argv)
+    if a.counts and a.level != 1:
+        p.error("--counts goes with --level 1")
     cases = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for verdict, name, why in LEVELS[a.level](a.program, Path(folder)):
+            if a.counts:
+                verdicts = check.verdicts(check.read_counts(a.counts))
+            else:
+                verdicts = LEVELS[a.level](a.program, Path(folder))
+            for verdict, name, why in verdicts:
                 cases.append((verdict, name, why))
                 print(f"{verdict:6}{name}: {why}".rstrip(": "))
     except (Refused, OSError, ValueError, KeyError) as e:
@@ -213,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"level {a.level} of oracle {(HERE / 'version').read_text().split()[0]}"
     if a.junit:
         junit(title, cases).write(a.junit, encoding="utf-8")
-    print(f"{title}: {said['ok']} right, {said['WRONG']} wrong, "
-          f"{said['skip']} skipped")
+    print(f"{title}: {said['ok']} right, {said['WRONG']} wrong, {said['skip']} skipped")
     return 1 if said["WRONG"] else 0
 
 

@@ -2,8 +2,9 @@
 uniform numbers and drafted tokens tell of generator and policy. Read by check_trace.py.
 """
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llama import Tensor, torch
 
@@ -53,28 +54,21 @@ class Departure:
     hint: str                                          # where to look, if the place itself tells
 
 
-@dataclass
-class Tally:
-    """What one rule has met in a trace."""
-    checked: int = 0
-    largest: float = 0.0                               # difference seen
-    departed: list[Departure] = field(default_factory=list)
-
-
-def look_at(first: Departure, tally: dict[str, Tally], sampled: bool) -> str:
-    """The part of a program where the error is. `first` departed first; what departs with it, and
-    what does not, excludes parts."""
+def look_at(departures: Sequence[Departure], checked: Counter[str], sampled: bool) -> str:
+    """The part of a program where the error is. What departs with the first departure, and what
+    does not, excludes parts. `checked`: how often a rule was."""
+    first = departures[0]
     rule = first.rule
     if part := first.hint or RULES[rule][0]:
         return part
-    rules = {name for name, t in tally.items() if t.departed}
-    fields = {d.field for t in tally.values() for d in t.departed}    # p may be an own token's
+    rules = {d.rule for d in departures}
+    fields = {d.field for d in departures}             # p may be an own token's
     if rule == "own" and first.field in ("q", "mass"):
         return RULES["residual"][0]
     if first.round == 0:                               # the prefill: nothing was drafted before
-        if tally["confidence"].checked and "confidence" not in rules:
+        if checked["confidence"] and "confidence" not in rules:
             return FILTERS + "; the drafts' logits are right"
-        return ("the forward pass; or, if forward dumps agree (dump_forward.py, compare_dumps.py), "
+        return ("the forward pass; or, if forward dumps agree (dumps.py), "
                 "the filters")
     if rule == "confidence" and sampled and "q" not in fields:
         return "the confidence: the draft's highest probability, at temperature 1, unfiltered"

@@ -21,7 +21,7 @@ from command.cli import Parser, UsageError, answer, numbers  # noqa: E402
 from command.flags import DTYPES  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle.check_trace import TOLERANCE, add_model  # noqa: E402
-from speculative import CHUNK  # noqa: E402
+from oracle.dumps import passes  # noqa: E402
 
 WIDER = dict(bfloat16="float32", float32="float64", float64="float64")
 
@@ -47,13 +47,11 @@ def text_of(path: str) -> tuple[list[int], dict]:
 
 def gaps(model: Llama, ids: Sequence[int], first: int) -> list[float]:
     """How far each token of `ids` from `first` on lies below the highest logit, by one pass."""
-    cache = model.cache(len(ids))
     out = []
-    for t in range(0, len(ids) - 1, CHUNK):
-        part = torch.tensor(ids[t:t + CHUNK][:len(ids) - 1 - t], device=model.device)
-        h = model.forward(part, cache.sequence(t, len(part)), cache)[-1]
-        after = torch.tensor(ids[t + 1:t + 1 + len(part)], device=model.device)
-        logits = model.head(h)
+    for h in passes(model, ids[:-1], model.cache(len(ids))):
+        logits = model.head(h[-1])                                          # (T, V)
+        t = len(out) + 1
+        after = torch.tensor(ids[t:t + len(logits)], device=model.device)
         out += (logits.amax(-1) - logits.gather(1, after[:, None])[:, 0]).tolist()
     return out[first - 1:]
 

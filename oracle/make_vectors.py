@@ -1,7 +1,7 @@
 """Regenerates oracle/tiny/ and oracle/vectors/: a random model, and short runs and passes of it and
 of the demo model in float64.
 
-    python oracle/make_vectors.py [FOLDER]
+    python oracle/make_vectors.py
 
 Each trace shows situations that an implementation can get wrong; TRACE.md lists them. Whether they
 occur depends on the weights: with new ones the tests tell which vector has become too tame, and
@@ -13,20 +13,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
-import io  # noqa: E402
 import itertools  # noqa: E402
-import json  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
-from command.cli import Parser, answer  # noqa: E402
 from command.flags import DEMO  # noqa: E402
-from dp_layer_skip import choose_skip  # noqa: E402
-from llama import Llama, torch  # noqa: E402
-from oracle.dump_forward import dump_forward  # noqa: E402
-from oracle.trace import Recording, about, write_trace  # noqa: E402
-from policy.probe import PaperByProbe  # noqa: E402
-from speculative import Chance, Paper, Settings  # noqa: E402
+from llama import torch  # noqa: E402
+from oracle.ours import dump, traced, write  # noqa: E402
+from oracle.trace import Recording  # noqa: E402
+from speculative import Chance, Settings  # noqa: E402
 from tests.slow_llama import AS_4, random_checkpoint  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
@@ -60,20 +54,6 @@ PROBE = {"tiny-probe": 3, "tiny-stops": 4}             # tokens of the probe, el
 ZERO = {"zero-verdict": 28, "zero-draw": 5}            # which uniform number is a 0
 
 
-def run(folder: Path, prompt: Sequence[int], s: Settings, seed: int, r: int = 1,
-        chance: Recording | None = None, dtype: torch.dtype = torch.float64) -> list[dict]:
-    """The lines of a trace by the paper's numbers, without times."""
-    model = Llama.load(folder, dtype=dtype)
-    policy = PaperByProbe(s, model.cfg.L, r) if r > 1 else Paper(s, model.cfg.L)
-    said = dict(r=r, seed=None if chance else seed)
-    chance = chance or Recording(Chance(seed).uniform)
-    text = io.StringIO()
-    for _ in write_trace(text, model, prompt, s, chance, choose_skip, policy, about(folder), said):
-        pass
-    lines = map(json.loads, text.getvalue().splitlines())
-    return [line for line in lines if line["event"] != "times"]
-
-
 def vector(name: str, tiny: Path = HERE / "tiny") -> list[dict]:
     """The lines of a vector."""
     prompt, s, seed = VECTORS[name]
@@ -84,7 +64,7 @@ def vector(name: str, tiny: Path = HERE / "tiny") -> list[dict]:
         numbers = (0.0 if n == ZERO[name] else uniform() for n in itertools.count())
         chance = Recording(numbers.__next__)
     folder = tiny if name.startswith("tiny") else DEMO
-    return run(folder, ids, s, seed, PROBE.get(name, 1), chance)
+    return traced(folder, ids, s, seed, PROBE.get(name, 1), chance)
 
 
 def ids_of(text: str) -> list[int]:
@@ -107,24 +87,13 @@ def make(folder: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tiny_model(tiny)
     for name in VECTORS:
-        lines = [json.dumps(line, separators=(",", ":")) + "\n" for line in vector(name, tiny)]
-        (out / f"{name}.jsonl").write_text("".join(lines))
-    for name, source, ids, skip in (
+        write(out / f"{name}.jsonl", vector(name, tiny))
+    for name, model, ids, skip in (
             ("forward", DEMO, ids_of(MEAN)[:3], []),
             ("forward-skip", DEMO, ids_of(MEAN)[:2], [3, 7, *range(12, 20)]),
             ("tiny-forward", tiny, SHORT, []), ("tiny-forward-skip", tiny, SHORT[:2], [1, 4])):
-        model = Llama.load(source, dtype=torch.float64)
-        dump_forward(model, ids, skip, out / f"{name}.safetensors", about(source))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        p = Parser(description="Write the tiny model and all vectors.")
-        p.add_argument("folder", nargs="?", type=Path, default=HERE, metavar="FOLDER")
-        make(p.parse_args(argv).folder)
-        return 0
-    return answer(work)
+        dump(dict(model=model, prompt_ids=ids, skip=skip, out=out / f"{name}.safetensors"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make(HERE)

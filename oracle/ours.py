@@ -3,9 +3,11 @@
     python oracle/conformance.py --level 4 --program "python oracle/ours.py"
     python oracle/sampler/exact.py oracle/ours.py:run
 """
+import io
 import itertools
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +18,9 @@ import torch  # noqa: E402
 
 from dp_layer_skip import choose_skip, cosine  # noqa: E402
 from llama import Llama  # noqa: E402
-from oracle.dump_forward import dump_forward  # noqa: E402
+from oracle import dumps  # noqa: E402
 from oracle.sampler.law import cut  # noqa: E402
-from oracle.trace import Recording, about, indices, write_trace  # noqa: E402
+from oracle.trace import Recording, about, table_of, write_trace  # noqa: E402
 from policy.probe import PaperByProbe, nearness  # noqa: E402
 from speculative import Chance, Paper, Settings, draft, judge, probabilities  # noqa: E402
 
@@ -62,31 +64,40 @@ def choose(request: dict) -> dict:
         x = g.view(-1, *h[0].shape)
         return (x + x @ layers[i].T).flatten(1)
     near = cosine if h.shape[1] == 1 else nearness(h[-1])
-    choice = choose_skip(h.flatten(1), run_layer, request["M"], near)
-    rows = [min(i, request["M"]) + 1 for i in range(len(h))]
-    return dict(D=[row[:J] for row, J in zip(choice.D, rows)],
-                skipped=["".join("01"[bit] for bit in row[:J])
-                         for row, J in zip(choice.skipped, rows)],
-                skip=indices(choice.skip()))
+    return table_of(choose_skip(h.flatten(1), run_layer, request["M"], near))
 
 
 def dump(request: dict) -> dict:
-    model = Llama.load(request["model"], dtype=torch.float64)
-    dump_forward(model, request["prompt_ids"], request["skip"], request["out"],
-                 about(request["model"]))
+    folder = request["model"]
+    model = Llama.load(folder, dtype=torch.float64)
+    dumps.dump(folder, model, request["prompt_ids"], request["skip"], request["out"])
     return {}
 
 
+def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int, r: int = 1,
+           chance: Recording | None = None, dtype: torch.dtype = torch.float64) -> list[dict]:
+    """The lines of a trace by the paper's numbers, without times."""
+    model = Llama.load(folder, dtype=dtype)
+    policy = PaperByProbe(s, model.cfg.L, r) if r > 1 else Paper(s, model.cfg.L)
+    said = dict(r=r, seed=None if chance else seed)
+    chance = chance or Recording(Chance(seed).uniform)
+    text = io.StringIO()
+    for _ in write_trace(text, model, prompt, s, chance, choose_skip, policy, about(folder), said):
+        pass
+    lines = map(json.loads, text.getvalue().splitlines())
+    return [line for line in lines if line["event"] != "times"]
+
+
+def write(path: str | Path, lines: Iterable[dict]) -> None:
+    texts = [json.dumps(line, separators=(",", ":")) + "\n" for line in lines]
+    Path(path).write_text("".join(texts), encoding="utf-8")
+
+
 def trace(request: dict) -> dict:
-    model = Llama.load(request["model"], dtype=torch.float64)
     settings = dict(request["settings"])
-    beside = dict(r=settings.pop("r"), seed=settings.pop("seed"))
-    s = Settings(**settings)
-    r, L = beside["r"], model.cfg.L
-    policy = PaperByProbe(s, L, r) if r > 1 else Paper(s, L)
-    with open(request["out"], "w", encoding="utf-8") as out:
-        list(write_trace(out, model, request["prompt_ids"], s, chance_of(request, beside["seed"]),
-                         choose_skip, policy, about(request["model"]), beside))
+    r, seed = settings.pop("r"), settings.pop("seed")
+    write(request["out"], traced(request["model"], request["prompt_ids"], Settings(**settings),
+                                 seed, r, chance_of(request, seed)))
     return {}
 
 

@@ -13,16 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from command.cli import UsageError
 from command.flags import VERSION as PROGRAM_VERSION
+from dp_layer_skip import Choice
 from llama import Tensor, torch
 from speculative import Chance, Round, Settings, generate
 
 VERSION = 5                  # of the format
 PROGRAM = "clasp-mini"
-
-
-class Invalid(Exception):
-    """Why a file is not a trace that can be checked, in one line for its user."""
 
 
 class Recording(Chance):
@@ -134,13 +132,16 @@ def events(r: Round, chance: Recording, witness: Witness, why: str) -> Iterator[
                       p=p[token].item(), q=q[token].item(), mass=mass)
     yield "emit", dict(tokens=r.emitted)
     if r.choice:
-        D, skipped = r.choice.D, r.choice.skipped
-        yield "optimise", dict(
-            position=r.start - 1 + r.accepted, M=len(D[0]) - 1,
-            D=[row[:i + 1] for i, row in enumerate(D)],
-            skipped=["".join("01"[bit] for bit in row[:i + 1]) for i, row in enumerate(skipped)],
-            skip=indices(r.choice.skip()))
+        M = len(r.choice.D[0]) - 1
+        yield "optimise", dict(position=r.start - 1 + r.accepted, M=M, **table_of(r.choice))
     yield "times", dict(zip(("draft", "verify", "optimise"), r.seconds))
+
+
+def table_of(choice: Choice) -> dict:
+    """What a table's lines hold: of line i the cells that are reached."""
+    bits = ["".join("01"[bit] for bit in row) for row in choice.skipped]
+    return dict(D=[row[:i + 1] for i, row in enumerate(choice.D)],
+                skipped=[row[:i + 1] for i, row in enumerate(bits)], skip=indices(choice.skip()))
 
 
 def indices(skip: Sequence[bool]) -> list[int]:
@@ -222,15 +223,15 @@ def short(value: Any) -> str:
 
 
 def match(line: dict, fields: dict, where: str) -> None:
-    """Raise Invalid unless `line` has exactly these fields and each holds what it may."""
+    """Raise UsageError unless `line` has exactly these fields and each holds what it may."""
     for name, kind in fields.items():
         if name not in line:
-            raise Invalid(f"{where}: missing field {name!r}")
+            raise UsageError(f"{where}: missing field {name!r}")
         value = line[name]
         if not holds(kind, value):
-            raise Invalid(f"{where}: {name} is {short(value)}; {kind} wanted (TRACE.md)")
+            raise UsageError(f"{where}: {name} is {short(value)}; {kind} wanted (TRACE.md)")
     if len(line) > len(fields):
-        raise Invalid(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
+        raise UsageError(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
 
 
 class Lines:
@@ -244,7 +245,7 @@ class Lines:
         self.V = math.inf
 
     def advance(self) -> None:
-        """To the next line, a JSON object. Raises Invalid, with the line's number: these files come
+        """To the next line, a JSON object. Raises UsageError, with the line's number: files come
         from other programs."""
         raw = next(self.file, None)
         self.number += 1
@@ -258,12 +259,12 @@ class Lines:
             event = line["event"]
             fields = self.grammar[event]
         except (ValueError, RecursionError, TypeError, LookupError):
-            raise Invalid(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
+            raise UsageError(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
                           f"one of {', '.join(self.grammar)}") from None
         match(line, fields, f"{where}, {event}")
         for token in [line.get("token", 0), *line.get("tokens", ())]:
             if token >= self.V:
-                raise Invalid(f"{where}, {event}: token {token} of {self.V}")
+                raise UsageError(f"{where}, {event}: token {token} of {self.V}")
         self.now = line
         self.event = event
 
@@ -271,7 +272,7 @@ class Lines:
         """The first line."""
         self.advance()
         if not self.now:
-            raise Invalid("empty; a trace begins with a header")
+            raise UsageError("empty; a trace begins with a header")
         for part, fields in dict(config=CONFIG, settings=SETTINGS).items():
             match(self.now[part], fields, f"line 1, {part}")
         self.grammar = EVENTS

@@ -1,7 +1,4 @@
-"""The test of level 1: do these texts come from what the full model says? For texts that were made
-and counted elsewhere, {case: {text: how often}}, a text in JSON as a string:
-
-    python oracle/sampler/check.py --counts FILE
+"""The test of level 1: do these texts come from what the full model says?
 
 A likelihood-ratio test. Of texts that the right law r has made, the ratio w / r of any law w that
 was chosen before has mean 1. So it reaches c with a chance of 1/c at most (Markov's inequality:
@@ -11,22 +8,17 @@ of wrong.py, the likeliest of which names the fault, and one that learns, for fa
 The same inequality, of sqrt(r / w) and a wrong program's texts, bounds how likely a fault is
 missed: by sqrt(c) times the nth power of the sum of sqrt(r w), if n texts are seen.
 """
-import argparse
 import contextlib
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
-
-from oracle.sampler.law import CASES, RIGHT, Law, apart, law, rounds, target  # noqa: E402
-from oracle.sampler.wrong import WRONG  # noqa: E402
+from oracle.sampler.law import CASES, RIGHT, Law, apart, law, rounds, target
+from oracle.sampler.wrong import WRONG
 
 TEXTS = 1100                 # of each case
 FALSE_ALARM = 1e-8           # how likely a right program is called wrong, in a whole run
@@ -77,21 +69,20 @@ def learned(seen: Seen, name: str) -> float:
     return total
 
 
-def doubt(seen: Seen, name: str) -> float:
-    """ln of how many times better something else explains these texts than this sampler does."""
-    own = likelihood(seen, name)
-    if own == -math.inf:
-        return math.inf
-    return max(learned(seen, name), *(likelihood(seen, fault) for fault in WRONG)) - own
-
-
 def fault_in(seen: Seen) -> str:
     """In words; nothing if these texts may be right."""
-    if doubt(seen, "right") < ALARM:
+    likely = {name: likelihood(seen, name) for name in ("right", *WRONG)}
+    first, second = sorted(WRONG, key=likely.get, reverse=True)[:2]
+
+    def doubted(name: str) -> bool:
+        """Does something else explain these texts that much better?"""
+        if likely[name] == -math.inf:
+            return True
+        return max(learned(seen, name), likely[first]) - likely[name] >= ALARM
+
+    if not doubted("right"):
         return ""
-    likely = {fault: likelihood(seen, fault) for fault in WRONG}
-    first, second = sorted(likely, key=likely.get, reverse=True)[:2]
-    if doubt(seen, first) >= ALARM:
+    if doubted(first):
         return "a fault without a name"
     return f"{first} (next, e^{likely[first] - likely[second]:.0f} times less likely: {second})"
 
@@ -153,14 +144,15 @@ def verdicts(seen: Seen) -> Iterator[Verdict]:
 
 def speed(taken: dict[str, float]) -> str:
     """Of these cases how many rounds a text takes, and how many it takes the right samplers."""
-    def mean(values: Iterator[float]) -> str:
-        return f"{sum(values) / len(taken):.2f}"
-    others = [f"{name} {mean(sum(rounds(sampler, CASES[case]).values()) for case in taken)}"
+    def mean(rounds_of: dict[str, float]) -> str:
+        return f"{sum(rounds_of.values()) / len(taken):.2f}"
+    others = [f"{name} {mean({case: rounds(sampler, CASES[case]).total() for case in taken})}"
               for name, sampler in RIGHT.items()]
-    return f"{mean(iter(taken.values()))}; {', '.join(others)}"
+    return f"{mean(taken)}; {', '.join(others)}"
 
 
 def read_counts(path: str) -> Seen:
+    """Texts that were counted elsewhere, {case: {text: how often}}, a text in JSON as a string."""
     try:
         file = json.loads(Path(path).read_text(encoding="utf-8"))
         seen = {case: Counter({hashed(json.loads(text)): n for text, n in counts.items()})
@@ -173,21 +165,3 @@ def read_counts(path: str) -> Seen:
         raise Refused(f"{path}: {', '.join(unknown) or 'a count'} is none; cases are "
                       f"{', '.join(CASES)}")
     return seen
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Are counted texts distributed right?")
-    p.error = lambda message: p.exit(2, f"check.py: {message} (--help lists the flags)\n")
-    p.add_argument("--counts", metavar="FILE", required=True)
-    try:
-        said = list(verdicts(read_counts(p.parse_args(argv).counts)))
-    except Refused as e:
-        print(f"check.py: {e}", file=sys.stderr)
-        return 2
-    for verdict, case, why in said:
-        print(f"{verdict:6}{case}: {why}".rstrip(": "))
-    return int(any(verdict == "WRONG" for verdict, *_ in said))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

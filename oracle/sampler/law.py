@@ -15,7 +15,7 @@ Glossary
 import itertools
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -205,10 +205,10 @@ def law(sampler: Sampler, case: dict, say: Callable = tuple) -> Law:
     return texts if batch else {text: probability for (text,), probability in texts.items()}
 
 
-def rounds(sampler: Sampler, case: dict) -> dict[int, float]:
+def rounds(sampler: Sampler, case: dict) -> Counter[int]:
     """n -> how many rounds of a text, on average, emit n tokens: one more than they accept, if they
-    add one of their own. Their sum is what a text takes."""
-    counts = defaultdict(float)
+    add one of their own. Their total is what a text takes."""
+    counts = Counter()
     for lengths, probability in law(sampler, case, say=lambda new: (len(new),)).items():
         for n in lengths:
             counts[n] += probability

@@ -1,10 +1,12 @@
-"""Where does a forward pass part from this program's? Compares two forward dumps in the order in
-which they were computed, and names the first place that departs.
+"""Where does a forward pass part from this program's? Writes logits, hidden states, keys and values
+of one pass over a prompt, as safetensors; or compares two such dumps in the order in which they
+were computed, and names the first place that departs.
 
-    python oracle/compare_dumps.py OURS THEIRS
+    python oracle/dumps.py FILE --prompt "def f(" [--skip 3,7] [flags of clasp_mini.py]
+    python oracle/dumps.py FILE --against THEIRS
 
-OURS is from dump_forward.py, THEIRS from another implementation, of the same tokens; TRACE.md says
-what is in them. Exit status: 0 alike, 1 they depart, 2 they cannot be compared.
+With --skip the pass leaves those layers out, as a draft does. TRACE.md says what is in a dump. Exit
+status: 0 written, or alike; 1 they depart; 2 they cannot be compared.
 """
 import sys
 from pathlib import Path
@@ -12,10 +14,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)     # see check_trace.py
 
+import json  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
+from dataclasses import asdict  # noqa: E402
 
-from command.cli import Parser, UsageError, answer  # noqa: E402
-from llama import SafetensorError, Tensor, safe_open, torch  # noqa: E402
+from command.cli import UsageError, answer, numbers  # noqa: E402
+from command.flags import parsed, parser  # noqa: E402
+from llama import Cache, Llama, SafetensorError, Tensor, safe_open, torch  # noqa: E402
+from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
+from speculative import CHUNK  # noqa: E402
+from text.safetensors_file import save  # noqa: E402
 
 TENSORS = dict(
     prompt_ids="(T,) the tokens",
@@ -26,6 +34,36 @@ TENSORS = dict(
 # Of the largest number in its part of a layer. Seen between float32 and float64, over 32 layers of
 # the demo, 1e-6; between bfloat16 and float64 0.03.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.1}
+
+
+def passes(model: Llama, ids: Sequence[int], cache: Cache, skip: Sequence[bool] = ()
+           ) -> Iterator[list[Tensor]]:
+    """The states h[0..L] of `ids`, from position 0 on, (T, D) each; T is at most CHUNK."""
+    t = 0
+    for part in torch.tensor(ids, device=model.device).split(CHUNK):
+        yield model.forward(part, cache.sequence(t, len(part)), cache, skip)
+        t += len(part)
+
+
+@torch.inference_mode()
+def dump(folder: str | Path, model: Llama, prompt: Sequence[int], skip: Sequence[int],
+         path: str | Path) -> str:
+    """One pass of the model in `folder` over `prompt`, without the layers `skip`; -> what has been
+    written, in words."""
+    cache = model.cache(len(prompt))
+    left_out = [i in skip for i in range(model.cfg.L)]
+    states = zip(*passes(model, prompt, cache, left_out))
+    hidden = torch.stack([torch.cat(h) for h in states])                    # (L+1, T, D)
+    tensors = dict(prompt_ids=torch.tensor(prompt), hidden=hidden, logits=model.head(hidden[-1]),
+                   keys=cache.k.transpose(1, 2), values=cache.v.transpose(1, 2))
+    meta = dict(version=VERSION, program=PROGRAM, tensors=TENSORS, skip=sorted(skip),
+                config=asdict(model.cfg), dtype=str(model.dtype).removeprefix("torch."),
+                **about(folder))
+    # One entry: several would come in any order, and the same dump not be the same bytes.
+    save({name: x.cpu().contiguous() for name, x in tensors.items()}, path,
+         {"clasp-forward": json.dumps(meta)})
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    return f"{path}: {shapes}, {Path(path).stat().st_size / 1e6:.1f} MB"
 
 
 def read(path: str) -> dict[str, Tensor]:
@@ -103,14 +141,29 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[int, st
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
-        p = Parser(prog="compare_dumps.py", allow_abbrev=False, description="Compare two forward "
-                   "dumps (oracle/TRACE.md) in the order of computation.")
-        p.add_argument("ours", metavar="OURS")
-        p.add_argument("theirs", metavar="THEIRS")
-        a = p.parse_args(argv)
-        status, said = compare(read(a.ours), read(a.theirs))
-        print(said)
-        return status
+        p = parser()
+        p.usage = "python oracle/dumps.py FILE --prompt TEXT | --against THEIRS [flags]"
+        p.description = "Write one forward pass as safetensors, or compare two (oracle/TRACE.md)."
+        p.add_argument("file", metavar="FILE", help="the safetensors file, to write or to compare")
+        p.add_argument("--against", metavar="THEIRS", help="another dump, of the same tokens")
+        p.add_argument("--skip", type=numbers, default=[], metavar="3,7",
+                       help="layers that the pass leaves out")
+        a = parsed(argv, p)
+        if a.against:
+            status, said = compare(read(a.file), read(a.against))
+            print(said)
+            return status
+        a.strategy = "ar"                              # no costs are measured for one pass
+        a.eager = True                                 # nor is it worth recording
+        a.max_new_tokens = 1
+        from command.job import Job                    # all else needs no tokenizer
+        job = Job(a)
+        ids = job.prompt()
+        if max(a.skip, default=0) >= job.cfg.L:
+            raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {job.cfg.L - 1}")
+        job.load()
+        print(dump(job.folder, job.model, ids, a.skip, a.file))
+        return 0
     return answer(work)
 
 
