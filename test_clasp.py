@@ -373,7 +373,7 @@ def test_a_token_of_probability_zero_never_passes_and_one_above_zero_can():
 
 @rejects("uniforms of 24 bits", "the correction is drawn with the number that rejected")
 def test_the_seeded_generator_draws_from_p():
-    """Rejects a generator that is not uniform or is asked wrongly: 4000 tokens drafted from
+    """Rejects a generator that is not uniform or is asked wrongly: 2000 tokens drafted from
     q and judged against p, in 5 cells. With 4 degrees of freedom the right program exceeds
     23.5 for one seed in 10,000; the seed is fixed. And a uniform of float32, which has 24
     bits."""
@@ -381,7 +381,7 @@ def test_the_seeded_generator_draws_from_p():
     q = torch.tensor([0.3, 0.1, 0.25, 0.05, 0.3], dtype=torch.float64)
     chance = Chance(seed=1)
     seen = [0] * 5
-    n = 4000
+    n = 2000
     for _ in range(n):
         drafted = int(chance.draw(q))
         accepted, own = judge(torch.stack((p, p)), [q], [drafted], chance)

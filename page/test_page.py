@@ -27,18 +27,23 @@ NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def look(folder, page, script, address=""):
-    """What `script` returns once a page is open in Chromium; a fault of either leaves the title as
-    it was, which is no JSON. Time is the browser's own: nobody waits for it."""
+def opened(folder, page, script, address=""):
+    """Chromium, in which a page is open and `script` runs. Time is the browser's own: nobody waits
+    for it."""
     told = f"(async () => {{{script}}})().then(x => {{document.title = JSON.stringify(x); " \
            "document.querySelectorAll('script').forEach(each => each.remove())})"
     (folder / "look.html").write_text(f"{page}<script>{told}</script>", encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
              f"--user-data-dir={folder}/chrome", "--virtual-time-budget=999999", "--dump-dom"]
-    p = subprocess.run([CHROMIUM, *flags, f"file://{folder}/look.html{address}"],
-                       check=False, capture_output=True, text=True, timeout=600)
-    assert "CONSOLE" not in p.stderr, p.stderr[-2000:]
-    return json.loads(html.unescape(re.search("(?s)<title>(.*?)</title>", p.stdout)[1]))
+    return subprocess.Popen([CHROMIUM, *flags, f"file://{folder}/look.html{address}"], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def returned(chromium):
+    """What the script returned. A fault of it leaves the title as it was, which is no JSON."""
+    out, err = chromium.communicate(timeout=600)
+    assert "CONSOLE" not in err, err[-2000:]
+    return json.loads(html.unescape(re.search("(?s)<title>(.*?)</title>", out)[1]))
 
 
 def vector(name):
@@ -105,7 +110,7 @@ def engine(tmp_path_factory):
     body += f"\nconst [files, given] = {json.dumps([files, given])};\n"
     if not NODE:
         page = f"<title></title><script>{body}</script>"
-        return look(tmp_path_factory.mktemp("engine"), page, ENGINE)
+        return returned(opened(tmp_path_factory.mktemp("engine"), page, ENGINE))
     body += f"console.log(JSON.stringify((() => {{{ENGINE}}})()))"
     p = subprocess.run([NODE, "-"], input=body, check=False, capture_output=True, text=True,
                        timeout=600)
@@ -233,18 +238,23 @@ KEYS = ["#scene=3&round=2&step=2", "ArrowRight", "ArrowUp", "ArrowLeft", "Home",
         "ArrowLeft", "1", " "]
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What SCENES tells."""
-    if not CHROMIUM:
-        pytest.skip("no Chromium (apt-get install chromium)")
+def visit(folder):
+    """Chromium, in which SCENES runs."""
     hostile = "%3Cimg+src=x+onerror='hacked=1'%3E%E2%80%AEx"
     given = {"trace": (VECTORS / "temperature.jsonl").read_text(), "keys": KEYS,
              "other": f"N=20&K=4&interval=2&temperature=0&seed=abc&prompt={hostile}"}
     script = f"const given = {json.dumps(given)};\n{SCENES}"
-    return look(tmp_path_factory.mktemp("page"), whole(), script,
-                "#N=20&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
-                "&text0=class+A%3A%0A&text1=%0AThe+server+&text2=%0Aimport+os%0A")
+    return opened(folder, whole(), script,
+                  "#N=20&K=4&temperature=1&exit_threshold=0&seed=4&interval=3&prompt=class+A%3A%0A"
+                  "&text0=class+A%3A%0A&text1=%0AThe+server+&text2=%0Aimport+os%0A")
+
+
+@pytest.fixture(scope="module")
+def told(request):
+    """What SCENES tells."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium (apt-get install chromium)")
+    return returned(request.config.visit)
 
 
 def test_the_numbers_of_the_run_are_those_of_its_trace(told, tmp_path, capsys):
