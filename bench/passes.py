@@ -32,11 +32,6 @@ CONTEXT = 128                                          # tokens of text before
 Key = tuple[str, int]                                  # a kind of pass, and how large
 
 
-def spread(L: int, j: int) -> list[bool]:
-    """j of L layers, evenly spread: for passes whose cost alone matters."""
-    return [(i + 1) * j // L > i * j // L for i in range(L)]
-
-
 def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
     """("draft", j) is a draft step with j layers left out, ("verify", n) one of n rows, ("choice",
     r) of up to M layers by r tokens, with all that the policy does then."""
@@ -49,7 +44,7 @@ def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
     def draft(j: int) -> Tensor:
         one = torch.zeros(1, dtype=torch.long, device=model.device)
         rows = cache.sequence(CONTEXT, 1)
-        return model.head(model.forward(one, rows, cache, spread(L, j))[-1])
+        return model.head(model.forward(one, rows, cache, costs.spread(L, j))[-1])
 
     def verify(n: int) -> Tensor:
         return model.head(read(model, [0] * n, CONTEXT, cache)[-1])

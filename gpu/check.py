@@ -19,7 +19,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
-from bench.passes import spread  # noqa: E402
 from command.cli import Parser, UsageError, answer, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
@@ -119,7 +118,7 @@ class Check:
         """Recorded passes against eager ones at several positions: a verify and a draft step (the
         largest difference of logits), a choice of layers (of the last cosines)."""
         out = {}
-        skip = spread(self.model.cfg.L, fast.M)
+        skip = costs.spread(self.model.cfg.L, fast.M)
         for t in (20, self.t // 2, self.t):
             ids = self.ids(t + K + 1)
             got = []
@@ -161,7 +160,7 @@ class Check:
 
         kinds = {"plain step": (c.L, lambda: forward(1))}
         for j in sorted({c.L // 3, c.L // 2, M} if M > 0 else ()):
-            kinds[f"draft, {j} left out"] = (c.L - j, lambda j=j: forward(1, spread(c.L, j)))
+            kinds[f"draft, {j} left out"] = (c.L - j, lambda j=j: forward(1, costs.spread(c.L, j)))
         kinds[f"verify, {K + 1} rows"] = (c.L, lambda: forward(K + 1))
         if M > 0:                                      # by several tokens: they are read once more
             kinds[f"choice, M = {M}, r = {r}"] = (c.L * (1 + (r > 1)), lambda: choose_by(

@@ -57,6 +57,11 @@ def measure(model: Any, cache: Any, text: list[int], K: int) -> list[float]:
     return fill({0: 1.0} | costs, K + 2)
 
 
+def spread(L: int, j: int) -> list[bool]:
+    """j of L layers, evenly spread: for passes whose cost alone matters."""
+    return [(i + 1) * j // L > i * j // L for i in range(L)]
+
+
 def shelf(folder: Path, *on: object) -> Path:
     """Where the table of a model is kept, in the user's cache folder: a name of what it depends on,
     the model's files and what it runs `on`."""
