@@ -20,6 +20,7 @@ from policy.adaptive import Adaptive
 from policy.costs import layer_weights
 from policy.probe import choose_by
 from speculative import Chance, Settings, generate
+from tests.every_outcome import Enumerating
 from tests.helpers import assert_same_choice, decode, tiny_llama, tokens
 from tests.wrong_programs import running
 
@@ -222,6 +223,14 @@ def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
     assert far.reads <= drafted + len(rounds) + ours * judged + (2 + ours) * choices
     # What is made on a GPU waits for it. Once a round before the draft, and before the verify.
     assert len(made) <= 2 * len(rounds)
+
+
+def test_chance_that_is_enumerated_answers_where_it_is_asked():
+    """Rejects tokens and counts on the host, with which a GPU's tensors cannot be joined."""
+    s = Settings(temperature=1.0, K=2, M=1, N=4)
+    with Far():
+        model = tiny_llama(V=9, device="meta")
+        assert list(generate(model, [1, 2], s, Enumerating([]), choose_skip))
 
 
 # ------------------------------------------------------------------------------ runs

@@ -43,10 +43,11 @@ class Enumerating(Chance):
         for n, each in enumerate(a.tolist()):
             options[n] = left * (1 - each)
             left *= each
-        return torch.tensor([self.answer(options | {len(a): left})])
+        return torch.tensor([self.answer(options | {len(a): left})], device=a.device)
 
     def draw(self, p: Tensor) -> Tensor:
-        return torch.tensor([self.answer(dict(enumerate((p / p.sum()).tolist())))])
+        token = self.answer(dict(enumerate((p / p.sum()).tolist())))
+        return torch.tensor([token], device=p.device)
 
 
 def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
