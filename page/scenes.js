@@ -752,7 +752,7 @@ function bringIntoView(mark) {
   if (!inside) its.scrollBy(a.left - b.left - b.width / 2, a.top - b.top - b.height / 2);
 }
 
-// All scenes show the same run: which, and the way back to the default.
+// All scenes but 4 show the same run: which, and the way back to the default.
 function carried() {
   const all = ["prompt", ...numbers.map(field => field.id)];
   const values = all.filter(id => id in at())
@@ -764,7 +764,7 @@ function carried() {
     go({...NOWHERE, ...Object.fromEntries(all.map(id => [id, undefined]))});
     followed();
   };
-  $("carried").replaceChildren(`All scenes show one run, ${said || "with the default settings"}. `,
+  $("carried").replaceChildren(`All scenes but 4 show one run, ${said || "with the default settings"}. `,
     said ? button("default", back, "Back to the default") : "");
 }
 
