@@ -148,9 +148,12 @@ def answer(work: Callable[[], int]) -> int:
     2 (usage), 130 (Ctrl-C) or 141 (the reader of our output has gone)."""
     try:
         open_streams()
-        status = 0
-        with contextlib.suppress(SystemExit):          # --help, --version
+        try:
             status = work()
+        except SystemExit as e:
+            if e.code:
+                raise
+            status = 0                                 # --help, --version
         sys.stdout.flush()                             # here, where a fault of it is answered for
         return status
     except (UsageError, ModelError, FloatingPointError, MemoryError, RuntimeError) as e:

@@ -17,6 +17,7 @@ import pytest
 import clasp_mini
 import llama
 import speculative
+from command.cli import answer
 from command.flags import DEMO, VERSION, parsed, parser
 from command.job import Job
 from command.screen import Screen
@@ -362,13 +363,16 @@ def test_a_large_model_is_bfloat16_where_that_is_fast_and_says_so(
 
 
 def test_help_fits_a_screen_and_names_every_flag(run, monkeypatch):
-    """Rejects a help text that argparse cannot print, or that nobody reads."""
+    """Rejects a help text that argparse cannot print, or that nobody reads, and an exit status that
+    is lost."""
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run("--help")
     assert (status, err) == (0, "") and out.count("\n") <= 45
     assert all(f"--{name.replace('_', '-')} " in out for name in vars(parser().parse_args([])))
     assert all(f"{name}: " in out for name in ("clasp", "paper", "ar"))
     assert run("--version")[:2] == (0, f"clasp-mini {VERSION}\n")
+    with pytest.raises(SystemExit, match="3"):         # what else exits says how
+        answer(lambda: sys.exit(3))
 
 
 # ============================================================================== how it ends
