@@ -3,27 +3,27 @@ states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and ho
 
     D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1   (if j < i)
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1   (if j > 0; wins a tie)
-    g[i,j] = the state that won,   g[i,0] = h[i]
+    g[i,j] = the state that won; g[i,0] is h[i] itself
 
 In words: after the first i layers, j of them left out, how close can we be to where the full model
 is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or it was
-skipped, and one skip fewer had been spent before. Traced back from D[L,M], the choices are the set.
+skipped, with j-1 skips before it. Traced back from D[L,M], the choices are the set.
 
 Glossary
     L, M     layers; layers to leave out
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (M+1, width) the states g[i, 0 .. M] of one row, of which those up to g[i,i] count
+    g        (M+1, width) the states of one row, g[i, 0 .. M]; where j > i they are filler
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
-Why at the same depth: what the remaining layers will do is not known yet, but from a state near to
-h[i] they mostly lead to one near to h[L]. Why approximate (§3.5): a cell keeps one state, the
-nearest so far, although a farther one might come out nearer in the end.
+Why at the same depth: to run the remaining layers for every cell would cost too much, and a state
+near h[i] mostly ends near h[L]. Why approximate (§3.5): a cell keeps one state, the nearest so far,
+although a farther one might come out nearer in the end.
 
-The cost is L calls of f with at most M+1 states; h the verify has computed anyway. Column 0 is a
-check for the caller: layer i-1, run on the full model's own h[i-1], must give h[i] and a cosine of
-1. If it does not, f (its cache, its mask) does not see the text that the verify saw.
+The cost is L calls of f with at most M+1 states; h costs nothing, the verify has computed it.
+Column 0 is a check for the caller: D[i,0] is how near layer i-1, run on the full model's own
+h[i-1], comes to h[i]. If it is not 1, f (its cache, its mask) does not see what the verify saw.
 """
 import itertools
 import signal
@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
-Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,); the paper's is cosine
+Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,): cosine, in the paper
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Choice:
         for i in range(L, 0, -1):
             if self.skipped[i][j]:
                 flags[i - 1] = True
-                j -= 1                                 # one skip fewer had been spent before
+                j -= 1                                 # there were j-1 skips before it
         return tuple(flags)
 
 
@@ -81,7 +81,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
         for j in range(min(i, M) + 1):
             run = -inf
             skip = -inf
-            if j < i:                                  # else there is nothing that could be run
+            if j < i:                                  # at j = i all are skipped, this one too
                 after = run_layer(i - 1, g[i - 1, j][None])                 # (1, width)
                 run = near(after, h[i]).item()
             if j > 0:
@@ -90,7 +90,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
             skipped[i][j] = not run_wins
             D[i][j] = run if run_wins else skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
-        g[i, 0] = h[i]                                 # the full model's own, not computed again
+        g[i, 0] = h[i]                                 # what was run there is but the check D[i,0]
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
 
@@ -102,29 +102,29 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i of the table needs only row i-1, so its cells go through layer i-1 in one call (§3.6).
-    It has cells 0 .. i: what g, run and skip hold behind them never counts. -> D and skipped,
-    (L+1, M+1) each, and g[L]. The host reads no number, so a CUDA graph can hold it."""
+    """Row i of the table needs only row i-1, and all of that goes through layer i-1 in one call
+    (§3.6). Row i has cells 0 .. i; in g, run and skip the rest is filler. -> D and skipped,
+    (L+1, M+1) each, and g[L]. No number reaches the host, so that a CUDA graph can hold this."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
     D = torch.full((L + 1, M + 1), nan, dtype=wide, device=h.device)
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
-    g = h[:1].repeat(M + 1, 1)                                              # (M+1, width)
+    g = h[:1].repeat(M + 1, 1)                         # (M+1, width): cell 0, then filler
     run = torch.full_like(D[0], -inf)                                       # (M+1,)
     for i in range(1, L + 1):
         J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        run[:J] = near(after, h[i])                    # cell i has none to run from: -inf
-        skip = near(g, h[i]).roll(1)                   # cell j comes from cell j-1, 0 from none
+        run[:J] = near(after, h[i])                    # cell i, where all are skipped, keeps -inf
+        skip = near(g, h[i]).roll(1)                   # cell j comes from cell j-1; 0 gets filler
         run_wins = run > skip                          # strict: a tie skips
         run_wins[0] = True                             # cell 0 skips nothing, even if run is nan
         D[i, :i + 1] = torch.where(run_wins, run, skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
-        g = g.roll(1, 0)                               # all skip ...
-        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # ... or not
-        g[0] = h[i]                                    # the full model's own, not computed again
+        g = g.roll(1, 0)                               # as if all cells had skipped it,
+        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # but some have run it
+        g[0] = h[i]                                    # what was run there is but the check D[i,0]
     return D, skipped, g
 
 
@@ -168,7 +168,7 @@ def show(choice: Choice) -> str:
 
 def main() -> None:
     print("D[i,j] is the best cosine with the full model after i layers, j of them left out; *\n"
-          "marks the way back from the end. Three layers add (0,3), (-1,1), (1,-4) to (4,0):\n")
+          "marks the way back from the end. Three layers add (0,3), (-1,1), (1,-4); h[0] is (4,0):\n")
     add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
     print(show(choose_skip(h, lambda i, x: x + add[i], 2)))
@@ -178,8 +178,8 @@ def main() -> None:
     print(show(choice))
     print(f"\nLeft out: {[i for i, left_out in enumerate(choice.skip()) if left_out]}. "
           "The last row has every smaller budget.\n"
-          "\nHow good is it? Cosine with h[L] of the chosen set when run, and of all sets: near\n"
-          "the best, and not always there.\n"
+          "\nHow good is it? All sets are run, for their cosine with h[L] in the end. The one\n"
+          "chosen is near the best, not always the best.\n"
           "  toy    L   M       DP     best    mean of all    rank of the DP's set")
     L = 12
     M = 5

@@ -13,13 +13,15 @@ The third line is the interesting one: J candidates for the state of the *same* 
 may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6).
 
 Glossary, beside the sizes that `Config` has
-    T, t  rows of a pass; the position of the first
-    S, W  slots of the cache; how many of them, from the first on, a pass looks at
+    T     rows of a pass
+    t     position of the first of them
+    S     slots of the cache
+    W     how many of them, from slot 0 on, a pass looks at
     R     query heads that share a key/value head, H / G
     h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
-The model owns weights and nothing else; `Cache` stores; the caller counts positions. To roll back a
-rejected draft is therefore arithmetic: what lies behind is overwritten before anyone may read it.
+The model owns weights and nothing else; `Cache` stores; the caller counts positions. So to roll
+back a rejected draft is arithmetic: later slots are overwritten before anyone may read them.
 """
 from __future__ import annotations
 
@@ -88,17 +90,17 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         slots = self.slot[t:t + T]
-        # A row at position t may read slots 0 .. t. With 0, 1, .. in the place of t, t+1, .. this
-        # is right in prefill and wrong ever after, and nothing crashes: the text just gets worse.
+        # Positions in the text, not in the pass. To confuse them is right in prefill and wrong in
+        # every later pass; nothing crashes then, the text just gets worse.
         may_read = self.slot[:t + T] <= slots[:, None]                          # (T, W)
         return self.rows(slots, slots, may_read)
 
     def candidates(self, t: int, J: int) -> Rows:
-        """J candidates for the state of the token at position t (§3.6). Each has its position,
-        writes one of the slots behind it, where no text is yet, and reads those before the token
-        and its own. The full model's entry for the token stays unharmed, and unread: else the token
-        would be seen twice."""
-        assert t + J < self.S, f"{J} slots behind {t} in a cache of {self.S}"
+        """J candidates for the state of the token at position t (§3.6). Each stands at the token's
+        position, writes a slot of its own after it, where no text is yet, and reads the slots
+        before the token and its own. The full model's entry for the token stays unharmed, and
+        unread: else the token would be seen twice."""
+        assert t + J < self.S, f"{J} slots after {t} in a cache of {self.S}"
         slot = self.slot[:t + 1 + J]
         slots = slot[t + 1:]
         may_read = (slot < t) | (slot == slots[:, None])                        # (J, W)
@@ -126,7 +128,7 @@ def rope_frequencies(cfg: Config) -> Tensor:
 
 class Layer(NamedTuple):
     """One decoder layer's weights; matrices map rows, x @ W. Projections that read the same input
-    are one matrix: a pass of few rows is mostly the overhead of its calls, and this saves three."""
+    are one matrix: in a pass of few rows calls cost more than numbers, and this saves three."""
     attn_norm: Tensor           # (D,)
     qkv: Tensor                 # (D, (H + 2G) * hd): queries, keys, values
     out: Tensor                 # (H * hd, D)
@@ -136,8 +138,8 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) * weight, until the weight in the dtype of eps: float32 or wider.
-    eps is a tensor: of small calls on a CPU those with a number take twice as long."""
+    """x / sqrt(mean(x^2) + eps) in the dtype of eps, float32 or wider; then * weight in that of x.
+    eps is a tensor (), since a Python number makes small calls on a CPU take twice as long."""
     x_wide = x.type(eps.dtype)
     total = x_wide.square().sum(-1, keepdim=True)
     under_root = torch.add(eps, total, alpha=1 / x.shape[-1])               # mean(x^2) + eps
@@ -146,7 +148,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T
 
 def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T, heads, hd)
     """Rotary embedding, Hugging Face's layout: element k turns with element k + hd/2. Rolling by
-    half a head brings each to its partner's place; the sign that one of the two needs lives in the
+    half a head brings each to its partner's place; the sign that one of the two needs is in the
     table. (Meta's files interleave the pairs: the wrong layout does not crash, it writes worse.)"""
     partner = x.roll(x.shape[-1] // 2, -1)
     return (x * rows.cos + partner * rows.sin).type(x.dtype)
@@ -156,7 +158,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
               eps: Tensor) -> Tensor:                                       # (T, D) -> (T, D)
     """What attention adds to the residual stream. keys, values (G, S, hd) are the layer's part of
     the cache: the rows write their slots, then read what they may. eps: as in rms_norm."""
-    wide = eps.dtype
+    wide = eps.dtype                                                        # float32 or wider
     T = len(x)
     W = rows.bias.shape[-1]
     R = c.H // c.G
@@ -169,6 +171,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     q = rotated[:, :c.H].reshape(T, c.G, R, c.hd).transpose(0, 1)           # (G, T, R, hd)
     q = q.reshape(c.G, T * R, c.hd)
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
+    # bias + q.k / sqrt(hd)
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
     weight = score.softmax(-1, dtype=wide).type(x.dtype)
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
@@ -184,7 +187,8 @@ def feed_forward(w: Layer, x: Tensor, eps: Tensor) -> Tensor:                 # 
 
 def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor,
                   c: Config, eps: Tensor) -> Tensor:                        # (T, D) -> (T, D)
-    """f_i: the residual stream x, to which attention and then feed-forward add."""
+    """f_i: the residual stream x, to which attention and then feed-forward add. A plain function
+    of tensors, so that gpu/ can compile it."""
     x = x + attention(w, x, rows, keys, values, c, eps)
     return x + feed_forward(w, x, eps)
 
@@ -203,10 +207,10 @@ class Llama:
         self.dtype = embed.dtype
         wide = torch.promote_types(self.dtype, torch.float32)       # of norms, softmax, logits
         self.eps = torch.tensor(cfg.eps, device=self.device, dtype=wide)
-        self.block = decoder_layer                     # gpu/ puts a compiled one in its place
+        self.block = decoder_layer                     # gpu/ may put another in its place
 
     def cache(self, S: int) -> Cache:
-        """A cache of S slots for one run: prompt, new tokens, and the scratch slots behind them."""
+        """A cache of S slots for one run: prompt, new tokens, and scratch slots after them."""
         return Cache(self.cfg, S, self.device, self.dtype)
 
     def forward(self, ids: Tensor, rows: Rows, cache: Cache, skip: Sequence[bool] = ()
@@ -238,32 +242,33 @@ class Llama:
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
         `device` in `dtype` (default: bfloat16 on a GPU, else float32). Every tensor is used exactly
-        once, as `part(name, tensor)` returns it: whole, or one GPU's share. Raises ModelError."""
+        once. part(name, tensor) is what to keep of it: all, or one GPU's share. Raises ModelError.
+        """
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        left = tensors(Path(folder))
-        if c.tied and "lm_head.weight" in left:        # the one table under another name, or twice
-            other = left.pop("lm_head.weight")
-            table = left.setdefault("model.embed_tokens.weight", other)
+        unused = tensors(Path(folder))
+        if c.tied and "lm_head.weight" in unused:      # a tied table may have either name, or both
+            other = unused.pop("lm_head.weight")
+            table = unused.setdefault("model.embed_tokens.weight", other)
             if not table.equal(other):
                 raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                                  "though config.json ties them")
 
         def take(name: str, *shape: int) -> Tensor:
-            if name not in left:
+            if name not in unused:
                 raise ModelError(f"{folder}: the weights lack {name}")
-            got = left.pop(name)
+            got = unused.pop(name)
             if got.shape != shape or not got.is_floating_point():
                 raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                                  f"config.json these are floats of shape {list(shape)}")
             return part(name, got).to(device, dtype, copy=True)     # away from the memory map
 
         def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
-            """q=n: the projection {prefix}.q_proj, to n; all that read the same input as one."""
+            """matrix("x", D, k=a, v=b): x.k_proj (a, D) and x.v_proj (b, D) as one (D, a + b)."""
             w = torch.cat([take(f"{prefix}.{proj}_proj.weight", n, n_in)
                            for proj, n in n_out.items()])
-            # Files hold (out, in). In float32 on a CPU (in, out) is read faster, elsewhere not.
+            # In float32 on a CPU this order is read faster when it is copied, elsewhere not.
             return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
 
         qh, kh = c.H * c.hd, c.G * c.hd
@@ -277,8 +282,8 @@ class Llama:
                   for i in range(c.L)]
         norm = take("model.norm.weight", c.D)
         head = embed if c.tied else take("lm_head.weight", c.V, c.D)
-        if left:
-            raise ModelError(f"{folder}: {len(left)} weights too many, such as {min(left)}")
+        if unused:
+            raise ModelError(f"{folder}: {len(unused)} weights too many, such as {min(unused)}")
         return cls(c, embed, layers, norm, head)
 
 
@@ -294,14 +299,14 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     c = {key: v for key, v in read_json(path).items() if v is not None}     # null is "not given"
     # Transformers 4 has rope_theta beside rope_scaling, 5 has all in rope_parameters. To read the
-    # old spelling alone would give a new file theta 10000.
+    # old spelling alone would give a new file theta 10000. What is no object is refused below.
     for name in ("rope_scaling", "rope_parameters"):
         rope = c.get(name, {})
         c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
-    # It was once called type. Where nobody names it, a factor stretches in a way that is not known.
+    # Older files say "type". A factor without either stretches in an unknown way: refused below.
     unnamed = "unnamed" if "factor" in c else "default"
     c.setdefault("rope_type", c.get("type", unnamed))
-    supported = dict(
+    supported = dict(                                  # of a key that is given: these values
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
         rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
@@ -337,21 +342,20 @@ def read_json(path: Path) -> dict:
     """A file with one JSON object. Raises ModelError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        why = f"it is a {type(value).__name__}"
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-    raise ModelError(f"{path}: cannot be read as a JSON object: {why}")
+        raise ModelError(f"{path}: cannot be read as JSON: {why}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: a JSON object is wanted, not a {type(value).__name__}")
+    return value
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights by name, of model.safetensors or, without one, of shards. If several shards have
-    a tensor, their index says which counts. The files are mapped into memory: they are read where
-    a tensor is used. Raises ModelError."""
+    """The weights by name, of model.safetensors or, without one, of the shards that an index names.
+    The files are mapped into memory: they are read where a tensor is used. Raises ModelError."""
     files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    home = {}
+    home = {}                                          # tensor: the shard in which it counts
     if index.exists() and not (folder / files[0]).exists():
         home = read_json(index).get("weight_map", {})
         if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):

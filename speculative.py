@@ -4,22 +4,24 @@ what comes out of the right sampler and of three wrong ones.
 Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with
 probability q(d); the full model would have said p(d).
 
-    min(1, p/q)            accept with this probability: accepted drafts pay min(p, q)
-    norm(max(0, p - q))    draw from this after a rejection: exactly what is still owed
+    min(1, p/q)            accept with this probability. Drafting and accepting together give a
+                           token q * min(1, p/q) = min(p, q) of its probability
+    norm(max(0, p - q))    draw from this after a rejection. Rejections are as likely as the sum of
+                           max(0, p - q), so they give the token the rest, max(0, p - q)
 
-The sum is p, whatever q was: a bad draft costs time, never truth. Three things must hold for this:
+Together that is p, whatever q was: a bad draft costs time, never truth. Three things must hold:
 
     - one function (`probabilities`) turns logits into p and into q;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To throw one away for what it is, or for what came after it, makes it too rare;
-    - rejected tokens leave nothing behind that anyone reads.
+      harmless. To drop one unjudged, for what it is or for what came after it, makes it too rare;
+    - rejected tokens leave nothing that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
     L, D       layers of the model; width of its states h[0..L]
-    own        the token that the full model adds behind the accepted ones: a correction or a bonus
+    own        the token that the full model adds after the accepted ones: a correction or a bonus
     probe      the token whose states choose the layers: the last accepted one or, if none was, the
                one before the draft. (`own` has not been read yet.)
     confidence of a drafted token: the draft's top-1 probability there, at temperature 1
@@ -51,21 +53,20 @@ class Settings:
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 0                  # 0 is plain decoding (this and what follows is read by Paper)
+    K: int = 0                  # 0 is plain decoding. This and what follows is for Paper
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
     interval: int = 16          # verifications from one layer optimisation to the next
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1, self
-        assert self.N > 0 and self.M >= 0 and self.interval > 0, self
-        assert 0 <= self.K < CHUNK, "a verify of K + 1 rows is one pass"
+        assert self.N > 0 and self.K >= 0 and self.M >= 0 and self.interval > 0, self
 
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
     """The one way from logits to the distribution that is sampled: top-k, temperature, top-p, in
-    float64, where no temperature overflows. Greedy is one-hot and needs no rule of its own. What
-    ties with the k-th logit is kept; of tokens that tie at the edge of top_p, the smaller ids."""
+    float64, where no temperature overflows. Greedy is one-hot and needs no rule of its own. All
+    that tie with the k-th logit are kept; at the edge of top_p the smaller ids come first."""
     logits = logits.double()
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -89,27 +90,10 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
 
 def residual(p: Tensor, q: Tensor) -> Tensor:                               # (..., V)
     """norm(max(0, p - q)): the probability still owed after drafting has paid min(p, q) (ibid.).
-    Where p = q nothing is owed, and only rounding can have rejected: then p."""
+    If nothing is owed (p = q, but for rounding), it is p itself."""
     owed = (p - q).clamp(min=0)
     mass = owed.sum(-1, keepdim=True)
     return torch.where(mass > 0, owed / mass, p)
-
-
-def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: "Chance"
-          ) -> tuple[Tensor, Tensor]:
-    """Leviathan et al. 2023, Algorithm 1. q: k times (V,). p (k+1, V): its first row is the full
-    model's distribution where drafted[0] stands, and so on; the last row is that behind them all.
-    -> how many are accepted, from the first on, and the full model's own token behind them; both
-    (1,), on p's device. A GPU is not waited for here: that is for who reads them."""
-    if not drafted:
-        return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
-    step = torch.arange(len(drafted), device=p.device)
-    token = torch.tensor(drafted).to(p.device, non_blocking=True)
-    # Behind the draft q is 0, for nothing is drafted there: all of p is owed.
-    q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
-    accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
-    own = chance.draw(residual(p[accepted], q_rows[accepted])[0])
-    return accepted, own
 
 
 class Chance:
@@ -136,29 +120,46 @@ class Chance:
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # Summed in parallel it may rise or fall by rounding, even at a token of probability 0.
+        # A sum made in parallel may rise by rounding, even at a token of probability 0.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
 
 
+def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tuple[Tensor, Tensor]:
+    """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i is the full model's distribution at the
+    place of drafted[i], the last row that after them all; q: k times (V,). -> how many are
+    accepted, from the first on, and the full model's own token after them; both (1,), on p's
+    device. A GPU is not waited for here, but where the two are read."""
+    if not drafted:                                    # plain decoding, and the prefill
+        return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
+    step = torch.arange(len(drafted), device=p.device)
+    token = torch.tensor(drafted).to(p.device, non_blocking=True)
+    # After the draft q is 0, for nothing is drafted there: all of p is owed.
+    q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
+    accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
+    own = chance.draw(residual(p[accepted], q_rows[accepted])[0])
+    return accepted, own
+
+
 class Paper:
-    """The policy of the paper: fixed numbers. Another may take its place (policy/). A round uses
+    """The policy of the paper: fixed numbers. Another may take its place (policy/). It is asked
 
-        skip       the layers that its draft leaves out
+        slots      once: how many slots of the cache, those after the text, may `optimise` write?
+        skip       in each round: which layers does the draft leave out?
         goes_on    before each token: shall one more be drafted?
-        judged     after the verify, also of the prefill: what came of them
-        due        unless the text is done: are layers to be chosen?
-        optimise   if so: choose them. It may write the `slots` of the cache behind the probe
+        judged     after the verify, also that of the prefill: this came of them
+        due        after that, unless the text is done: are layers to be chosen?
+        optimise   if they are: set `skip` anew
 
-    It says how many tokens are drafted and by which layers, never what becomes of one. So it cannot
-    change the distribution."""
+    Each method may change the policy. But it says how many tokens are drafted and by which layers,
+    never what becomes of one, so it cannot change the distribution."""
 
     def __init__(self, s: Settings, L: int) -> None:
         assert s.M <= L, f"{s.M} of {L} layers cannot be left out"
         self.s = s
         self.skip = (False,) * L
-        self.slots = s.M + 1
+        self.slots = s.M + 1                           # a candidate for each budget 0..M
 
     def goes_on(self, confidence: list[float]) -> bool:
         """confidence: of the tokens drafted so far in this round."""
@@ -167,7 +168,7 @@ class Paper:
         return not confidence or confidence[-1] >= self.s.exit_threshold
 
     def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
-        """p (k+1, V), q k times (V,)."""
+        """Fixed numbers learn nothing. p (k+1, V), q k times (V,)."""
 
     def due(self, n: int) -> bool:
         """After verification n; n = 0 is the prefill."""
@@ -192,7 +193,7 @@ class Round:
     drafted: list[int]          # d1..dk
     confidence: list[float]     # at each
     accepted: int               # how many of them
-    emitted: list[int]          # these and own; without own, if the last of them is a stop token
+    emitted: list[int]          # the accepted ones and own; no own after an accepted stop token
     choice: Any                 # what the chooser returned, if it was asked after this round
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
@@ -201,8 +202,8 @@ class Round:
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
-    Exactly the full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`)
-    decide; up to rounding, for passes of one row and of several differ in the last bits. Raises
+    The full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`) decide:
+    exactly, but for rounding, as passes of one row and of several differ in the last bits. Raises
     FloatingPointError where logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
@@ -218,7 +219,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        most = end - start - 1 if n > 0 else 0         # the full model adds a token of its own
+        most = min(end - start, CHUNK) - 1 if n > 0 else 0     # own needs a place; verify is 1 pass
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
         k = len(drafted)
         drafting = _clock(model)
@@ -231,7 +232,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, sound = torch.cat((*verdict, finite)).tolist()       # a GPU is waited for
+        accepted, own, sound = torch.cat((*verdict, finite)).tolist()       # waits for a GPU
         if not sound:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
@@ -259,8 +260,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
 def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
           policy: Any, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
     """Up to `most` tokens drafted after `text`, their q (V,) and confidences. A stop token ends the
-    draft. Ours, as the paper is silent: confidence is unfiltered, and a doubtful token is judged
-    like any other, only none is drafted behind it."""
+    draft. Where the paper is silent: confidence is taken before temperature and filters, and a
+    doubtful token is judged like any other; it is only the last that is drafted."""
     drafted, q, confidence = [], [], []
     last = torch.tensor(text[-1:], device=model.device)                     # (1,)
     while len(drafted) < most and policy.goes_on(confidence):
@@ -270,7 +271,7 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         q.append(probabilities(logits, s))
         last = chance.draw(q[-1])
         sure = logits.softmax(-1).amax(0, keepdim=True)
-        # Fetched together, for a GPU is waited for. As float32 an id below 2^24 is exact.
+        # One fetch, as each waits for a GPU. In float32 an id below 2^24 is exact.
         token, top = torch.cat((last, sure)).tolist()
         if math.isnan(top):                            # of infinite logits too
             raise FloatingPointError(NOT_FINITE)
@@ -292,7 +293,7 @@ def read(model: Any, tokens: Sequence[int], t: int, cache: Any) -> list[Tensor]:
 
 
 def _clock(model: Any) -> float:
-    """Seconds; a GPU works behind the host's back, so it is waited for first."""
+    """Seconds; a GPU is waited for first, as it works while the host goes on."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
