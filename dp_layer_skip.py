@@ -168,7 +168,7 @@ def show(choice: Choice) -> str:
 
 def main() -> None:
     print("D[i,j] is the best cosine with the full model after i layers, j of them left out; *\n"
-          "marks the way back from the end. Three layers add (0,3), (-1,1), (1,-4); h[0] is (4,0):\n")
+          "marks the way back from the end. Layers add (0,3), (-1,1) and (1,-4); h[0] is (4,0):\n")
     add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
     print(show(choose_skip(h, lambda i, x: x + add[i], 2)))

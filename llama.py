@@ -240,57 +240,66 @@ class Llama:
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
-        """Read a Hugging Face folder with one file of weights or shards, tensor by tensor, to
-        `device` in `dtype` (default: bfloat16 on a GPU, else float32). Every tensor is used exactly
-        once. part(name, tensor) is what to keep of it: all, or one GPU's share. Raises ModelError.
-        """
+        """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
+        on a GPU, else float32). part(name, tensor) is what to keep of a tensor: all, or one GPU's
+        share. Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        unused = tensors(Path(folder))
-        if c.tied and "lm_head.weight" in unused:      # a tied table may have either name, or both
-            other = unused.pop("lm_head.weight")
-            table = unused.setdefault("model.embed_tokens.weight", other)
-            if not table.equal(other):
-                raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
-                                 "though config.json ties them")
-
-        def take(name: str, *shape: int) -> Tensor:
-            if name not in unused:
-                raise ModelError(f"{folder}: the weights lack {name}")
-            got = unused.pop(name)
-            if got.shape != shape or not got.is_floating_point():
-                raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
-                                 f"config.json these are floats of shape {list(shape)}")
-            return part(name, got).to(device, dtype, copy=True)     # away from the memory map
-
-        def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
-            """matrix("x", D, k=a, v=b): x.k_proj (a, D) and x.v_proj (b, D) as one (D, a + b)."""
-            w = torch.cat([take(f"{prefix}.{proj}_proj.weight", n, n_in)
-                           for proj, n in n_out.items()])
-            # In float32 on a CPU this order is read faster when it is copied, elsewhere not.
-            return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
-
-        qh, kh = c.H * c.hd, c.G * c.hd
-        embed = take("model.embed_tokens.weight", c.V, c.D)
-        layers = [Layer(attn_norm=take(f"model.layers.{i}.input_layernorm.weight", c.D),
-                        qkv=matrix(f"model.layers.{i}.self_attn", c.D, q=qh, k=kh, v=kh),
-                        out=matrix(f"model.layers.{i}.self_attn", qh, o=c.D),
-                        mlp_norm=take(f"model.layers.{i}.post_attention_layernorm.weight", c.D),
-                        gate_up=matrix(f"model.layers.{i}.mlp", c.D, gate=c.ffn, up=c.ffn),
-                        down=matrix(f"model.layers.{i}.mlp", c.ffn, down=c.D))
-                  for i in range(c.L)]
-        norm = take("model.norm.weight", c.D)
-        head = embed if c.tied else take("lm_head.weight", c.V, c.D)
-        if unused:
-            raise ModelError(f"{folder}: {len(unused)} weights too many, such as {min(unused)}")
-        return cls(c, embed, layers, norm, head)
+        return cls(c, *read_weights(Path(folder), c, device, dtype, part))
 
 
 # ---------------------------------------------------------------------------- files of a model
 
 class ModelError(Exception):
     """What is wrong with a model folder or with what is asked of it, in one line for its user."""
+
+
+def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype, part: Callable
+                 ) -> tuple[Tensor, list[Layer], Tensor, Tensor]:
+    """Embedding, layers, norm and head, as `Llama.load` was told. Every tensor of the files is used
+    exactly once. Raises ModelError."""
+    unused = tensors(folder)
+    if c.tied and "lm_head.weight" in unused:          # a tied table may have either name, or both
+        other = unused.pop("lm_head.weight")
+        table = unused.setdefault("model.embed_tokens.weight", other)
+        if not table.equal(other):
+            raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
+                             "though config.json ties them")
+
+    def take(name: str, *shape: int) -> Tensor:
+        name += ".weight"
+        if name not in unused:
+            raise ModelError(f"{folder}: the weights lack {name}")
+        got = unused.pop(name)
+        if got.shape != shape or not got.is_floating_point():
+            raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
+                             f"config.json these are floats of shape {list(shape)}")
+        return part(name, got).to(device, dtype, copy=True)            # away from the memory map
+
+    def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
+        """matrix("x", D, k=a, v=b): x.k_proj (a, D) and x.v_proj (b, D) as one (D, a + b)."""
+        w = torch.cat([take(f"{prefix}.{proj}_proj", n, n_in) for proj, n in n_out.items()])
+        # In float32 on a CPU this order is read faster when it is copied, elsewhere not.
+        return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
+
+    def layer(at: str) -> Layer:
+        heads = c.H * c.hd
+        kv = c.G * c.hd
+        return Layer(attn_norm=take(f"{at}.input_layernorm", c.D),
+                     qkv=matrix(f"{at}.self_attn", c.D, q=heads, k=kv, v=kv),
+                     out=matrix(f"{at}.self_attn", heads, o=c.D),
+                     mlp_norm=take(f"{at}.post_attention_layernorm", c.D),
+                     gate_up=matrix(f"{at}.mlp", c.D, gate=c.ffn, up=c.ffn),
+                     down=matrix(f"{at}.mlp", c.ffn, down=c.D))
+
+    embed = take("model.embed_tokens", c.V, c.D)
+    layers = [layer(f"model.layers.{i}") for i in range(c.L)]
+    norm = take("model.norm", c.D)
+    head = embed if c.tied else take("lm_head", c.V, c.D)
+    if unused:
+        raise ModelError(f"{folder}: {len(unused)} weights too many, such as {min(unused)}")
+    return embed, layers, norm, head
 
 
 def read_config(folder: str | Path) -> Config:
@@ -344,9 +353,9 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        raise ModelError(f"{path}: cannot be read as JSON: {why}") from None
+        raise ModelError(f"{path}: cannot be read as a JSON object: {why}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: a JSON object is wanted, not a {type(value).__name__}")
+        raise ModelError(f"{path}: cannot be read as a JSON object: it is a {type(value).__name__}")
     return value
 
 

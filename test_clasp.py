@@ -569,7 +569,7 @@ def test_a_prompt_longer_than_a_prefill_pass_changes_nothing(monkeypatch):
     pieces = decode(tiny_llama(V=5), prompt, s)
     assert [r.emitted for r in whole] == [r.emitted for r in pieces]
     assert whole[0].choice.D[-1] == pytest.approx(pieces[0].choice.D[-1], abs=1e-12)
-    long = decode(tiny_llama(V=5), prompt, replace(s, K=9))
+    long = decode(tiny_llama(V=5), prompt, Settings(temperature=1.0, K=9, M=1, N=20))
     assert max(len(r.drafted) for r in long) == 4
 
 
