@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from clasp_mini import pair  # noqa: E402
+from clasp_mini import run  # noqa: E402
 from command.cli import UsageError, answered, say, told  # noqa: E402
+from command.compare import pair  # noqa: E402
 from command.flags import DEMO, parsed, parser  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
@@ -100,9 +101,9 @@ def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], 
                 say(f"question {n} left out: {e}")
                 break
             if not warm:
-                pair(job, ids, job.a.seed)             # not counted
+                pair(job, ids, job.a.seed, run)        # not counted
                 warm = True
-            plain, clasp = pair(job, ids, job.a.seed)
+            plain, clasp = pair(job, ids, job.a.seed, run)
             yield category, plain, clasp
             if isinstance(turn, str):                  # ids are all of their question
                 said = job.tokenizer.decode([i for i in ids_of(plain) if i not in job.stops])

@@ -65,7 +65,7 @@ def asked(monkeypatch):
     """The (prompt, seed) of every pair that is run. The seventh is interrupted."""
     asked = []
 
-    def pair(job, ids, seed):
+    def pair(job, ids, seed, run):
         asked.append(("".join(ids), seed))
         if len(asked) == 7:
             raise KeyboardInterrupt

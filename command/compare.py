@@ -1,24 +1,31 @@
 """Plain decoding and CLaSp in turn on one prompt: the question of --compare."""
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from command.cli import UsageError, told
 from command.job import Job
 from command.report import brief, figures, ideal_speedup, ids_of, median
-from speculative import Round
+from speculative import Chance, Round, generate
 
 Pair = tuple[list[Round], list[Round]]                 # the plain run, and CLaSp's
+Run = Callable[[Job, list[int], int], Iterable[Round]]     # clasp_mini.run
 
 
-def compare(job: Job, pair: Callable[[int], Pair], ids: list[int]) -> int:
-    """Run `pair`(seed) as often as was asked for and print what came of it; the exit status. Of
-    pairs that Ctrl-C leaves, those that are whole count."""
+def pair(job: Job, ids: list[int], seed: int, run: Run) -> Pair:
+    """The prompt plainly, then with CLaSp."""
+    plain = generate(job.model, ids, job.plain, Chance(seed), job.choose)
+    return list(job.guarded(plain)), list(run(job, ids, seed))
+
+
+def compare(job: Job, ids: list[int], run: Run) -> int:
+    """As many pairs as were asked for, and what came of them; the exit status. Of pairs that Ctrl-C
+    leaves, those that are whole count."""
     pairs = []
     status = 0
     try:
         for n in told(range(-1, job.a.repeats), "pair"):       # the first, a warm-up, never counts
-            pairs.append(pair(job.a.seed + max(0, n)))
+            pairs.append(pair(job, ids, job.a.seed + max(0, n), run))
     except KeyboardInterrupt:
         if len(pairs) < 2:
             raise

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import clasp_mini
+import command.compare
 import llama
 import speculative
 from command.cli import answer
@@ -181,7 +182,8 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
         calls.append(arguments)
         return speculative.generate(*arguments)
 
-    monkeypatch.setattr(clasp_mini, "generate", spy)
+    for module in (clasp_mini, command.compare):
+        monkeypatch.setattr(module, "generate", spy)
     of_this = ("--model", tiny, "--device", "cpu", "--prompt-ids", "1,2")
     odd = ("--top-k", 9, "--top-p", 0.8, "--max-new-tokens", 5, "--draft-length", 3,
            "--skip-layers", 2, "--draft-exit-threshold", 0.25, "--probe", 3)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import command.compare
 from command.cli import UsageError
 from command.compare import compare, compared, comparison
 from command.flags import DEMO
@@ -91,11 +92,11 @@ def a_job(json=False):
 
 
 def test_every_pair_has_a_seed_of_its_own_the_first_is_a_warm_up_and_ctrl_c_keeps_what_is_whole(
-        capsys):
+        capsys, monkeypatch):
     """Rejects one seed for all repeats, a warm-up that is counted, the text of another pair, a
     division by zero where there was nothing to do. Of a comparison that is broken off: work that is
     lost, an exit status of success, a pair that is half done, a table of no pair."""
-    def pair(seed):
+    def pair(job, ids, seed, run):
         seeds.append(seed)                             # the warm-up is 100 times as slow
         if len(seeds) == last:
             raise KeyboardInterrupt
@@ -103,20 +104,23 @@ def test_every_pair_has_a_seed_of_its_own_the_first_is_a_warm_up_and_ctrl_c_keep
         ids = [len(seeds), 1, 2, 3, 4, 9, 5]
         return plain_run(ids, 1.0), clasp_run(ids, 0.2 * slow, 1.2 * slow)
 
+    monkeypatch.setattr(command.compare, "pair", pair)
     seeds, last = [], None
-    assert compare(a_job(json=True), pair, [1]) == 0
+    assert compare(a_job(json=True), [1], run=None) == 0
     out, err = capsys.readouterr()
     c = json.loads(out)
     assert seeds == [7, 7, 8, 9] and c["stats"]["decode_seconds"] == pytest.approx(4.0)
     assert c["ids"] == [2, 1, 2, 3, 4, 9, 5] and c["prompt_ids"] == [1] and c["equal"] is True
     assert c["text"] == TOK.decode([2, 1, 2, 3, 4, 9]) and err == ""       # no progress in a log
-    with pytest.raises(UsageError, match="nothing to compare"):
-        compare(a_job(), lambda seed: (CUT[:1], CUT[:1]), [1])
     seeds, last = [], 4
-    assert compare(a_job(), pair, [1]) == 130 and "median of 2 runs" in capsys.readouterr().out
+    assert compare(a_job(), [1], run=None) == 130
+    assert "median of 2 runs" in capsys.readouterr().out
     seeds, last = [], 2
     with pytest.raises(KeyboardInterrupt):
-        compare(a_job(), pair, [1])
+        compare(a_job(), [1], run=None)
+    monkeypatch.setattr(command.compare, "pair", lambda *_: (CUT[:1], CUT[:1]))
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare(a_job(), [1], run=None)
 
 
 def test_an_account_says_what_there_is_to_say_in_two_short_lines():

@@ -65,12 +65,17 @@ class Witness:
         self.policy.judged(confidence, p, q, accepted)
 
 
-def record(job: Any, ids: Sequence[int], seed: int, policy: Any) -> Iterator[Round]:
-    """The rounds of a job of the command, each written to its --trace before it is yielded."""
+def traced(job: Any, seed: int) -> Callable[..., Iterator[Round]]:
+    """`generate` for a job of the command, which writes each round to its --trace as well. Of the
+    chance that it is given it takes the uniform numbers alone."""
     said = job.numbers | dict(r=job.probe, seed=seed)
-    with open(job.a.trace, "w", encoding="utf-8") as out:
-        yield from write_trace(out, job.model, ids, job.settings, Recording(Chance(seed).uniform),
-                               job.choose, policy, about(job.folder), said, job.costs)
+
+    def rounds(model: Any, ids: Sequence[int], s: Settings, chance: Chance, choose: Callable,
+               policy: Any) -> Iterator[Round]:
+        with open(job.a.trace, "w", encoding="utf-8") as out:
+            yield from write_trace(out, model, ids, s, Recording(chance.uniform), choose, policy,
+                                   about(job.folder), said, job.costs)
+    return rounds
 
 
 def write_trace(out: TextIO, model: Any, prompt: Sequence[int], s: Settings, chance: Recording,
