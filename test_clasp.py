@@ -359,7 +359,7 @@ class Given(Chance):
          "a token behind a rejected one is kept")
 def test_a_token_of_probability_zero_never_passes_and_one_above_zero_can():
     """Rejects u <= a in the acceptance test, what follows a rejected token, >= for > in the
-    draw, and a running sum in float32, in which a token of probability 2^-25 behind a likely
+    draw, and a running sum in float32, in which a token of probability 2^-25 after a likely
     one has nothing."""
     p = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     q = torch.tensor([1.0, 0.0])
@@ -455,7 +455,7 @@ def test_no_answer_of_a_policy_changes_the_distribution():
          "a stop in a draft is told twice")
 def test_nothing_follows_a_stop_token_wherever_it_stands():
     """Rejects a stop that is seen only as the full model's own token, or only when drafted;
-    a draft that goes on behind one; and an account of the round that shows it twice."""
+    a draft that goes on after one; and an account of the round that shows it twice."""
     ended = collections.Counter()
     s = Settings(temperature=1.0, N=25, K=4, M=1, stop_ids=(2, 3))
     for seed in range(30):
@@ -465,7 +465,7 @@ def test_nothing_follows_a_stop_token_wherever_it_stands():
         assert not set(text[:-1]) & {2, 3} and (text[-1] in (2, 3) or len(text) == 25)
         ended["drafted" if last.accepted == len(last.emitted) else "own"] += text[-1] in (2, 3)
         for r in rounds:
-            assert not set(r.drafted[:-1]) & {2, 3}, "drafted behind a stop token"
+            assert not set(r.drafted[:-1]) & {2, 3}, "drafted after a stop token"
             told = fates(r)
             assert told["kept"] + told["own"] == r.emitted
     assert min(ended["drafted"], ended["own"]) >= 5, ended

@@ -293,7 +293,7 @@ function seeded(seed) {
   return () => ((bits() >>> 5) * 2 ** 26 + (bits() >>> 6)) / 2 ** 53;
 }
 
-// -> how many are accepted, and the full model's own token behind them.
+// -> how many are accepted, and the full model's own token after them.
 function judge(p, q, drafted, chance) {
   const a = drafted.map((token, i) => acceptance(p[i][token], q[i][token]));
   const accepted = chance.accept(a);
@@ -303,7 +303,7 @@ function judge(p, q, drafted, chance) {
 // -------------------------------------------------------------------------------------- the loop
 
 // The table for up to M layers, by the states h of the token at `position`. What its candidates
-// write lies behind that position.
+// write lies after that position.
 function choose(model, cache, position, h, M) {
   const D = model.cfg.D;
   const rows = candidates(position, M + 1);
@@ -390,12 +390,12 @@ function* generate(model, prompt, s, chance, policy = new Paper(s, model.cfg.L))
   }
 }
 
-// Is a drafted token of the round accepted? null: it stands behind a rejection.
+// Is a drafted token of the round accepted? null: it stands after a rejection.
 const verdict = (r, step) => step > r.accepted ? null : step < r.accepted;
 
 // How much of what a draft without these layers says would be kept, were each of the tokens
 // ids[from ..] the first of a draft: the mean of sum(min(p, q)). `cache` has the full model's
-// entries of all ids, p its distributions. A row's own entry lies behind the text.
+// entries of all ids, p its distributions. A row's own entry lies after the text.
 function agreement(model, cache, ids, from, skip, p, s) {
   const rows = p.map((_, n) => ({position: from + n, slot: ids.length + n}));
   const h = model.forward(ids.slice(from, from + p.length), rows, cache, skip);

@@ -120,7 +120,7 @@ const tok = (id, field) => h("span", {class: "tok", title: `token ${id}`, "data-
   "data-field": field ?? false}, spelled(id));
 
 const FATES = {prompt: "the beginning", kept: "drafted and kept", rejected: "drafted and rejected",
-  behind: "drafted behind it, not judged", own: "the full model's own"};
+  behind: "drafted after it, not judged", own: "the full model's own"};
 const SIGNS = {kept: "●", rejected: "×", behind: "·", own: "◻"};
 
 // What became of each token of a round, in the order of the text.
@@ -296,7 +296,7 @@ function guess(r, i) {
   const a = acceptance(p[token], q[token]);
   const [word, said] = {
     true: ["kept", `u is below a = min(1, p/q) = ${short(a)}.`],
-    false: ["rejected", `u is not below a = p/q = ${short(a)}. Nothing behind it is judged.`],
+    false: ["rejected", `u is not below a = p/q = ${short(a)}. Nothing after it is judged.`],
     null: ["not judged", "a token before it was rejected."]}[verdict(r, i)];
   return [`Guess ${i + 1} of round ${r.n} is ${word}: ${said}`,
     h("h3", {}, `Guess ${i + 1} of round ${r.n}: `, tok(token, "token")),

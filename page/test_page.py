@@ -131,8 +131,8 @@ def test_the_engines_forward_pass_is_that_of_the_vectors(name, engine):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_with_the_numbers_of_a_vector_the_engine_makes_its_run_again(name, engine):
-    """Rejects numbers taken in another order, tokens behind a rejection judged, another edge of a
-    draw, and text behind a stop token. (Tables are the checker's: rounding may decide a tie.)"""
+    """Rejects numbers taken in another order, tokens after a rejection judged, another edge of a
+    draw, and text after a stop token. (Tables are the checker's: rounding may decide a tie.)"""
     theirs = [line for line in vector(name)[1:-1] if line["event"] != "times"]
     for got, want in zip(engine["runs"][name], theirs, strict=True):
         for part in want.keys() - {"D", "skipped"} - ({"skip"} if "D" in want else set()):
@@ -142,7 +142,7 @@ def test_with_the_numbers_of_a_vector_the_engine_makes_its_run_again(name, engin
 
 def test_at_its_edge_a_number_draws_and_judges_as_here(engine):
     """Rejects a token of no probability drawn or accepted at u = 0, >= for >, acceptance that goes
-    on behind a rejection, and a residual of no mass that is no number."""
+    on after a rejection, and a residual of no mass that is no number."""
     assert engine["edges"] == [1, 2, 0, 1, 2, [.5, .5]]
 
 
