@@ -9,14 +9,20 @@
 Who decides how much is drafted, by which layers, and when these are chosen anew?
 
     --strategy clasp   the default: our policy (policy/adaptive.py), by what passes cost and what
-                       was accepted. Where flags name all of the paper's numbers, nothing is left to
-                       decide, and it is the same as
+                       was accepted. If flags name all four of the paper's numbers, nothing is left
+                       to decide, and it equals `paper`
     --strategy paper   speculative.Paper, by four fixed numbers: K, M, exit threshold and interval
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
+    --probe r          beside any of them: the last r tokens choose the layers, not one
 
-A Job (command/job.py) holds the flags, checked, as job.a, what follows from them, and the model.
-job.guarded(rounds) are the same rounds, but where memory is short, or the processes of several GPUs
-disagree, there is one line for the user.
+A Job (command/job.py) is what the flags ask for:
+
+    job.a          the flags themselves, checked
+    job.settings   of speculative.py; job.numbers: the paper's four, None where a policy decides
+    job.costs      of passes, in plain steps; guessed, as long as nobody has measured them
+    job.model      llama.Llama, once it is loaded; job.choose: dp_layer_skip.choose_skip. (On a GPU
+                   recordings of both take their places: gpu/replay.py)
+    job.guarded    hands rounds on, and makes one line of it if memory is short or GPUs disagree
 """
 import os
 import sys
@@ -38,24 +44,24 @@ def policy_of(job: Job) -> Paper | Adaptive:
     """Who decides. For `ar` the job has set K = 0."""
     if job.strategy == "clasp":
         return Adaptive(job.settings,
-                        **job.costs,                   # of draft step, verify, layer choice
-                        measure=job.measure if job.costs_guessed else None,
-                        **job.numbers,                 # the paper's four; None: Adaptive decides
-                        probe=job.probe)
-    if job.probe > 1:                                  # --probe r: the last r tokens choose layers
+                        **job.costs,                   # draft=, verify=, optimise=
+                        **job.numbers,                 # K=, M=, exit_threshold=, interval=
+                        probe=job.probe,
+                        measure=job.measure if job.costs_guessed else None)
+    if job.probe > 1:
         return PaperByProbe(job.settings, job.cfg.L, job.probe)
     return Paper(job.settings, job.cfg.L)
 
 
 def run(job: Job, ids: list[int], seed: int, chance: Callable = Chance) -> Iterator[Round]:
     """The method, joined: rounds of drafting, verifying and, now and then, choosing layers.
-    chance(seed) makes the random numbers; the screen's also shows each token as it is drawn."""
-    rounds = generate
+    chance(seed) makes the random numbers; the screen's also shows each token when it is drawn."""
+    method = generate
     if job.a.trace:                                    # the same, and each round is written down
         from oracle.trace import traced
-        rounds = traced(job, seed)
+        method = traced(job, seed)
     policy = policy_of(job)
-    return job.guarded(rounds(job.model, ids, job.settings, chance(seed), job.choose, policy))
+    return job.guarded(method(job.model, ids, job.settings, chance(seed), job.choose, policy))
 
 
 def write(job: Job, ids: list[int]) -> int:
@@ -77,7 +83,7 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
     ids = job.prompt()
     job.load()
     if job.a.compare:
-        return compare(job, ids, run)                  # against plain decoding
+        return compare(job, ids, run)                  # each pair: plain decoding, then `run`
     return write(job, ids)
 
 

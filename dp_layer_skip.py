@@ -1,5 +1,5 @@
 """Which layers should the draft leave out? CLaSp's dynamic program over the full model's hidden
-states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, its path, and how near it comes.
+states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, the way back, and how good sets are.
 
     D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1   (if j < i)
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1   (if j > 0; wins a tie)
@@ -17,9 +17,9 @@ Glossary
     g        (M+1, width) the states of one row, g[i, 0 .. M]; where j > i they are filler
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
-Why at the same depth: to run the remaining layers for every cell would cost too much, and a state
-near h[i] mostly ends near h[L]. Why approximate (§3.5): a cell keeps one state, the nearest so far,
-although a farther one might come out nearer in the end.
+Why compared at depth i and not at the end: running the remaining layers for every cell would cost
+too much, and a state near h[i] mostly ends near h[L]. Why approximate (§3.5): a cell keeps one
+state, the nearest so far, although a farther one might come out nearer in the end.
 
 The cost is L calls of f with at most M+1 states; h costs nothing, the verify has computed it.
 Column 0 is a check for the caller: D[i,0] is how near layer i-1, run on the full model's own
@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
-Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,): cosine, in the paper
+Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,), as `cosine`
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,18 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
     g = {(0, 0): h[0]}
     for i in range(1, L + 1):
         for j in range(min(i, M) + 1):
-            run = -inf
-            skip = -inf
+            near_run = -inf
+            near_skip = -inf
             if j < i:                                  # at j = i all are skipped, this one too
                 after = run_layer(i - 1, g[i - 1, j][None])                 # (1, width)
-                run = near(after, h[i]).item()
+                near_run = near(after, h[i]).item()
             if j > 0:
-                skip = near(g[i - 1, j - 1][None], h[i]).item()
-            run_wins = j == 0 or run > skip            # strict: a tie skips, and so does nan
+                near_skip = near(g[i - 1, j - 1][None], h[i]).item()
+            run_wins = j == 0 or near_run > near_skip  # strict: a tie skips, and so does nan
             skipped[i][j] = not run_wins
-            D[i][j] = run if run_wins else skip
+            D[i][j] = near_run if run_wins else near_skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
-        g[i, 0] = h[i]                                 # what was run there is but the check D[i,0]
+        g[i, 0] = h[i]                                 # column 0 goes on from the full model's own
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
 
@@ -103,8 +103,9 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of the table needs only row i-1, and all of that goes through layer i-1 in one call
-    (§3.6). Row i has cells 0 .. i; in g, run and skip the rest is filler. -> D and skipped,
-    (L+1, M+1) each, and g[L]. No number reaches the host, so that a CUDA graph can hold this."""
+    (§3.6). Row i has cells 0 .. i; the rest of g, near_run and near_skip is filler. -> D and
+    skipped, (L+1, M+1) each, and g[L]. No number reaches the host, so a CUDA graph can record it.
+    """
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -112,19 +113,19 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
     g = h[:1].repeat(M + 1, 1)                         # (M+1, width): cell 0, then filler
-    run = torch.full_like(D[0], -inf)                                       # (M+1,)
+    near_run = torch.full_like(D[0], -inf)                                  # (M+1,)
     for i in range(1, L + 1):
         J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        run[:J] = near(after, h[i])                    # cell i, where all are skipped, keeps -inf
-        skip = near(g, h[i]).roll(1)                   # cell j comes from cell j-1; 0 gets filler
-        run_wins = run > skip                          # strict: a tie skips
-        run_wins[0] = True                             # cell 0 skips nothing, even if run is nan
-        D[i, :i + 1] = torch.where(run_wins, run, skip)[:i + 1]
+        near_run[:J] = near(after, h[i])               # cell i, where all are skipped, keeps -inf
+        near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1; 0 gets filler
+        run_wins = near_run > near_skip                # strict: a tie skips
+        run_wins[0] = True                             # cell 0 skips nothing, even if it ran to nan
+        D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # as if all cells had skipped it,
         g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # but some have run it
-        g[0] = h[i]                                    # what was run there is but the check D[i,0]
+        g[0] = h[i]                                    # column 0 goes on from the full model's own
     return D, skipped, g
 
 
@@ -172,12 +173,12 @@ def main() -> None:
     add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
     print(show(choose_skip(h, lambda i, x: x + add[i], 2)))
-    print("\nHere it shows that it is approximate: leaving out layers 0 and 2 would have 0.949\n"
-          "in the end.\n\nA toy of 9 layers, of which 1, 4 and 7 do little; leave out 3:\n")
+    print("\nHere it shows that it is approximate: without layers 0 and 2 it would end at 0.949,\n"
+          "not at 0.800.\n\nA toy of 9 layers, of which 1, 4 and 7 do little; leave out 3:\n")
     choice = choose_skip(*toy(9, 16, seed=3), 3)
     print(show(choice))
     print(f"\nLeft out: {[i for i, left_out in enumerate(choice.skip()) if left_out]}. "
-          "The last row has every smaller budget.\n"
+          "The last row shows every smaller budget.\n"
           "\nHow good is it? All sets are run, for their cosine with h[L] in the end. The one\n"
           "chosen is near the best, not always the best.\n"
           "  toy    L   M       DP     best    mean of all    rank of the DP's set")

@@ -13,10 +13,8 @@ The third line is the interesting one: J candidates for the state of the *same* 
 may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6).
 
 Glossary, beside the sizes that `Config` has
-    T     rows of a pass
-    t     position of the first of them
-    S     slots of the cache
-    W     how many of them, from slot 0 on, a pass looks at
+    T, t  rows of a pass; the position of the first
+    S, W  slots of the cache; how many of them, from slot 0 on, a pass looks at
     R     query heads that share a key/value head, H / G
     h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
@@ -54,7 +52,7 @@ class Config:
     context: int                # max_position_embeddings [8192]
     tied: bool                  # tie_word_embeddings [False]: the head is the embedding table
     theta: float                # rope_theta [500000]
-    scaling: tuple[float, float, float, int] | None     # LLaMA-3.1: factor, low, high, original
+    scaling: tuple[float, float, float, int] | None     # from 3.1 on: see rope_frequencies
 
 
 class Rows(NamedTuple):
@@ -90,20 +88,20 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         slots = self.slot[t:t + T]
-        # Positions in the text, not in the pass. To confuse them is right in prefill and wrong in
-        # every later pass; nothing crashes then, the text just gets worse.
+        # Positions in the text, not in the pass. Confusing the two still works in prefill and is
+        # wrong in every later pass; nothing crashes then, the text just gets worse.
         may_read = self.slot[:t + T] <= slots[:, None]                          # (T, W)
         return self.rows(slots, slots, may_read)
 
     def candidates(self, t: int, J: int) -> Rows:
         """J candidates for the state of the token at position t (§3.6). Each stands at the token's
-        position, writes a slot of its own after it, where no text is yet, and reads the slots
-        before the token and its own. The full model's entry for the token stays unharmed, and
+        position, writes a slot of its own after it, where no entry is needed yet, and reads the
+        slots before the token and its own. The full model's entry for the token stays unharmed, and
         unread: else the token would be seen twice."""
         assert t + J < self.S, f"{J} slots after {t} in a cache of {self.S}"
-        slot = self.slot[:t + 1 + J]
-        slots = slot[t + 1:]
-        may_read = (slot < t) | (slot == slots[:, None])                        # (J, W)
+        every = self.slot[:t + 1 + J]
+        slots = every[t + 1:]
+        may_read = (every < t) | (every == slots[:, None])                      # (J, W)
         position = torch.full_like(slots, t)
         return self.rows(position, slots, may_read)
 
@@ -114,13 +112,14 @@ class Cache:
 
 
 def rope_frequencies(cfg: Config) -> Tensor:
-    """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. LLaMA-3.1 and later
-    divide those of wavelength above original/low by `factor`, keep those below original/high, and
-    blend the two between them, linearly in original/wavelength."""
+    """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. From LLaMA-3.1 on
+    scaling = (factor, low, high, original): of these, frequencies that turn less than `low` times
+    in `original` positions are divided by `factor`, those that turn more than `high` times are
+    kept, and between the two it is blended linearly."""
     f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)           # (hd/2,)
     if cfg.scaling:
         factor, low, high, original = cfg.scaling
-        turns = original * f / (2 * math.pi)
+        turns = original * f / (2 * math.pi)                                # (hd/2,)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         f = keep * f + (1 - keep) * f / factor
     return f
@@ -128,7 +127,7 @@ def rope_frequencies(cfg: Config) -> Tensor:
 
 class Layer(NamedTuple):
     """One decoder layer's weights; matrices map rows, x @ W. Projections that read the same input
-    are one matrix: in a pass of few rows calls cost more than numbers, and this saves three."""
+    are one matrix: in a pass of few rows it is the calls that cost, and this saves three."""
     attn_norm: Tensor           # (D,)
     qkv: Tensor                 # (D, (H + 2G) * hd): queries, keys, values
     out: Tensor                 # (H * hd, D)
@@ -140,9 +139,9 @@ class Layer(NamedTuple):
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
     """x / sqrt(mean(x^2) + eps) in the dtype of eps, float32 or wider; then * weight in that of x.
     eps is a tensor (), since a Python number makes small calls on a CPU take twice as long."""
-    x_wide = x.type(eps.dtype)
+    x_wide = x.type(eps.dtype)                         # as .to, in half the time
     total = x_wide.square().sum(-1, keepdim=True)
-    under_root = torch.add(eps, total, alpha=1 / x.shape[-1])               # mean(x^2) + eps
+    under_root = torch.add(eps, total, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
     return (x_wide * under_root.rsqrt()).type(x.dtype) * weight
 
 
@@ -171,7 +170,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     q = rotated[:, :c.H].reshape(T, c.G, R, c.hd).transpose(0, 1)           # (G, T, R, hd)
     q = q.reshape(c.G, T * R, c.hd)
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
-    # bias + q.k / sqrt(hd)
+    # bias + q.k / sqrt(hd); the bias (T, 1, W) is that of all heads
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
     weight = score.softmax(-1, dtype=wide).type(x.dtype)
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
@@ -205,7 +204,8 @@ class Llama:
         self.lm_head = head                            # (V, D)
         self.device = embed.device
         self.dtype = embed.dtype
-        wide = torch.promote_types(self.dtype, torch.float32)       # of norms, softmax, logits
+        # Its dtype is also that of the inside of norms and softmax, and of the logits.
+        wide = torch.promote_types(self.dtype, torch.float32)
         self.eps = torch.tensor(cfg.eps, device=self.device, dtype=wide)
         self.block = decoder_layer                     # gpu/ may put another in its place
 
@@ -242,7 +242,7 @@ class Llama:
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
         on a GPU, else float32). part(name, tensor) is what to keep of a tensor: all, or one GPU's
-        share. Raises ModelError."""
+        share (gpu/ranks.py, which has layers of its own). Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -306,31 +306,34 @@ def read_config(folder: str | Path) -> Config:
     """Read `folder`/config.json, of Transformers 4 or 5. What is not implemented is refused by
     name: a setting silently ignored gives a model silently wrong. Raises ModelError."""
     path = Path(folder) / "config.json"
-    c = {key: v for key, v in read_json(path).items() if v is not None}     # null is "not given"
+    given = {key: v for key, v in read_json(path).items() if v is not None}     # null: not given
     # Transformers 4 has rope_theta beside rope_scaling, 5 has all in rope_parameters. To read the
-    # old spelling alone would give a new file theta 10000. What is no object is refused below.
+    # old spelling alone would give a new file theta 10000.
     for name in ("rope_scaling", "rope_parameters"):
-        rope = c.get(name, {})
-        c.update(rope if isinstance(rope, dict) else {"rope_type": rope})
-    # Older files say "type". A factor without either stretches in an unknown way: refused below.
-    unnamed = "unnamed" if "factor" in c else "default"
-    c.setdefault("rope_type", c.get("type", unnamed))
-    supported = dict(                                  # of a key that is given: these values
+        rope = given.get(name, {})
+        if not isinstance(rope, dict):
+            raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
+        given.update(rope)
+    # Older files say "type". A factor without either stretches in a way that is not known.
+    unnamed = "unnamed" if "factor" in given else "default"
+    given.setdefault("rope_type", given.get("type", unnamed))
+    supported = dict(                                  # a key may be missing; []: it must be
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
         rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
     for key, values in supported.items():
-        if key in c and c[key] not in values:
-            raise ModelError(f"{path}: {key} = {c[key]!r} is not supported (LLaMA-3 only)")
+        if key in given and given[key] not in values:
+            raise ModelError(f"{path}: {key} = {given[key]!r} is not supported (LLaMA-3 only)")
 
     def number(key: str, default: float | None = None, kind: type = int) -> Any:
-        value = c.get(key, default)                # JSON's true is no number
+        value = given.get(key, default)
+        # JSON's true, in Python an int, is no number.
         if type(value) not in (int, float) or not 0 < value < 1e15 or kind(value) != value:
             raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
         return kind(value)
 
     scaling = None
-    if c["rope_type"] == "llama3":
+    if given["rope_type"] == "llama3":
         scaling = (number("factor", kind=float), number("low_freq_factor", kind=float),
                    number("high_freq_factor", kind=float),
                    number("original_max_position_embeddings"))
@@ -340,7 +343,7 @@ def read_config(folder: str | Path) -> Config:
                  hd=number("head_dim", D // H), ffn=number("intermediate_size"),
                  V=number("vocab_size"), eps=number("rms_norm_eps", 1e-6, float),
                  context=number("max_position_embeddings", 2048),
-                 tied=c.get("tie_word_embeddings", False),
+                 tied=given.get("tie_word_embeddings", False),
                  theta=number("rope_theta", 1e4, float), scaling=scaling)
     if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
         raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
@@ -364,7 +367,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     The files are mapped into memory: they are read where a tensor is used. Raises ModelError."""
     files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    home = {}                                          # tensor: the shard in which it counts
+    home = {}                                          # of a tensor: its shard, as the index says
     if index.exists() and not (folder / files[0]).exists():
         home = read_json(index).get("weight_map", {})
         if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
@@ -377,7 +380,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # Checkpoints from before 2024 carry the rotary frequencies; config.json implies them.
+            # A tensor may lie in another shard too, where it does not count. Old checkpoints carry
+            # the rotary frequencies, which config.json implies.
             if home.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found

@@ -4,23 +4,23 @@ what comes out of the right sampler and of three wrong ones.
 Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with
 probability q(d); the full model would have said p(d).
 
-    min(1, p/q)            accept with this probability. Drafting and accepting together give a
-                           token q * min(1, p/q) = min(p, q) of its probability
-    norm(max(0, p - q))    draw from this after a rejection. Rejections are as likely as the sum of
-                           max(0, p - q), so they give the token the rest, max(0, p - q)
+    min(1, p/q)            accept with this probability. So a token is drafted *and* accepted with
+                           probability q * min(1, p/q) = min(p, q); it still lacks max(0, p - q)
+    norm(max(0, p - q))    draw from this after a rejection. That happens with probability
+                           sum(max(0, p - q)), so every token gets just what it lacked
 
 Together that is p, whatever q was: a bad draft costs time, never truth. Three things must hold:
 
     - one function (`probabilities`) turns logits into p and into q;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, for what it is or for what came after it, makes it too rare;
+      harmless. To drop one unjudged, because it or a later one is doubtful, makes it too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
-    L, D       layers of the model; width of its states h[0..L]
+    L, D       layers of the model; width of its states h[0..L] (not the table of dp_layer_skip)
     own        the token that the full model adds after the accepted ones: a correction or a bonus
     probe      the token whose states choose the layers: the last accepted one or, if none was, the
                one before the draft. (`own` has not been read yet.)
@@ -47,13 +47,13 @@ NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses: five make the distribution of texts, the others the speed alone."""
+    """What a user chooses: the first five decide the distribution, the others only the speed."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 0                  # 0 is plain decoding. This and what follows is for Paper
+    K: int = 0                  # 0 is plain decoding. These four are Paper's alone
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
     interval: int = 16          # verifications from one layer optimisation to the next
@@ -66,7 +66,7 @@ class Settings:
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
     """The one way from logits to the distribution that is sampled: top-k, temperature, top-p, in
     float64, where no temperature overflows. Greedy is one-hot and needs no rule of its own. All
-    that tie with the k-th logit are kept; at the edge of top_p the smaller ids come first."""
+    that tie with the k-th logit are kept; of equals at the edge of top_p, the smaller ids."""
     logits = logits.double()
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -98,7 +98,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:                               # (.
 
 class Chance:
     """A seeded generator, on the host: a seed means the same uniforms on every device. A round
-    takes one for each drafted token, then one for the verdict on each, then one for the own."""
+    takes one for each drafted token, then one for the verdict on each, then one for `own`."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -127,15 +127,15 @@ class Chance:
 
 
 def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tuple[Tensor, Tensor]:
-    """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i is the full model's distribution at the
-    place of drafted[i], the last row that after them all; q: k times (V,). -> how many are
-    accepted, from the first on, and the full model's own token after them; both (1,), on p's
-    device. A GPU is not waited for here, but where the two are read."""
+    """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i < k is the full model's distribution at
+    the place of drafted[i], row k that of the place after them all; q: k times (V,). -> how many
+    are accepted, from the first on, and the full model's own token after them; both (1,), on p's
+    device. Nothing here waits for a GPU; who reads the two does."""
     if not drafted:                                    # plain decoding, and the prefill
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
     token = torch.tensor(drafted).to(p.device, non_blocking=True)
-    # After the draft q is 0, for nothing is drafted there: all of p is owed.
+    # In row k q is 0, for nothing was drafted there: all of p is owed.
     q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
     accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
     own = chance.draw(residual(p[accepted], q_rows[accepted])[0])
@@ -145,15 +145,15 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tup
 class Paper:
     """The policy of the paper: fixed numbers. Another may take its place (policy/). It is asked
 
-        slots      once: how many slots of the cache, those after the text, may `optimise` write?
-        skip       in each round: which layers does the draft leave out?
-        goes_on    before each token: shall one more be drafted?
-        judged     after the verify, also that of the prefill: this came of them
-        due        after that, unless the text is done: are layers to be chosen?
-        optimise   if they are: set `skip` anew
+        slots         once: how many slots of the cache, after the text, may `optimise` write?
+        skip          in each round: which layers does the draft leave out?
+        goes_on()     before each token: shall one more be drafted?
+        judged()      after each verify, the prefill included: here is what it said
+        due()         after that, unless the text is done: are layers to be chosen?
+        optimise()    if they are: set `skip` anew
 
-    Each method may change the policy. But it says how many tokens are drafted and by which layers,
-    never what becomes of one, so it cannot change the distribution."""
+    Each method may change the policy's state. But a policy decides only how many tokens are drafted
+    and by which layers, never what becomes of one. So it cannot change the distribution."""
 
     def __init__(self, s: Settings, L: int) -> None:
         assert s.M <= L, f"{s.M} of {L} layers cannot be left out"
@@ -219,7 +219,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        most = min(end - start, CHUNK) - 1 if n > 0 else 0     # own needs a place; verify is 1 pass
+        most = 0 if n == 0 else min(end - start, CHUNK) - 1     # own needs a place, and a row
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
         k = len(drafted)
         drafting = _clock(model)
@@ -232,8 +232,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, sound = torch.cat((*verdict, finite)).tolist()       # waits for a GPU
-        if not sound:
+        accepted, own, all_finite = torch.cat((*verdict, finite)).tolist()  # waits for a GPU
+        if not all_finite:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]

@@ -129,7 +129,7 @@ BROKEN = [              # what harms the folder, what is said; None: it is no ha
     (configure(rope_scaling=dict(type="linear", factor=2.0)), "rope_type = 'linear'"),
     (configure(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_type = 'yarn'"),
     (configure(rope_scaling=dict(factor=8.0)), "rope_type = 'unnamed'"),
-    (configure(rope_scaling="yarn"), "rope_type = 'yarn'"),
+    (configure(rope_scaling="yarn"), "rope_scaling = 'yarn'"),
     (configure(rope_scaling=dict(rope_type="llama3", factor=8)), "low_freq_factor is None"),
     (configure(**{**AS_4, "rope_scaling": dict(SCALED, high_freq_factor=1.0)}), "do not fit"),
     (configure(rope_parameters=dict(AS_5["rope_parameters"], partial_rotary_factor=0.5)),

@@ -123,8 +123,8 @@ def calling(how):
 
 DYNAMIC_PROGRAM = {
     "the worse choice wins": recurrence(
-        "j == 0 or run > skip", "j == 0 or j < i and not run > skip"),
-    "ties are run": recurrence("run > skip", "run >= skip"),
+        "j == 0 or near_run > near_skip", "j == 0 or j < i and not near_run > near_skip"),
+    "ties are run": recurrence("near_run > near_skip", "near_run >= near_skip"),
     "the target is always h[L]": recurrence(", h[i]).item()", ", h[L]).item()"),
     "cell (i,i) does not know it skipped": recurrence(
         "else g[i - 1, j - 1]", "else g[i - 1, j - 1]\n            skipped[i][j] &= j < i"),
@@ -133,7 +133,7 @@ DYNAMIC_PROGRAM = {
     "the losing state is kept": recurrence(
         "after[0] if run_wins else", "after[0] if run_wins != (0 < j < i) else"),
     "a row at a time runs what is no number": edit(
-        dp_layer_skip, "table", ("run > skip", "~(run <= skip)")),
+        dp_layer_skip, "table", ("near_run > near_skip", "~(near_run <= near_skip)")),
     "the way back reads one row early": edit(
         dp_layer_skip.Choice, "skip", ("self.skipped[i][j]", "self.skipped[i - 1][j]")),
     "the cosine is as wide as the states": edit(
@@ -234,7 +234,8 @@ SAMPLER_AND_LOOP = {
     "a stop in a draft is told twice": edit(
         report, "fates", ("own=r.emitted[r.accepted:]", "own=r.emitted[-1:]")),
     "infinite logits are numbers": loop(("logits.isfinite()", "~logits.isnan()")),
-    "only the prompt's logits are looked at": loop(("if not sound", "if n == 0 and not sound")),
+    "only the prompt's logits are looked at": loop(
+        ("if not all_finite", "if n == 0 and not all_finite")),
     "layers are optimised a round late": edit(
         Paper, "due", ("n % self.s.interval == 0", "n % self.s.interval == 1")),
     "the probe is the last drafted token": loop(("x[accepted] for", "x[-1] for")),
@@ -258,10 +259,10 @@ def candidates(right, wrong):
 
 LLAMA = {
     "candidates see one another": candidates(
-        "slot == slots[:, None]", "slot > 0 * slots[:, None] + t"),
+        "every == slots[:, None]", "every > 0 * slots[:, None] + t"),
     "one position too far": candidates("full_like(slots, t)", "full_like(slots, t + 1)"),
-    "the token's own entry is seen": candidates("slot < t", "slot <= t"),
-    "scratch begins at the probe": candidates("slot[t + 1:]", "slot[t:-1]"),
+    "the token's own entry is seen": candidates("every < t", "every <= t"),
+    "scratch begins at the probe": candidates("every[t + 1:]", "every[t:-1]"),
     "the interleaved rotary layout": put(llama, "rotate", interleaved),
     "decoding one position late": edit(
         Cache, "sequence",
