@@ -283,7 +283,7 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         # In float32 on a CPU this order is read faster when it is copied, elsewhere not.
         return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
 
-    def layer(at: str) -> Layer:
+    def layer_weights(at: str) -> Layer:
         heads = c.H * c.hd
         kv = c.G * c.hd
         return Layer(attn_norm=take(f"{at}.input_layernorm", c.D),
@@ -294,7 +294,7 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
                      down=matrix(f"{at}.mlp", c.ffn, down=c.D))
 
     embed = take("model.embed_tokens", c.V, c.D)
-    layers = [layer(f"model.layers.{i}") for i in range(c.L)]
+    layers = [layer_weights(f"model.layers.{i}") for i in range(c.L)]
     norm = take("model.norm", c.D)
     head = embed if c.tied else take("lm_head", c.V, c.D)
     if unused:
