@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from typing import Any  # noqa: E402
 
-from command.cli import Parser, UsageError, answer, number  # noqa: E402
+from command.cli import Parser, UsageError, answered, number  # noqa: E402
 from command.flags import DEMO, DTYPES  # noqa: E402
 from dp_layer_skip import Choice  # noqa: E402
 from llama import Llama, ModelError, Tensor, read_config, torch  # noqa: E402
@@ -112,7 +112,7 @@ class Check:
         self.surprises: list[tuple[float, float]] = []
 
     def depart(self, rule: str, field: str, theirs: Any, ours: Any, slack: float = 0.0,
-               note: str = "", final: bool = False, hint: str = "") -> None:
+               note: str = "", hint: str = "") -> None:
         """A departure: the end of the check, if how the trace goes on is not known. `hint`: where
         to look, if the place itself tells."""
         step = f", step {self.step}" if self.step is not None else ""
@@ -122,7 +122,7 @@ class Check:
         kind = self.lines.now.get("kind", self.lines.event)
         self.departures.append(Departure(rule, field, self.lines.number, self.round, self.step,
                                          kind, said, hint))
-        if final or rule not in NUMERIC:
+        if rule not in NUMERIC:
             raise Ended(DEPARTED)
 
     def equal(self, rule: str, field: str, theirs: Any, ours: Any, **more: Any) -> None:
@@ -149,7 +149,17 @@ class Check:
             self.equal("order", name, self.lines.now.get(name), ours)
         return self.lines.now
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """-> 0, or why the check could not go on to the trace's end."""
+        status = 0
+        try:
+            self.check_rounds()
+        except Ended as e:
+            status = e.args[0]
+        self.check_whole()
+        return status
+
+    def check_rounds(self) -> None:
         for name, value in asdict(self.model.cfg).items():
             theirs = self.header["config"][name]
             if not alike(value, theirs, least=0.0):    # a program may keep it in float32
@@ -386,16 +396,15 @@ class Check:
         """Keep a table's choices, if it has all; -> its M."""
         L = self.model.cfg.L
         M = min(line["M"], L) if self.M is None else self.M
-        self.equal("table", "M", line["M"], M, final=True)
+        self.equal("shape", "M", line["M"], M)
         shape = [min(i, M) + 1 for i in range(L + 1)]
         for name in ("D", "skipped"):
-            self.equal("table", f"entries per line of {name}", [len(x) for x in line[name]], shape,
-                       final=True)
+            self.equal("shape", f"entries per line of {name}", [len(x) for x in line[name]], shape)
         for i, row in enumerate(line["skipped"]):
             for j, bit in enumerate(row):
                 ways = "0" if j == 0 else "1" if j == i else "01"       # nothing, or all skipped
                 if bit not in ways:
-                    self.depart("choice", f"skipped[{i}][{j}]", bit, ways, final=True)
+                    self.depart("shape", f"skipped[{i}][{j}]", bit, ways)
         skipped = [[bit == "1" for bit in row] for row in line["skipped"]]
         self.table = Choice(line["D"], skipped, torch.empty(0))
         return M
@@ -475,36 +484,24 @@ def prepare(lines: Lines, a: argparse.Namespace) -> Check:
     dtype = a.dtype or h["dtype"]
     X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])
     T = said["temperature"]
-    ours = trace.fingerprint(a.model)
-    differ = [name for name in ours if h["model"].get(name) != ours[name]]
     for wrong, what in (
             ((said["M"] or 0) > cfg.L, f"M is {said['M']}; the model has {cfg.L} layers"),
             (not prompt or max(prompt) >= cfg.V, f"prompt_ids: one or more below {cfg.V} wanted"),
             (len(prompt) + said["N"] > cfg.context, f"{len(prompt)} prompt tokens and N = "
              f"{said['N']} exceed the model's context of {cfg.context}"),
             (0 < T < 2 * X, f"at temperature {T} a tolerance of {X:g} is one of {X / (T or 1):g}, "
-             "which checks nothing; trace at 0, or in float64"),
-            (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
-             f"SHA-256 of {', '.join(differ)}")):
+             "which checks nothing; trace at 0, or in float64")):
         if wrong:
             raise UsageError(f"line 1: {what}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
-    return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X, a.rounds)
-
-
-@torch.inference_mode()
-def check_file(a: argparse.Namespace) -> tuple[int, str]:
-    """-> exit status and report."""
-    with open(a.file, "rb") as file:
-        check = prepare(Lines(file), a)
-        status = 0
-        try:
-            check.run()
-        except Ended as e:
-            status = e.args[0]
-    check.check_whole()
-    return DEPARTED if check.departures else status, check.report(status)
+    model = Llama.load(a.model, a.device, DTYPES[dtype])
+    ours = trace.fingerprint(a.model)
+    if h["model"] != ours:
+        differ = [name for name in ours if h["model"].get(name) != ours[name]]
+        raise UsageError(f"line 1: a trace of another model than {a.model}, which --model names: "
+                         f"SHA-256 of {', '.join(differ)}")
+    return Check(lines, model, X, a.rounds)
 
 
 def add_model(p: Parser) -> None:
@@ -515,30 +512,32 @@ def add_model(p: Parser) -> None:
     p.add_argument("--device", choices=devices, default="cpu", help="(cpu)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
-                   "against this implementation (oracle/TRACE.md).")
-        p.add_argument("file", metavar="FILE")
-        add_model(p)
-        p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
-                       type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
-        p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
-        p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
-                       help="check these alone; the text before them is read in one pass",
-                       type=number(lambda text: tuple(map(int, text.split("-"))),
-                                   "two rounds such as 10-20",
-                                   lambda v: len(v) == 2 and 0 <= v[0] <= v[1]))
-        a = p.parse_args(argv)
-        try:
-            status, said = check_file(a)
-        except (UsageError, ModelError) as e:
-            raise UsageError(f"{a.file}: {e}") from None
-        except OSError as e:                           # 1 is a departure, and this is none
-            raise UsageError(f"{e.filename}: {e.strerror}") from None
-        print(f"{a.file}: {said}")
-        return status
-    return answer(work)
+@answered
+@torch.inference_mode()
+def main(argv: Sequence[str] | None) -> int:
+    p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
+               "against this implementation (oracle/TRACE.md).")
+    p.add_argument("file", metavar="FILE")
+    add_model(p)
+    p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
+                   type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
+    p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
+    p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
+                   help="check these alone; the text before them is read in one pass",
+                   type=number(lambda text: tuple(map(int, text.split("-"))),
+                               "two rounds such as 10-20",
+                               lambda v: len(v) == 2 and 0 <= v[0] <= v[1]))
+    a = p.parse_args(argv)
+    try:
+        with open(a.file, "rb") as file:
+            check = prepare(Lines(file), a)
+            status = check.run()
+    except (UsageError, ModelError) as e:
+        raise UsageError(f"{a.file}: {e}") from None
+    except OSError as e:                               # 1 is a departure, and this is none
+        raise UsageError(f"{e.filename}: {e.strerror}") from None
+    print(f"{a.file}: {check.report(status)}")
+    return DEPARTED if check.departures else status
 
 
 if __name__ == "__main__":

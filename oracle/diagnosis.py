@@ -30,6 +30,8 @@ RULES = dict(
     interval=("the loop", "a table after round 0 and every interval rounds, if K, M > 0 and the "
               "text goes on"),
     probe=("the loop", "the probe is the last position read whose prediction was emitted"),
+    shape=("the table", "cells (i, j) are those with j <= min(i, M); where none is run or none is "
+           "skipped there is no choice"),
     column=("the candidates", "D[i][0] is about 1: this candidate sees what the verify saw"),
     table=("the table", "D[i][j] is how near h[i] the state of the cell is"),
     choice=("the table", "a cell has the nearer of its two states; on a tie the layer is skipped"),

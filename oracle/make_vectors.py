@@ -29,14 +29,13 @@ MEAN = "def mean(values):\n"
 CLASS = "class Stack:\n"
 SHORT = [3, 41, 7, 19, 5, 66, 0, 12, 41, 3, 79, 8]
 LONG = [(7 * n * n + 3 * n) % 80 for n in range(100)]
-LIVELY = Settings(N=24, K=4, M=24, exit_threshold=0.15, interval=2)
+LIVELY = Settings(N=24, K=3, M=22, exit_threshold=0.1, interval=2, temperature=1.0)
 HOT = Settings(N=20, K=6, M=16, exit_threshold=0.3, interval=32, temperature=1.0)
 NUCLEUS = replace(HOT, temperature=0.8, top_k=50, top_p=0.9)
 TINY = Settings(N=30, K=4, M=2, interval=2, temperature=0.2)
 
 VECTORS: dict[str, tuple[str | list[int], Settings, int]] = {     # name: prompt, settings, seed
-    "greedy": (CLASS, LIVELY, 0),
-    "temperature": (MEAN, replace(LIVELY, temperature=1.0, M=22, K=3, exit_threshold=0.1), 1),
+    "temperature": (MEAN, LIVELY, 1),
     "top-p": (MEAN, NUCLEUS, 9),
     "full-draft": (MEAN, replace(HOT, M=0), 2),
     "plain": (MEAN, replace(HOT, K=0), 0),
@@ -48,7 +47,6 @@ VECTORS: dict[str, tuple[str | list[int], Settings, int]] = {     # name: prompt
     "tiny-temperature": (SHORT, TINY, 0),
     "tiny-probe": (SHORT, replace(TINY, N=20), 0),
     "tiny-stops": (LONG, replace(TINY, N=60, stop_ids=(61, 9)), 22),
-    "tiny-top-p": (SHORT, replace(TINY, top_k=20, top_p=0.9), 0),
 }
 PROBE = {"tiny-probe": 3, "tiny-stops": 4}             # tokens of the probe, else 1
 ZERO = {"zero-verdict": 28, "zero-draw": 5}            # which uniform number is a 0

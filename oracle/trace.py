@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from command.cli import UsageError
 from command.flags import VERSION as PROGRAM_VERSION
 from dp_layer_skip import Choice
-from llama import Tensor, torch
+from llama import Tensor, read_json, torch
 from speculative import Chance, Round, Settings, generate
 
 VERSION = 5                  # of the format
@@ -155,14 +155,19 @@ def about(folder: str | Path) -> dict[str, dict[str, str]]:
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
-    """name -> SHA-256 (hex) of every file that determines the model's numbers."""
+    """name -> SHA-256 (hex) of every file that determines the numbers of a model which has been
+    loaded: llama.tensors reads model.safetensors or, without one, the shards of the index."""
+    names = ["model.safetensors"]
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists() and not Path(folder, names[0]).exists():
+        names = [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
     out = {}
-    for path in [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors*"))]:
+    for name in ["config.json", *names]:
         digest = hashlib.sha256()
-        with open(path, "rb") as f:
+        with open(Path(folder, name), "rb") as f:
             while part := f.read(1 << 20):
                 digest.update(part)
-        out[path.name] = digest.hexdigest()
+        out[name] = digest.hexdigest()
     return out
 
 

@@ -12,9 +12,7 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from oracle.sampler.law import CASES, RIGHT, Law, apart, law, rounds, target
@@ -103,14 +101,16 @@ def hashed(text: Any) -> Any:
 
 
 def counted(request: dict, answer: dict) -> Counter:
-    """How often each text came."""
-    try:
-        texts = Counter(map(hashed, answer["texts"]))
-    except (KeyError, TypeError, ValueError):
-        texts = Counter()
-    if texts.total() != TEXTS:
-        raise Refused(f"{request['case']}: \"texts\" should be a list of {TEXTS} lists of tokens")
-    return texts
+    """How often each text came: a list of texts, or counts by text, in JSON as a string."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        if "counts" in answer:
+            texts = {hashed(json.loads(text)): n for text, n in answer["counts"].items()}
+            if all(type(n) is int and n >= 0 for n in texts.values()):
+                return Counter(texts)
+        elif len(answer["texts"]) == TEXTS:
+            return Counter(map(hashed, answer["texts"]))
+    raise Refused(f"{request['case']}: \"texts\" should be a list of {TEXTS} lists of tokens, or "
+                  "\"counts\" {text: how often}")
 
 
 def average(request: dict, numbers: Any) -> float:
@@ -121,25 +121,23 @@ def average(request: dict, numbers: Any) -> float:
     raise Refused(f"{request['case']}: \"rounds\" should be {TEXTS} numbers")
 
 
-def remark(case: str, counts: Counter) -> str:
-    """On texts that are wrong: what leaps to the eye."""
-    if len(counts) == 1:
-        return "; all texts are the same: is the generator seeded anew for each?"
+def wrong_in(case: str, counts: Counter) -> str:
+    """The fault of one case, and what leaps to the eye."""
+    fault = fault_in({case: counts})
     impossible = [text for text in counts if text not in laws(case)["right"]]
-    return f"; {json.dumps(impossible[0])} cannot be" if impossible else ""
+    if fault and len(counts) == 1:
+        fault += "; all texts are the same: is the generator seeded anew for each?"
+    elif impossible:                                   # so there is a fault
+        fault += f"; {json.dumps(impossible[0])} cannot be"
+    return fault
 
 
-def verdicts(seen: Seen) -> Iterator[Verdict]:
-    """On each case, and on all together."""
-    for case, counts in seen.items():
-        fault = fault_in({case: counts})
-        yield "WRONG" if fault else "ok", case, fault and fault + remark(case, counts)
+def all_together(seen: Seen) -> Verdict:
     fault = fault_in(seen)
     few = min((counts.total() for counts in seen.values()), default=0)
     if not fault and few < TEXTS:
-        yield "ok", "all together", f"but in {few} texts a fault may be missed; {TEXTS} are wanted"
-    else:
-        yield "WRONG" if fault else "ok", "all together", fault
+        return "ok", "all together", f"but in {few} texts a fault may be missed; {TEXTS} are wanted"
+    return "WRONG" if fault else "ok", "all together", fault
 
 
 def speed(taken: dict[str, float]) -> str:
@@ -149,19 +147,3 @@ def speed(taken: dict[str, float]) -> str:
     others = [f"{name} {mean({case: rounds(sampler, CASES[case]).total() for case in taken})}"
               for name, sampler in RIGHT.items()]
     return f"{mean(taken)}; {', '.join(others)}"
-
-
-def read_counts(path: str) -> Seen:
-    """Texts that were counted elsewhere, {case: {text: how often}}, a text in JSON as a string."""
-    try:
-        file = json.loads(Path(path).read_text(encoding="utf-8"))
-        seen = {case: Counter({hashed(json.loads(text)): n for text, n in counts.items()})
-                for case, counts in file.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise Refused(f"{path}: {e}; {{case: {{text: how often}}}} is wanted") from None
-    unknown = seen.keys() - CASES.keys()
-    numbers = [n for counts in seen.values() for n in counts.values()]
-    if unknown or not all(type(n) is int and n >= 0 for n in numbers):
-        raise Refused(f"{path}: {', '.join(unknown) or 'a count'} is none; cases are "
-                      f"{', '.join(CASES)}")
-    return seen
