@@ -145,17 +145,22 @@ def about(level: int, path: Path, folder: Path, **fields: Any) -> dict:
                 out=str(folder / path.name), **fields)
 
 
-def forward(ask: Ask, folder: Path) -> Iterator[Verdict]:
-    """Level 3: passes over a prompt, dumped."""
+def passes(folder: Path) -> list[dict]:
+    """Those that are dumped."""
     from llama import safe_open
-    from oracle import dumps
     requests = []
     for path in sorted((HERE / "vectors").glob("*.safetensors")):
         with safe_open(path, framework="pt") as f:
             skip = json.loads(f.metadata()["clasp-forward"])["skip"]
             ids = f.get_tensor("prompt_ids").tolist()
         requests.append(about(3, path, folder, prompt_ids=ids, skip=skip))
-    return judged(ask, requests, lambda request, answer: quiet(
+    return requests
+
+
+def forward(ask: Ask, folder: Path) -> Iterator[Verdict]:
+    """Level 3: passes over a prompt, dumped."""
+    from oracle import dumps
+    return judged(ask, passes(folder), lambda request, answer: quiet(
         dumps.main, str(HERE / "vectors" / request["case"]), "--against", request["out"]))
 
 
@@ -166,6 +171,7 @@ def read(path: str | Path) -> list[dict]:
 
 
 def runs(folder: Path) -> list[dict]:
+    """Those that are traced."""
     requests = []
     for path in sorted((HERE / "vectors").glob("*.jsonl")):
         header, *events = read(path)

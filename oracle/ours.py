@@ -74,12 +74,12 @@ def dump(request: dict) -> dict:
     return {}
 
 
-def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int, r: int = 1,
+def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int | None, r: int = 1,
            chance: Recording | None = None, dtype: torch.dtype = torch.float64) -> list[dict]:
     """The lines of a trace by the paper's numbers, without times."""
     model = Llama.load(folder, dtype=dtype)
     policy = PaperByProbe(s, model.cfg.L, r) if r > 1 else Paper(s, model.cfg.L)
-    said = dict(r=r, seed=None if chance else seed)
+    said = dict(r=r, seed=seed)
     chance = chance or Recording(Chance(seed).uniform)
     text = io.StringIO()
     for _ in write_trace(text, model, prompt, s, chance, choose_skip, policy, about(folder), said):
