@@ -37,7 +37,7 @@ from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
 from oracle.conformance import alike  # noqa: E402
 from oracle.diagnosis import RULES, Departure  # noqa: E402
-from oracle.trace import Lines, indices, short  # noqa: E402
+from oracle.trace import indices, lines_of, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Settings, read  # noqa: E402
 
@@ -78,11 +78,14 @@ def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], T
 class Check:
     """This implementation, led along the trace. Its names are those of speculative.generate."""
 
-    def __init__(self, lines: Lines, model: Llama, X: float,
+    def __init__(self, lines: list[dict], model: Llama, X: float,
                  rounds: tuple[float, float] = (0, math.inf)) -> None:
-        self.header = lines.now
+        self.header, *rest = lines
         said = self.header["settings"]
-        self.lines = lines
+        self.lines = iter(rest)
+        self.number = 1                                # of the line looked at
+        self.now = self.header                         # ... which is {} behind the last,
+        self.event = "header"                          # ... and of this kind, or ""
         self.model = model
         self.rounds = rounds                           # those to check
         self.s = Settings(said["temperature"], said["top_k"], said["top_p"], said["N"],
@@ -117,10 +120,10 @@ class Check:
         to look, if the place itself tells."""
         step = f", step {self.step}" if self.step is not None else ""
         notes = "; ".join(filter(None, (f"tolerance {slack:.3g}" if slack else "", note)))
-        said = (f"line {self.lines.number}, round {self.round}{step}: {field}: "
+        said = (f"line {self.number}, round {self.round}{step}: {field}: "
                 f"trace {short(theirs)}, ours {short(ours)}" + (f" ({notes})" if notes else ""))
-        kind = self.lines.now.get("kind", self.lines.event)
-        self.departures.append(Departure(rule, field, self.lines.number, self.round, self.step,
+        kind = self.now.get("kind", self.event)
+        self.departures.append(Departure(rule, field, self.number, self.round, self.step,
                                          kind, said, hint))
         if rule not in NUMERIC:
             raise Ended(DEPARTED)
@@ -141,13 +144,19 @@ class Check:
         if not abs(theirs - ours) <= slack:
             self.depart(rule, field, theirs, ours, slack, **more)
 
+    def advance(self) -> None:
+        """Look at the next line."""
+        self.number += 1
+        self.now = next(self.lines, {})
+        self.event = self.now.get("event", "")
+
     def take(self, event: str, **want: Any) -> dict:
         """The line looked at, which must be of this kind and hold this."""
-        if not self.lines.now:
+        if not self.now:
             raise Ended(INCOMPLETE)
         for name, ours in dict(event=event, **want).items():
-            self.equal("order", name, self.lines.now.get(name), ours)
-        return self.lines.now
+            self.equal("order", name, self.now.get(name), ours)
+        return self.now
 
     def run(self) -> int:
         """-> 0, or why the check could not go on to the trace's end."""
@@ -164,7 +173,7 @@ class Check:
             theirs = self.header["config"][name]
             if not alike(value, theirs, least=0.0):    # a program may keep it in float32
                 self.depart("header", f"config.{name}", theirs, value)
-        self.lines.advance()
+        self.advance()
         first, last = self.rounds
         if first > 0:
             self.pass_over(first)
@@ -177,19 +186,19 @@ class Check:
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
         self.equal("end", "emitted", line["emitted"], len(self.text) - self.start)
-        self.lines.advance()
-        self.equal("end", "event", self.lines.event, "")
+        self.advance()
+        self.equal("end", "event", self.event, "")
 
     def pass_over(self, first: int) -> None:
         """Take text and sets of the rounds before `first` as they stand, in one pass."""
-        while self.lines.now and self.lines.now.get("round", first) < first:
-            if self.lines.event == "emit":
-                self.text += self.lines.now["tokens"]
-            if self.lines.event == "optimise":
-                self.check_shape(self.lines.now)
-            self.lines.advance()
-        if self.lines.event != "round" or len(self.text) >= self.end:
-            raise UsageError(f"line {self.lines.number}: no round {first} follows")
+        while self.now and self.now.get("round", first) < first:
+            if self.event == "emit":
+                self.text += self.now["tokens"]
+            if self.event == "optimise":
+                self.check_shape(self.now)
+            self.advance()
+        if self.event != "round" or len(self.text) >= self.end:
+            raise UsageError(f"line {self.number}: no round {first} follows")
         self.cached = len(self.text) - 1
         read(self.model, self.text[:-1], 0, self.cache)
 
@@ -205,16 +214,16 @@ class Check:
         own = self.check_own(drafts, accepted)
         self.check_emit([*drafted[:accepted], own])
         self.check_table(h[:, accepted])
-        if self.lines.event == "times":
+        if self.event == "times":
             self.take("times", round=self.round)
-            self.lines.advance()
+            self.advance()
 
     def check_begin(self) -> None:
         self.begin = self.take("round", round=self.round)
         self.equal("start", "start", self.begin["start"], len(self.text))
         skip = self.begin["skip"]
         self.equal("skip", "skip", skip, self.set_of(len(skip) if self.M is None else self.M))
-        self.lines.advance()
+        self.advance()
 
     def set_of(self, j: int) -> list[int]:
         """The set for budget j by the last table."""
@@ -241,7 +250,7 @@ class Check:
                 self.surprises.append(diagnosis.surprise(q, line["token"]))
             drafts.append(line)
             self.draft_logits.append(logits)
-            self.lines.advance()
+            self.advance()
         self.step = None
         return drafts
 
@@ -260,18 +269,18 @@ class Check:
         reasons = [name for name, so in ends.items() if so is not False]
         note = (f"{k} of at most {left if self.K is None else min(self.K, left)} drafted, "
                 f"confidence {last['confidence']:.3g}, threshold {self.threshold}")
-        event = self.lines.event
+        event = self.event
         if event == "draft":
             if True in ends.values():
                 self.depart("exit", "event", event, "the end of the draft", note=note)
             return True
-        if not self.lines.now:
+        if not self.now:
             raise Ended(INCOMPLETE)
         if not reasons:
             self.depart("exit", "event", event, "draft", note=note)
         if self.begin["ended"] not in reasons:
             self.step = None
-            self.lines.number -= k + 1                 # the round's line
+            self.number -= k + 1                 # the round's line
             self.depart("exit", "ended", self.begin["ended"], " or ".join(reasons), note=note)
         return False
 
@@ -279,12 +288,12 @@ class Check:
                 ) -> tuple[Tensor, list[Tensor]]:
         """Of the distributions that rounding allows the one whose probability of the token is the
         nearest to what the line says in p or q, and those that are near enough."""
-        line = self.lines.now
+        line = self.now
         token = line["token"]
         options = allowed(logits, self.s, self.X, [token, *about])
         off = [abs(line[field] - each[token].item()) for each in options]
         best = options[off.index(min(off))]
-        rule = "own" if self.lines.event == "own" else field
+        rule = "own" if self.event == "own" else field
         note = ""
         if min(off) > self.slack and (rule == "q" or line.get("kind") in ("plain", "bonus")):
             note = f"ours draws token {drawn_by(best, line['u'])} by this u"
@@ -293,7 +302,7 @@ class Check:
 
     def check_draw(self, options: list[tuple[Tensor, Tensor | None]], slack: float) -> None:
         """The line looked at has drawn its token by its u from one of these (p, q)."""
-        token, u = self.lines.now["token"], self.lines.now["u"]
+        token, u = self.now["token"], self.now["u"]
         self.uniforms.append(u)
         off = min(distance(*each, token, u) for each in options)
         self.met("draw", off)
@@ -323,7 +332,7 @@ class Check:
                 self.last_u = u
                 rejected = not line["accepted"]
                 accepted += not rejected
-            self.lines.advance()
+            self.advance()
         self.step = None
         return accepted
 
@@ -348,7 +357,7 @@ class Check:
         self.close("own", "mass", line["mass"], mass, slack)
         self.check_probability(line)
         self.check_draw(options, slack or self.slack)
-        self.lines.advance()
+        self.advance()
         return line["token"]
 
     def check_probability(self, line: dict) -> None:
@@ -372,10 +381,10 @@ class Check:
         self.cached = len(self.text) - 1
         if stops or len(self.text) == self.end:
             self.reason = "stop" if stops else "length"
-        self.lines.advance()
+        self.advance()
 
     def check_table(self, probe: Tensor) -> None:                           # (L+1, D)
-        event = self.lines.event
+        event = self.event
         due = (self.K != 0 and self.M != 0 and self.round % (self.interval or 1) == 0
                and not self.reason)
         if event != "optimise" and (self.free or not due):
@@ -390,7 +399,7 @@ class Check:
                             self.cache, self.text[:-1], probe, M)
         self.check_cells(list(rows), line)
         self.equal("path", "skip", line["skip"], self.set_of(M))
-        self.lines.advance()
+        self.advance()
 
     def check_shape(self, line: dict) -> int:
         """Keep a table's choices, if it has all; -> its M."""
@@ -455,7 +464,7 @@ class Check:
         if self.rounds != (0, math.inf):
             rounds = f"rounds {self.rounds[0]} to {self.round}"
         if not self.departures and status == INCOMPLETE:
-            return (f"incomplete: no departure in {self.lines.number - 1} lines, and they break "
+            return (f"incomplete: no departure in {self.number - 1} lines, and they break "
                     f"off in round {self.round}")
         if not self.departures:
             seen = [f"{rule} {self.largest[rule]:.1e}" for rule in ("p", "q", "table")]
@@ -470,15 +479,15 @@ class Check:
         right = [rule for rule in checked if not departed[rule]]
         if counts:
             said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
-        if status == DEPARTED and self.lines.number != first.line:
-            said.append(f"it ends in line {self.lines.number}: from there it is not known how the "
+        if status == DEPARTED and self.number != first.line:
+            said.append(f"it ends in line {self.number}: from there it is not known how the "
                         "trace goes on")
         return "\n".join(said)
 
 
-def prepare(lines: Lines, a: argparse.Namespace) -> Check:
+def prepare(lines: list[dict], a: argparse.Namespace) -> Check:
     """The header: is this a trace of the model at hand, of a size it can have?"""
-    h = lines.header()
+    h = lines[0]
     cfg = read_config(a.model)
     prompt, said = h["prompt_ids"], h["settings"]
     dtype = a.dtype or h["dtype"]
@@ -530,7 +539,7 @@ def main(argv: Sequence[str] | None) -> int:
     a = p.parse_args(argv)
     try:
         with open(a.file, "rb") as file:
-            check = prepare(Lines(file), a)
+            check = prepare(lines_of(file), a)
             status = check.run()
     except (UsageError, ModelError) as e:
         raise UsageError(f"{a.file}: {e}") from None
