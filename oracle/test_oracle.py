@@ -178,10 +178,11 @@ def test_what_a_policy_says_must_be_so_and_what_the_settings_name_holds(check, t
     depart from a K, an M, a threshold or an interval that the settings name."""
     lines = traced(f"{OPEN} --interval 4")
     i = find(lines, "round", skip=lambda layers: layers, ended="policy")
-    for rule, field, value in (("skip", "skip", [0, 5]), ("exit", "ended", "N"),
-                               ("exit", "ended", "confidence"), ("exit", "ended", "stop")):
-        said = check(with_line(lines, i, **{field: value}))[1]
-        assert f"line {i + 1}, " in said and f"rule {rule}" in said, said
+    for n, rule, field, value in (
+            (i, "skip", "skip", [0, 5]), (i, "exit", "ended", "N"), (1, "exit", "ended", "policy"),
+            (i, "exit", "ended", "confidence"), (i, "exit", "ended", "stop")):
+        said = check(with_line(lines, n, **{field: value}))[1]
+        assert f"line {n + 1}, " in said and f"rule {rule}" in said, said
     k = max(line.get("step", 0) for line in lines)
     least = min(confidences(lines, "draft"))
     for rule, field, value in (("exit", "K", k), ("exit", "exit_threshold", least + 1e-3),
@@ -319,7 +320,8 @@ def test_what_is_allowed_ends_where_trace_md_says(dtype, X, temperature, check):
 def test_what_a_float32_or_a_greedy_program_writes_and_its_times_are_read(check, lively):
     """Rejects a comparison of eps and theta to the last bit, an alarm for a probability that a
     softmax in float32 gives, the demand that a greedy program draw at all, but a wrong token that
-    u = 0 lets through; and seconds that may be anything, in any round."""
+    u = 0 lets through; "length" where the last token is a stop token; and seconds that may be
+    anything, in any round."""
     config = {k: torch.tensor(v).item() if type(v) is float else v
               for k, v in lively[0]["config"].items()}
     assert config != lively[0]["config"] and check(with_line(lively, 0, config=config))[0] == 0
@@ -328,6 +330,8 @@ def test_what_a_float32_or_a_greedy_program_writes_and_its_times_are_read(check,
     assert check(with_line(greedy, 2, probability=1 + 1e-10, p=1 + 1e-10))[0] == 0
     out = check(with_line(greedy, 2, token=0))[1]
     assert "rule own" in out and f"ours draws token {greedy[2]['token']} by this u" in out
+    stopped = run(TINY, [3], replace(S, N=1, stop_ids=tuple(range(80))), 0)
+    assert stopped[-1]["reason"] == "stop" and check(stopped)[0] == 0
     for fields, status in (dict(), 0), (dict(draft=-1.0), 2), (dict(round=1), 1):
         times = dict(event="times", round=0, draft=0.0, verify=0.1, optimise=0.0) | fields
         assert check([*lively[:5], times, *lively[5:]])[0] == status
@@ -401,15 +405,13 @@ def throwing_away(*how):
     return drafted[:k], q[:k], confidence[:k]
 
 
+def numbers(*how):
+    """A change: of the generator."""
+    return put(ours, "Recording", lambda source: Numbers(source, *how))
+
+
 draw = Chance.draw
 HOT = replace(S, top_k=0, top_p=1.0, N=50, M=5)
-CHANCES = {        # the generator of a lossy program
-    "one number draws and judges": lambda source: Numbers(source, lambda u: u),
-    "a verdict by the mirrored number": lambda source: Numbers(source, lambda u: 1 - u),
-    "a rejected number draws": lambda source: Numbers(source, None, lambda u: u),
-    "a rejected number draws mirrored": lambda source: Numbers(source, None, lambda u: 1 - u),
-    "numbers begin again": lambda source: Recording(
-        itertools.cycle([source() for _ in range(9)]).__next__)}
 PLANTED = {        # a change by name: where the first message must send
     "caches by turn": (edit(Llama, "forward", (
         "self.layer(i, h[i], rows, cache)", "self.block(self.layers[i], h[i], rows, "
@@ -433,7 +435,16 @@ PLANTED = {        # a change by name: where the first message must send
         Chance, "draw", lambda self, p: len(p) - 1 - draw(self, p.flip(0))), "the draw"),
     "the q before": (put(speculative, "judge", lambda p, q, drafted, chance: sp.judge(
         p, [x + 1e-300 for x in (*q[:1], *q[:-1])], drafted, chance)), "the (verdict|residual)"),
-    **{name: (None, "the generator") for name in CHANCES}}
+    "confidence of the filters": (edit(speculative, "draft", (
+        "logits.softmax(-1).amax", "q[-1].amax")), "the confidence"),
+    "the largest for the mass": (edit(trace, "events", (".sum().item() if", ".amax().item() if")),
+                                 "the residual"),
+    "one number draws and judges": (numbers(lambda u: u), "the generator"),
+    "a verdict by the mirrored number": (numbers(lambda u: 1 - u), "the generator"),
+    "a rejected number draws": (numbers(None, lambda u: u), "the generator"),
+    "a rejected number draws mirrored": (numbers(None, lambda u: 1 - u), "the generator"),
+    "numbers begin again": (put(ours, "Recording", lambda source: Numbers(
+        itertools.cycle([source() for _ in range(9)]).__next__)), "the generator")}
 # Of the table of wrong programs: in which part those of a module are.
 PART_OF = {dp_layer_skip: "the table", llama: "the (forward pass|cache|draft|candidates)",
            probe: "the (candidates|table: how near|table: what states)",
@@ -458,17 +469,15 @@ UNSEEN = {
     "a probe longer than the text", "the correction is drawn with the number that rejected"}
 
 
-def first_message(wrong, check):
+def first_message(change, part, check):
     """What the checker says of the trace of a wrong program, on the first of forty prompts on which
-    it says anything. (From 20 on rare tokens come soon.)"""
-    change, _ = PLANTED.get(wrong, (wrong, None))
-    numbers = CHANCES.get(wrong, Recording)
-    for seed in range(20, 60):
+    it says anything. (From 20 on rare tokens come soon; of numbers the first trace shows it.)"""
+    for seed in range(20, 21 if part == "the generator" else 60):
         s = replace(S, N=8, exit_threshold=0.05 * (seed % 2),
                     stop_ids=tuple(range(40, 46 + seed % 9)))
-        with running(*[change] * (wrong not in CHANCES)):
-            lines = run(TINY, [seed, 41, 7], HOT if wrong in CHANCES else s, seed,
-                        (1, 2, 9)[(seed + 1) % 3], numbers(Chance(seed).uniform))
+        with running(change):
+            lines = run(TINY, [seed, 41, 7], HOT if part == "the generator" else s, seed,
+                        (1, 2, 9)[(seed + 1) % 3])
         status, said, err = check(lines)
         assert err == "" and status in (0, 1)
         if status == 1:
@@ -482,7 +491,7 @@ def test_every_wrong_program_is_found_and_most_at_the_right_place(check):
     faults = dict(PLANTED)
     for module, names in WRONG.items():
         faults |= {name: (name, PART_OF[module]) for name in names if name not in UNSEEN}
-    said = {wrong: first_message(wrong, check) for wrong in faults}
+    said = {wrong: first_message(*how, check) for wrong, how in faults.items()}
     missed = [wrong for wrong in faults if said[wrong] is None]
     astray = [(wrong, said[wrong]) for wrong, (_, part) in faults.items()
               if said[wrong] and not re.search(part, said[wrong])]
@@ -722,8 +731,9 @@ def test_a_part_of_a_trace_is_checked_by_itself(check, lively):
         assert got == status and (status == 1 or f"rounds {part[0]} to {part[-1]}; " in out), out
     for part in ("9-2", "x", f"{last + 1}-{last + 2}"):
         assert check(lively, "--rounds", part)[::2][0] == 2
-    cut = [line for line in lively if line["event"] != "emit" or line["round"] > 1]
-    assert check(cut, "--rounds", "2-3")[0] == 1
+    for n, status in ((0, 1), (9, 2)):                 # its text is lost, or longer than N
+        other = [x for x in lively for _ in range(n if x["event"] == "emit" else 1)]
+        assert check(other, "--rounds", "2-3")[0] == status
 
 
 def test_where_two_greedy_texts_part_a_tie_is_told_from_a_bug(tmp_path, capsys, monkeypatch):

@@ -213,7 +213,7 @@ EVENTS: dict[str, dict[str, Any]] = dict(
 def holds(kind: str | tuple, value: Any) -> bool:
     """Is the value of this kind, or one of the words?"""
     if isinstance(kind, tuple):
-        return value in kind and type(value) is type(kind[0])
+        return value in kind
     if kind.endswith("?"):
         return value is None or holds(kind[:-1], value)
     if kind.endswith("s"):
