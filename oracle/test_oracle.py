@@ -113,23 +113,22 @@ def lively():
         find(lines, event, **want) is not None for event, want in situations))
 
 
-class Numbers(Recording):
-    """A verdict's number is made of its draft's, or a correction's of the one that rejected."""
+def numbers(of_draw=None, of_rejected=None):
+    """A change: a verdict's number is made of its draw's, a correction's of the one that rejected."""
+    right = Recording.uniform
 
-    def __init__(self, source, of_draw=None, of_verdict=None):
-        self.made = []
-        self.of_draw = of_draw
-        self.of_verdict = of_verdict
-        super().__init__(lambda: self.made.pop(0) if self.made else source())
-
-    def accept(self, a):
-        k = len(a)
-        if self.of_draw:
-            self.made = list(map(self.of_draw, self.u))
-        accepted = super().accept(a)
-        if self.of_verdict and accepted < k:
-            self.made = [self.of_verdict(self.u[k + int(accepted)])]
-        return accepted
+    def uniform(self):
+        n = len(self.u)
+        k = len(self.a)                                # 0 until all k are drawn
+        rejected = [u for u, a in zip(self.u[k:], self.a) if u >= a]
+        if of_draw and k <= n < 2 * k:
+            self.u.append(of_draw(self.u[n - k]))
+        elif of_rejected and n == 2 * k and rejected:
+            self.u.append(of_rejected(rejected[0]))
+        else:
+            right(self)
+        return self.u[-1]
+    return put(Recording, "uniform", uniform)
 
 
 # ---------------------------------------------------------------- what is right passes
@@ -358,8 +357,8 @@ def test_a_rejection_that_only_rounding_explains_is_no_departure(check):
     token it falls to differs with the precision."""
     other = Chance(1)
     for M, dtype in itertools.product((0, 1), ("float32", "float64")):
-        chance = Numbers(Chance(0).uniform, lambda _: 1 - 1e-12 * other.uniform())
-        lines = run(TINY, [3, 41, 7], replace(LIVELY, M=M), 0, 1, chance, torch.float32)
+        with running(numbers(lambda _: 1 - 1e-12 * other.uniform())):
+            lines = run(TINY, [3, 41, 7], replace(LIVELY, M=M), 0, dtype=torch.float32)
         assert find(lines, "own", kind="residual")
         assert check(lines, "--dtype", dtype)[::2] == (0, "")
 
@@ -405,12 +404,8 @@ def throwing_away(*how):
     return drafted[:k], q[:k], confidence[:k]
 
 
-def numbers(*how):
-    """A change: of the generator."""
-    return put(ours, "Recording", lambda source: Numbers(source, *how))
-
-
 draw = Chance.draw
+NINE = itertools.cycle(n * 0.618 % 1 for n in range(9))
 HOT = replace(S, top_k=0, top_p=1.0, N=50, M=5)
 PLANTED = {        # a change by name: where the first message must send
     "caches by turn": (edit(Llama, "forward", (
@@ -443,8 +438,7 @@ PLANTED = {        # a change by name: where the first message must send
     "a verdict by the mirrored number": (numbers(lambda u: 1 - u), "the generator"),
     "a rejected number draws": (numbers(None, lambda u: u), "the generator"),
     "a rejected number draws mirrored": (numbers(None, lambda u: 1 - u), "the generator"),
-    "numbers begin again": (put(ours, "Recording", lambda source: Numbers(
-        itertools.cycle([source() for _ in range(9)]).__next__)), "the generator")}
+    "numbers begin again": (put(Chance, "uniform", lambda self: next(NINE)), "the generator")}
 # Of the table of wrong programs: in which part those of a module are.
 PART_OF = {dp_layer_skip: "the table", llama: "the (forward pass|cache|draft|candidates)",
            probe: "the (candidates|table: how near|table: what states)",
