@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,16 +88,13 @@ def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int | N
     return [line for line in lines if line["event"] != "times"]
 
 
-def write(path: str | Path, lines: Iterable[dict]) -> None:
-    texts = [json.dumps(line, separators=(",", ":")) + "\n" for line in lines]
-    Path(path).write_text("".join(texts), encoding="utf-8")
-
-
 def trace(request: dict) -> dict:
     settings = dict(request["settings"])
     r, seed = settings.pop("r"), settings.pop("seed")
-    write(request["out"], traced(request["model"], request["prompt_ids"], Settings(**settings),
-                                 seed, r, chance_of(request, seed)))
+    lines = traced(request["model"], request["prompt_ids"], Settings(**settings), seed, r,
+                   chance_of(request, seed))
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    Path(request["out"]).write_text(text, encoding="utf-8")
     return {}
 
 
