@@ -244,10 +244,10 @@ class Check:
             logits = self.model.head(self.model.forward(ids, rows, self.cache, left_out)[-1])[0]
             self.close("confidence", "confidence", line["confidence"],
                        logits.softmax(-1).amax().item(), self.X)
-            q, others = self.nearest(logits, "q")
-            self.check_draw([(each, None) for each in (q, *others)], self.slack)
-            if q[line["token"]] > 0:
-                self.surprises.append(diagnosis.surprise(q, line["token"]))
+            of_q = self.nearest(logits, "q")
+            self.check_draw([(q, None) for q in of_q], self.slack)
+            if of_q[0][line["token"]] > 0:
+                self.surprises.append(diagnosis.surprise(of_q[0], line["token"]))
             drafts.append(line)
             self.draft_logits.append(logits)
             self.advance()
@@ -284,10 +284,9 @@ class Check:
             self.depart("exit", "ended", self.begin["ended"], " or ".join(reasons), note=note)
         return False
 
-    def nearest(self, logits: Tensor, field: str, about: Sequence[int] = ()
-                ) -> tuple[Tensor, list[Tensor]]:
-        """Of the distributions that rounding allows the one whose probability of the token is the
-        nearest to what the line says in p or q, and those that are near enough."""
+    def nearest(self, logits: Tensor, field: str, about: Sequence[int] = ()) -> list[Tensor]:
+        """Of the distributions that rounding allows those whose probability of the token is near
+        enough to what the line says in p or q; before them the nearest."""
         line = self.now
         token = line["token"]
         options = allowed(logits, self.s, self.X, [token, *about])
@@ -298,7 +297,7 @@ class Check:
         if min(off) > self.slack and (rule == "q" or line.get("kind") in ("plain", "bonus")):
             note = f"ours draws token {drawn_by(best, line['u'])} by this u"
         self.close(rule, field, line[field], best[token].item(), self.slack, note=note)
-        return best, [each for each, d in zip(options, off) if d <= self.slack]
+        return [best, *(each for each, d in zip(options, off) if d <= self.slack)]
 
     def check_draw(self, options: list[tuple[Tensor, Tensor | None]], slack: float) -> None:
         """The line looked at has drawn its token by its u from one of these (p, q)."""
@@ -343,14 +342,14 @@ class Check:
         self.equal("kind", "kind", line["kind"],
                    "residual" if rejected else "bonus" if drafts else "plain")
         about = [drafts[accepted]["token"]] if rejected else []
-        p, of_p = self.nearest(self.logits[accepted], "p", about)
-        q, of_q = None, [None]
+        of_p = self.nearest(self.logits[accepted], "p", about)
+        of_q: list[Tensor | None] = [None]
         if rejected:
-            q, of_q = self.nearest(self.draft_logits[accepted], "q", about)
+            of_q = self.nearest(self.draft_logits[accepted], "q", about)
             self.corrections.append((self.last_u, line["u"]))
         else:
             self.equal("own", "q", line["q"], 0)
-        options = [(p, q), *itertools.product(of_p, of_q)]
+        options = list(itertools.product(of_p, of_q))
         masses = [1.0 if q is None else owed(p, q).sum().item() for p, q in options]
         mass = min(masses, key=lambda mass: abs(mass - line["mass"]))
         slack = 2 * self.slack if rejected else 0.0
