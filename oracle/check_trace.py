@@ -122,9 +122,7 @@ class Check:
         notes = "; ".join(filter(None, (f"tolerance {slack:.3g}" if slack else "", note)))
         said = (f"line {self.number}, round {self.round}{step}: {field}: "
                 f"trace {short(theirs)}, ours {short(ours)}" + (f" ({notes})" if notes else ""))
-        kind = self.now.get("kind", self.event)
-        self.departures.append(Departure(rule, field, self.number, self.round, self.step,
-                                         kind, said, hint))
+        self.departures.append(Departure(rule, field, self.number, self.now, said, hint))
         if rule not in NUMERIC:
             raise Ended(DEPARTED)
 
@@ -478,7 +476,7 @@ class Check:
         right = [rule for rule in checked if not departed[rule]]
         if counts:
             said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
-        if status == DEPARTED and self.number != first.line:
+        if status == DEPARTED and self.number != first.number:
             said.append(f"it ends in line {self.number}: from there it is not known how the "
                         "trace goes on")
         return "\n".join(said)

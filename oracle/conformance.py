@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from oracle.sampler import check  # noqa: E402
 from oracle.sampler.check import Refused, Verdict  # noqa: E402
-from oracle.sampler.law import CASES  # noqa: E402
+from oracle.sampler.law import ALONE, CASES  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 Ask = Callable[[list[dict]], list[dict]]     # whoever answers requests, one for each
@@ -109,7 +109,7 @@ def sampler(ask: Ask, folder: Path) -> Iterator[Verdict]:
     def judge(request: dict, answer: dict) -> str:
         case = request["case"]
         seen[case] = check.counted(request, answer)
-        if "rounds" in answer and case not in check.BATCHES:
+        if "rounds" in answer and case in ALONE:
             taken[case] = check.average(request, answer["rounds"])
         return check.wrong_in(case, seen[case])
     yield from judged(ask, requests, judge)

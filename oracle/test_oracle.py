@@ -28,8 +28,7 @@ from oracle.check_trace import NUMERIC, TOLERANCE
 from oracle.diagnosis import RULES, correlated, repeated
 from oracle.ours import traced as run
 from oracle.sampler import check as sampler_check
-from oracle.sampler.exact import ALONE
-from oracle.sampler.law import CASES
+from oracle.sampler.law import ALONE, CASES
 from oracle.trace import Recording, write_trace
 from policy import probe
 from speculative import Chance, Paper, Settings

@@ -15,7 +15,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-from oracle.sampler.law import CASES, RIGHT, Law, apart, law, rounds, target
+from oracle.sampler.law import ALONE, CASES, RIGHT, Law, apart, law, rounds, target
 from oracle.sampler.wrong import WRONG
 
 TEXTS = 1100                 # of each case
@@ -27,7 +27,6 @@ TRUST = 1000.0               # who learns begins with the law that is in doubt, 
 ALARM = math.log((len(CASES) + 1) * (len(WRONG) + 1) / FALSE_ALARM)
 Seen = dict[str, Counter]    # of cases: how often each text came
 Verdict = tuple[str, str, str]       # ok, skip or WRONG; of which case; why
-BATCHES = {name for name, case in CASES.items() if isinstance(case["prompt"], list)}
 
 
 class Refused(Exception):
@@ -36,10 +35,10 @@ class Refused(Exception):
 
 @cache
 def laws(case: str) -> dict[str, Law]:
-    """The right law and the wrong ones."""
+    """The right law and the wrong ones. (A fault of batches is none in a text alone.)"""
     right = target(CASES[case])
     return {"right": right} | {
-        fault: law(sampler, CASES[case]) if case in BATCHES or sampler.batch is apart else right
+        fault: right if case in ALONE and sampler.batch is not apart else law(sampler, CASES[case])
         for fault, sampler in WRONG.items()}
 
 

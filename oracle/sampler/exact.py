@@ -26,7 +26,7 @@ from torch import Tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from oracle.sampler.check import Refused  # noqa: E402
-from oracle.sampler.law import CASES, Branch, Law, every, law, target  # noqa: E402
+from oracle.sampler.law import ALONE, CASES, Branch, Law, every, law, target  # noqa: E402
 from oracle.sampler.wrong import WRONG  # noqa: E402
 
 SOURCES = {"rand": "uniform", "rand_like": "uniform", "uniform": "uniform", "exponential": "wait"}
@@ -140,9 +140,6 @@ class Answering(TorchFunctionMode):
         elif isinstance(out, (Tensor, list)):          # no shape, no type
             raise Refused(f"{func.__name__} of random numbers ({x.kind}) cannot be followed")
         return out
-
-
-ALONE = [name for name, case in CASES.items() if not isinstance(case["prompt"], list)]
 
 
 def short(name: str) -> dict:

@@ -16,8 +16,8 @@ import torch
 
 from oracle import conformance, ours
 from oracle.sampler import check
-from oracle.sampler.exact import ALONE, Refused, distance, exact, main, short
-from oracle.sampler.law import CASES, RIGHT, law, rounds, target
+from oracle.sampler.exact import Refused, distance, exact, main, short
+from oracle.sampler.law import ALONE, CASES, RIGHT, law, rounds, target
 from oracle.sampler.wrong import WRONG, by
 from speculative import Chance
 from tests.wrong_programs import edited, running
