@@ -51,15 +51,16 @@ def answers_of(program: str, requests: list[dict]) -> list[dict]:
 
 def counts_of(path: str, requests: list[dict]) -> list[dict]:
     """The same from a file of texts that were counted elsewhere, {case: {text: how often}}."""
+    cases = [request["case"] for request in requests]
     try:
         file = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = sorted(file.keys() - CASES.keys())
+        unknown = sorted(file.keys() - cases)
     except (OSError, ValueError, AttributeError) as e:
         raise Refused(f"{path}: {e}; {{case: {{text: how often}}}} is wanted") from None
     if unknown:
-        raise Refused(f"{path}: {unknown[0]} is no case; these are {', '.join(CASES)}")
+        raise Refused(f"{path}: {unknown[0]} is no case; these are {', '.join(cases)}")
     return [dict(counts=file[case]) if case in file else dict(skip="not counted")
-            for case in (request["case"] for request in requests)]
+            for case in cases]
 
 
 def judged(ask: Ask, requests: list[dict], judge: Callable[[dict, dict], str]) -> Iterator[Verdict]:
