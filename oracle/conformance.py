@@ -147,7 +147,7 @@ def about(level: int, path: Path, folder: Path, **fields: Any) -> dict:
 
 
 def passes(folder: Path) -> list[dict]:
-    """Those that are dumped."""
+    """The requests of level 3."""
     from llama import safe_open
     requests = []
     for path in sorted((HERE / "vectors").glob("*.safetensors")):
@@ -172,7 +172,7 @@ def read(path: str | Path) -> list[dict]:
 
 
 def runs(folder: Path) -> list[dict]:
-    """Those that are traced."""
+    """The requests of level 4."""
     requests = []
     for path in sorted((HERE / "vectors").glob("*.jsonl")):
         header, *events = read(path)
