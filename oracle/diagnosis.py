@@ -18,8 +18,8 @@ RULES = dict(
     confidence=("", "the draft's highest probability at temperature 1, unfiltered"),
     q=("", "the draft's probability of the token: top-k, temperature, then top-p"),
     p=("", "the full model's probability of the token, by the same function as q"),
-    draw=("the draw: the first running sum, by ascending id and in float64, that exceeds u times "
-          "the total", "the token is the first whose running sum, by id, exceeds u times the sum"),
+    draw=("the draw: its running sums, by ascending id and in float64",
+          "the token is the first whose running sum, by id, exceeds u times the total"),
     ratio=("the verdict", "a = min(1, p / q) of the p and q beside it; q is the draft line's"),
     verdict=("the verdict", "accepted if u < a, strictly; after a rejection nothing is judged"),
     kind=("the loop", "plain if nothing was drafted, bonus if all was accepted, else residual"),

@@ -435,7 +435,7 @@ PLANTED = {        # a change by name: where the first message must send
     "confidence of the filters": (edit(speculative, "draft", (
         "logits.softmax(-1).amax", "q[-1].amax")), "the confidence"),
     "the largest for the mass": (edit(trace, "events", (".sum().item() if", ".amax().item() if")),
-                                 "the residual"),
+                                 "the residual: norm"),
     "one number draws and judges": (numbers(lambda u: u), "the generator"),
     "a verdict by the mirrored number": (numbers(lambda u: 1 - u), "the generator"),
     "a rejected number draws": (numbers(None, lambda u: u), "the generator"),
