@@ -60,7 +60,7 @@ def check(capsys, tmp_path):
         status = check_trace.main([str(path), "--model", str(model), *map(str, arguments)])
         out, err = capsys.readouterr()
         assert (err.count("\n"), out == "") == ((1, True) if status == 2 else (0, False))
-        assert err.isascii()
+        assert err.isascii() and len(err) < 500
         return status, (out + err).replace(f"{path}: ", "")
     return call
 
@@ -428,6 +428,8 @@ PLANTED = {        # a change by name: where the first message must send
         Chance, "draw", lambda self, p: len(p) - 1 - draw(self, p.flip(0))), "the draw"),
     "the q before": (put(speculative, "judge", lambda p, q, drafted, chance: sp.judge(
         p, [x + 1e-300 for x in (*q[:1], *q[:-1])], drafted, chance)), "the (verdict|residual)"),
+    "a draft without filters": (edit(speculative, "draft", ("probabilities(logits, s)",
+        "probabilities(logits, Settings(temperature=s.temperature))")), "the filters.* the draft"),
     "residual = p": ("residual = p", "the residual: the token was drawn from p"),
     "bonus from the row before": ("bonus from the row before", "the bonus token"),
     "confidence of the filters": (edit(speculative, "draft", (
@@ -555,6 +557,7 @@ NO_TRACES = [                          # what is in the file, what is said
     (lambda x: with_settings(x, temperature=math.nan), "temperature is nan"),
     (lambda x: with_line(x, 2, u=1.0), "u is 1.0"), (lambda x: with_line(x, 2, kind=[]), "kind is"),
     (lambda x: with_line(x, 2, token=80), "line 3, own: token 80 of 80"),
+    (lambda x: with_line(x, 2, p=math.inf), "p is inf; number wanted"),
     (lambda x: with_line(x, 2, **{"\n\ud800": 1}), "unknown field '\\n\\ud800'"),
     (lambda x: jsonl(x[0], x[1], {"event": "own"}), "line 3, own: missing field 'round'")]
 
