@@ -33,8 +33,9 @@ def distribution(logits: Tensor, s: Settings) -> Tensor:                    # (V
 def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list[Tensor]:
     """(V,) logits -> the distributions (V,) that a correct program may have made of them. Ours
     first; then those where of two logits 4 X apart, on either side of the edge of an argmax, top-k
-    or top-p, the other is kept, with top-k also both or none; and where the mass that top-p cuts at
-    is X more or less. Of many such logits three on each side are tried, those `about` first."""
+    or top-p, the other is kept, with top-k also both, or neither where k are left; and where the
+    mass that top-p cuts at is X more or less. Of many such logits three on each side are tried,
+    those `about` first."""
     out = [distribution(logits, s)]
     if s.temperature > 0 and s.top_k == 0 and s.top_p == 1:
         return out                                     # nothing is cut off
@@ -42,8 +43,8 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
     ties = s.temperature > 0 and s.top_k > 0
 
     def near(which: Tensor) -> list[list[int]]:
-        """Three such tokens, [i] each."""
-        return sorted(which.nonzero().tolist(), key=lambda i: i[0] not in about)[:3]
+        """None, or one of three such tokens."""
+        return [[], *sorted(which.nonzero().tolist(), key=lambda i: i[0] not in about)[:3]]
 
     for off in (0, -X, X) if s.temperature > 0 and s.top_p < 1 else (0,):
         top_p = min(1.0, max(s.top_p + off / min(1, s.temperature or 1), 1e-300))
@@ -53,18 +54,12 @@ def allowed(logits: Tensor, s: Settings, X: float, about: Sequence[int]) -> list
         edge = logits[kept].amin()                     # of the last token kept
         more = near(~kept & (logits >= edge - 4 * X))
         less = near(kept & (logits <= edge + 4 * X))
-        changes = list(itertools.product(more, less))
-        if off:
-            changes.append(([], []))
-        if ties:
-            changes += [(i, []) for i in more]
-        if ties and kept.sum() > s.top_k:
-            changes += [([], j) for j in less]
-        for i, j in changes:
+        for i, j in itertools.product(more, less):
             changed = kept.clone()
             changed[i] = True
             changed[j] = False
-            out.append(distribution(logits.masked_fill(~changed, -math.inf), plain))
+            if len(i) == len(j) or ties and (i or changed.sum() >= s.top_k):
+                out.append(distribution(logits.masked_fill(~changed, -math.inf), plain))
     return out
 
 

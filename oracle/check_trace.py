@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from typing import Any  # noqa: E402
 
-from command.cli import Parser, UsageError, answer, number  # noqa: E402
+from command.cli import Parser, UsageError, answered, number  # noqa: E402
 from command.flags import DEMO, DTYPES  # noqa: E402
 from dp_layer_skip import Choice  # noqa: E402
 from llama import Llama, ModelError, Tensor, read_config, torch  # noqa: E402
@@ -37,7 +37,7 @@ from oracle import diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
 from oracle.conformance import alike  # noqa: E402
 from oracle.diagnosis import RULES, Departure  # noqa: E402
-from oracle.trace import Lines, indices, short  # noqa: E402
+from oracle.trace import indices, lines_of, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402
 from speculative import Settings, read  # noqa: E402
 
@@ -78,11 +78,14 @@ def ways(skipped: Sequence[str], h: Tensor, run_layer: Callable[[int, Tensor], T
 class Check:
     """This implementation, led along the trace. Its names are those of speculative.generate."""
 
-    def __init__(self, lines: Lines, model: Llama, X: float,
+    def __init__(self, lines: list[dict], model: Llama, X: float,
                  rounds: tuple[float, float] = (0, math.inf)) -> None:
-        self.header = lines.now
+        self.header, *rest = lines
         said = self.header["settings"]
-        self.lines = lines
+        self.lines = iter(rest)
+        self.number = 1                                # of the line looked at
+        self.now = self.header                         # ... which is {} behind the last,
+        self.event = "header"                          # ... and of this kind, or ""
         self.model = model
         self.rounds = rounds                           # those to check
         self.s = Settings(said["temperature"], said["top_k"], said["top_p"], said["N"],
@@ -112,17 +115,15 @@ class Check:
         self.surprises: list[tuple[float, float]] = []
 
     def depart(self, rule: str, field: str, theirs: Any, ours: Any, slack: float = 0.0,
-               note: str = "", final: bool = False, hint: str = "") -> None:
+               note: str = "", hint: str = "") -> None:
         """A departure: the end of the check, if how the trace goes on is not known. `hint`: where
         to look, if the place itself tells."""
         step = f", step {self.step}" if self.step is not None else ""
         notes = "; ".join(filter(None, (f"tolerance {slack:.3g}" if slack else "", note)))
-        said = (f"line {self.lines.number}, round {self.round}{step}: {field}: "
+        said = (f"line {self.number}, round {self.round}{step}: {field}: "
                 f"trace {short(theirs)}, ours {short(ours)}" + (f" ({notes})" if notes else ""))
-        kind = self.lines.now.get("kind", self.lines.event)
-        self.departures.append(Departure(rule, field, self.lines.number, self.round, self.step,
-                                         kind, said, hint))
-        if final or rule not in NUMERIC:
+        self.departures.append(Departure(rule, field, self.number, self.now, said, hint))
+        if rule not in NUMERIC:
             raise Ended(DEPARTED)
 
     def equal(self, rule: str, field: str, theirs: Any, ours: Any, **more: Any) -> None:
@@ -141,20 +142,36 @@ class Check:
         if not abs(theirs - ours) <= slack:
             self.depart(rule, field, theirs, ours, slack, **more)
 
+    def advance(self) -> None:
+        """Look at the next line."""
+        self.number += 1
+        self.now = next(self.lines, {})
+        self.event = self.now.get("event", "")
+
     def take(self, event: str, **want: Any) -> dict:
         """The line looked at, which must be of this kind and hold this."""
-        if not self.lines.now:
+        if not self.now:
             raise Ended(INCOMPLETE)
         for name, ours in dict(event=event, **want).items():
-            self.equal("order", name, self.lines.now.get(name), ours)
-        return self.lines.now
+            self.equal("order", name, self.now.get(name), ours)
+        return self.now
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """-> 0, or why the check could not go on to the trace's end."""
+        status = 0
+        try:
+            self.check_rounds()
+        except Ended as e:
+            status = e.args[0]
+        self.check_whole()
+        return status
+
+    def check_rounds(self) -> None:
         for name, value in asdict(self.model.cfg).items():
             theirs = self.header["config"][name]
             if not alike(value, theirs, least=0.0):    # a program may keep it in float32
                 self.depart("header", f"config.{name}", theirs, value)
-        self.lines.advance()
+        self.advance()
         first, last = self.rounds
         if first > 0:
             self.pass_over(first)
@@ -167,19 +184,19 @@ class Check:
         line = self.take("end")
         self.equal("end", "reason", line["reason"], self.reason)
         self.equal("end", "emitted", line["emitted"], len(self.text) - self.start)
-        self.lines.advance()
-        self.equal("end", "event", self.lines.event, "")
+        self.advance()
+        self.equal("end", "event", self.event, "")
 
     def pass_over(self, first: int) -> None:
         """Take text and sets of the rounds before `first` as they stand, in one pass."""
-        while self.lines.now and self.lines.now.get("round", first) < first:
-            if self.lines.event == "emit":
-                self.text += self.lines.now["tokens"]
-            if self.lines.event == "optimise":
-                self.check_shape(self.lines.now)
-            self.lines.advance()
-        if self.lines.event != "round" or len(self.text) >= self.end:
-            raise UsageError(f"line {self.lines.number}: no round {first} follows")
+        while self.now and self.now.get("round", first) < first:
+            if self.event == "emit":
+                self.text += self.now["tokens"]
+            if self.event == "optimise":
+                self.check_shape(self.now)
+            self.advance()
+        if self.event != "round" or len(self.text) >= self.end:
+            raise UsageError(f"line {self.number}: no round {first} follows")
         self.cached = len(self.text) - 1
         read(self.model, self.text[:-1], 0, self.cache)
 
@@ -195,16 +212,16 @@ class Check:
         own = self.check_own(drafts, accepted)
         self.check_emit([*drafted[:accepted], own])
         self.check_table(h[:, accepted])
-        if self.lines.event == "times":
+        if self.event == "times":
             self.take("times", round=self.round)
-            self.lines.advance()
+            self.advance()
 
     def check_begin(self) -> None:
         self.begin = self.take("round", round=self.round)
         self.equal("start", "start", self.begin["start"], len(self.text))
         skip = self.begin["skip"]
         self.equal("skip", "skip", skip, self.set_of(len(skip) if self.M is None else self.M))
-        self.lines.advance()
+        self.advance()
 
     def set_of(self, j: int) -> list[int]:
         """The set for budget j by the last table."""
@@ -225,13 +242,13 @@ class Check:
             logits = self.model.head(self.model.forward(ids, rows, self.cache, left_out)[-1])[0]
             self.close("confidence", "confidence", line["confidence"],
                        logits.softmax(-1).amax().item(), self.X)
-            q, others = self.nearest(logits, "q")
-            self.check_draw([(each, None) for each in (q, *others)], self.slack)
-            if q[line["token"]] > 0:
-                self.surprises.append(diagnosis.surprise(q, line["token"]))
+            of_q = self.nearest(logits, "q")
+            self.check_draw([(q, None) for q in of_q], self.slack)
+            if of_q[0][line["token"]] > 0:
+                self.surprises.append(diagnosis.surprise(of_q[0], line["token"]))
             drafts.append(line)
             self.draft_logits.append(logits)
-            self.lines.advance()
+            self.advance()
         self.step = None
         return drafts
 
@@ -250,40 +267,39 @@ class Check:
         reasons = [name for name, so in ends.items() if so is not False]
         note = (f"{k} of at most {left if self.K is None else min(self.K, left)} drafted, "
                 f"confidence {last['confidence']:.3g}, threshold {self.threshold}")
-        event = self.lines.event
+        event = self.event
         if event == "draft":
             if True in ends.values():
                 self.depart("exit", "event", event, "the end of the draft", note=note)
             return True
-        if not self.lines.now:
+        if not self.now:
             raise Ended(INCOMPLETE)
         if not reasons:
             self.depart("exit", "event", event, "draft", note=note)
         if self.begin["ended"] not in reasons:
             self.step = None
-            self.lines.number -= k + 1                 # the round's line
+            self.number -= k + 1                 # the round's line
             self.depart("exit", "ended", self.begin["ended"], " or ".join(reasons), note=note)
         return False
 
-    def nearest(self, logits: Tensor, field: str, about: Sequence[int] = ()
-                ) -> tuple[Tensor, list[Tensor]]:
-        """Of the distributions that rounding allows the one whose probability of the token is the
-        nearest to what the line says in p or q, and those that are near enough."""
-        line = self.lines.now
+    def nearest(self, logits: Tensor, field: str, about: Sequence[int] = ()) -> list[Tensor]:
+        """Of the distributions that rounding allows those whose probability of the token is near
+        enough to what the line says in p or q; before them the nearest."""
+        line = self.now
         token = line["token"]
         options = allowed(logits, self.s, self.X, [token, *about])
         off = [abs(line[field] - each[token].item()) for each in options]
         best = options[off.index(min(off))]
-        rule = "own" if self.lines.event == "own" else field
+        rule = "own" if self.event == "own" else field
         note = ""
         if min(off) > self.slack and (rule == "q" or line.get("kind") in ("plain", "bonus")):
             note = f"ours draws token {drawn_by(best, line['u'])} by this u"
         self.close(rule, field, line[field], best[token].item(), self.slack, note=note)
-        return best, [each for each, d in zip(options, off) if d <= self.slack]
+        return [best, *(each for each, d in zip(options, off) if d <= self.slack)]
 
     def check_draw(self, options: list[tuple[Tensor, Tensor | None]], slack: float) -> None:
         """The line looked at has drawn its token by its u from one of these (p, q)."""
-        token, u = self.lines.now["token"], self.lines.now["u"]
+        token, u = self.now["token"], self.now["u"]
         self.uniforms.append(u)
         off = min(distance(*each, token, u) for each in options)
         self.met("draw", off)
@@ -313,7 +329,7 @@ class Check:
                 self.last_u = u
                 rejected = not line["accepted"]
                 accepted += not rejected
-            self.lines.advance()
+            self.advance()
         self.step = None
         return accepted
 
@@ -324,21 +340,21 @@ class Check:
         self.equal("kind", "kind", line["kind"],
                    "residual" if rejected else "bonus" if drafts else "plain")
         about = [drafts[accepted]["token"]] if rejected else []
-        p, of_p = self.nearest(self.logits[accepted], "p", about)
-        q, of_q = None, [None]
+        of_p = self.nearest(self.logits[accepted], "p", about)
+        of_q: list[Tensor | None] = [None]
         if rejected:
-            q, of_q = self.nearest(self.draft_logits[accepted], "q", about)
+            of_q = self.nearest(self.draft_logits[accepted], "q", about)
             self.corrections.append((self.last_u, line["u"]))
         else:
             self.equal("own", "q", line["q"], 0)
-        options = [(p, q), *itertools.product(of_p, of_q)]
+        options = list(itertools.product(of_p, of_q))
         masses = [1.0 if q is None else owed(p, q).sum().item() for p, q in options]
         mass = min(masses, key=lambda mass: abs(mass - line["mass"]))
         slack = 2 * self.slack if rejected else 0.0
         self.close("own", "mass", line["mass"], mass, slack)
         self.check_probability(line)
         self.check_draw(options, slack or self.slack)
-        self.lines.advance()
+        self.advance()
         return line["token"]
 
     def check_probability(self, line: dict) -> None:
@@ -362,10 +378,10 @@ class Check:
         self.cached = len(self.text) - 1
         if stops or len(self.text) == self.end:
             self.reason = "stop" if stops else "length"
-        self.lines.advance()
+        self.advance()
 
     def check_table(self, probe: Tensor) -> None:                           # (L+1, D)
-        event = self.lines.event
+        event = self.event
         due = (self.K != 0 and self.M != 0 and self.round % (self.interval or 1) == 0
                and not self.reason)
         if event != "optimise" and (self.free or not due):
@@ -380,22 +396,21 @@ class Check:
                             self.cache, self.text[:-1], probe, M)
         self.check_cells(list(rows), line)
         self.equal("path", "skip", line["skip"], self.set_of(M))
-        self.lines.advance()
+        self.advance()
 
     def check_shape(self, line: dict) -> int:
         """Keep a table's choices, if it has all; -> its M."""
         L = self.model.cfg.L
         M = min(line["M"], L) if self.M is None else self.M
-        self.equal("table", "M", line["M"], M, final=True)
+        self.equal("shape", "M", line["M"], M)
         shape = [min(i, M) + 1 for i in range(L + 1)]
         for name in ("D", "skipped"):
-            self.equal("table", f"entries per line of {name}", [len(x) for x in line[name]], shape,
-                       final=True)
+            self.equal("shape", f"entries per line of {name}", [len(x) for x in line[name]], shape)
         for i, row in enumerate(line["skipped"]):
             for j, bit in enumerate(row):
                 ways = "0" if j == 0 else "1" if j == i else "01"       # nothing, or all skipped
                 if bit not in ways:
-                    self.depart("choice", f"skipped[{i}][{j}]", bit, ways, final=True)
+                    self.depart("shape", f"skipped[{i}][{j}]", bit, ways)
         skipped = [[bit == "1" for bit in row] for row in line["skipped"]]
         self.table = Choice(line["D"], skipped, torch.empty(0))
         return M
@@ -446,7 +461,7 @@ class Check:
         if self.rounds != (0, math.inf):
             rounds = f"rounds {self.rounds[0]} to {self.round}"
         if not self.departures and status == INCOMPLETE:
-            return (f"incomplete: no departure in {self.lines.number - 1} lines, and they break "
+            return (f"incomplete: no departure in {self.number - 1} lines, and they break "
                     f"off in round {self.round}")
         if not self.departures:
             seen = [f"{rule} {self.largest[rule]:.1e}" for rule in ("p", "q", "table")]
@@ -461,50 +476,38 @@ class Check:
         right = [rule for rule in checked if not departed[rule]]
         if counts:
             said.append(f"departures in {rounds}: {', '.join(counts)}; none in {', '.join(right)}")
-        if status == DEPARTED and self.lines.number != first.line:
-            said.append(f"it ends in line {self.lines.number}: from there it is not known how the "
+        if status == DEPARTED and self.number != first.number:
+            said.append(f"it ends in line {self.number}: from there it is not known how the "
                         "trace goes on")
         return "\n".join(said)
 
 
-def prepare(lines: Lines, a: argparse.Namespace) -> Check:
+def prepare(lines: list[dict], a: argparse.Namespace) -> Check:
     """The header: is this a trace of the model at hand, of a size it can have?"""
-    h = lines.header()
+    h = lines[0]
     cfg = read_config(a.model)
     prompt, said = h["prompt_ids"], h["settings"]
     dtype = a.dtype or h["dtype"]
     X = a.tolerance or max(TOLERANCE[dtype], TOLERANCE[h["dtype"]])
     T = said["temperature"]
-    ours = trace.fingerprint(a.model)
-    differ = [name for name in ours if h["model"].get(name) != ours[name]]
     for wrong, what in (
             ((said["M"] or 0) > cfg.L, f"M is {said['M']}; the model has {cfg.L} layers"),
             (not prompt or max(prompt) >= cfg.V, f"prompt_ids: one or more below {cfg.V} wanted"),
             (len(prompt) + said["N"] > cfg.context, f"{len(prompt)} prompt tokens and N = "
              f"{said['N']} exceed the model's context of {cfg.context}"),
             (0 < T < 2 * X, f"at temperature {T} a tolerance of {X:g} is one of {X / (T or 1):g}, "
-             "which checks nothing; trace at 0, or in float64"),
-            (h["model"] != ours, f"a trace of another model than {a.model}, which --model names: "
-             f"SHA-256 of {', '.join(differ)}")):
+             "which checks nothing; trace at 0, or in float64")):
         if wrong:
             raise UsageError(f"line 1: {what}")
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
-    return Check(lines, Llama.load(a.model, a.device, DTYPES[dtype]), X, a.rounds)
-
-
-@torch.inference_mode()
-def check_file(a: argparse.Namespace) -> tuple[int, str]:
-    """-> exit status and report."""
-    with open(a.file, "rb") as file:
-        check = prepare(Lines(file), a)
-        status = 0
-        try:
-            check.run()
-        except Ended as e:
-            status = e.args[0]
-    check.check_whole()
-    return DEPARTED if check.departures else status, check.report(status)
+    model = Llama.load(a.model, a.device, DTYPES[dtype])
+    ours = trace.fingerprint(a.model)
+    if h["model"] != ours:
+        differ = [name for name in ours if h["model"].get(name) != ours[name]]
+        raise UsageError(f"line 1: a trace of another model than {a.model}, which --model names: "
+                         f"SHA-256 of {', '.join(differ)}")
+    return Check(lines, model, X, a.rounds)
 
 
 def add_model(p: Parser) -> None:
@@ -515,30 +518,32 @@ def add_model(p: Parser) -> None:
     p.add_argument("--device", choices=devices, default="cpu", help="(cpu)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
-                   "against this implementation (oracle/TRACE.md).")
-        p.add_argument("file", metavar="FILE")
-        add_model(p)
-        p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
-                       type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
-        p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
-        p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
-                       help="check these alone; the text before them is read in one pass",
-                       type=number(lambda text: tuple(map(int, text.split("-"))),
-                                   "two rounds such as 10-20",
-                                   lambda v: len(v) == 2 and 0 <= v[0] <= v[1]))
-        a = p.parse_args(argv)
-        try:
-            status, said = check_file(a)
-        except (UsageError, ModelError) as e:
-            raise UsageError(f"{a.file}: {e}") from None
-        except OSError as e:                           # 1 is a departure, and this is none
-            raise UsageError(f"{e.filename}: {e.strerror}") from None
-        print(f"{a.file}: {said}")
-        return status
-    return answer(work)
+@answered
+@torch.inference_mode()
+def main(argv: Sequence[str] | None) -> int:
+    p = Parser(prog="check_trace.py", allow_abbrev=False, description="Check a trace of CLaSp "
+               "against this implementation (oracle/TRACE.md).")
+    p.add_argument("file", metavar="FILE")
+    add_model(p)
+    p.add_argument("--tolerance", metavar="X", help="of a probability (TRACE.md, Tolerance)",
+                   type=number(float, "a number above 0 and below 1", lambda v: 0 < v < 1))
+    p.add_argument("--dtype", choices=list(TOLERANCE), help="of the replay (the trace's)")
+    p.add_argument("--rounds", metavar="A-B", default=(0, math.inf),
+                   help="check these alone; the text before them is read in one pass",
+                   type=number(lambda text: tuple(map(int, text.split("-"))),
+                               "two rounds such as 10-20",
+                               lambda v: len(v) == 2 and 0 <= v[0] <= v[1]))
+    a = p.parse_args(argv)
+    try:
+        with open(a.file, "rb") as file:
+            check = prepare(lines_of(file), a)
+            status = check.run()
+    except (UsageError, ModelError) as e:
+        raise UsageError(f"{a.file}: {e}") from None
+    except OSError as e:                               # 1 is a departure, and this is none
+        raise UsageError(f"{e.filename}: {e.strerror}") from None
+    print(f"{a.file}: {check.report(status)}")
+    return DEPARTED if check.departures else status
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ if __name__ == "__main__":
 
 from oracle.sampler import check  # noqa: E402
 from oracle.sampler.check import Refused, Verdict  # noqa: E402
-from oracle.sampler.law import CASES  # noqa: E402
+from oracle.sampler.law import ALONE, CASES  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+Ask = Callable[[list[dict]], list[dict]]     # whoever answers requests, one for each
 
 
-def ask(program: str, requests: list[dict]) -> list[dict]:
-    """Its answers, one for each request: JSON objects, a line each, through stdin and stdout."""
+def answers_of(program: str, requests: list[dict]) -> list[dict]:
+    """One for each request: JSON objects, a line each, through the program's stdin and stdout."""
     text = "".join(json.dumps(request) + "\n" for request in requests)
     try:
         done = subprocess.run(shlex.split(program), input=text, stdout=subprocess.PIPE, text=True,
@@ -48,9 +49,23 @@ def ask(program: str, requests: list[dict]) -> list[dict]:
     return answers
 
 
-def asked(program: str, requests: list[dict], judge: Callable) -> Iterator[Verdict]:
+def counts_of(path: str, requests: list[dict]) -> list[dict]:
+    """The same from a file of texts that were counted elsewhere, {case: {text: how often}}."""
+    cases = [request["case"] for request in requests]
+    try:
+        file = json.loads(Path(path).read_text(encoding="utf-8"))
+        unknown = sorted(file.keys() - cases)
+    except (OSError, ValueError, AttributeError) as e:
+        raise Refused(f"{path}: {e}; {{case: {{text: how often}}}} is wanted") from None
+    if unknown:
+        raise Refused(f"{path}: {unknown[0]} is no case; these are {', '.join(cases)}")
+    return [dict(counts=file[case]) if case in file else dict(skip="not counted")
+            for case in cases]
+
+
+def judged(ask: Ask, requests: list[dict], judge: Callable[[dict, dict], str]) -> Iterator[Verdict]:
     """Each case; judge(request, answer) says what is wrong, unless the program has skipped it."""
-    for request, answer in zip(requests, ask(program, requests)):
+    for request, answer in zip(requests, ask(requests)):
         if isinstance(answer.get("skip"), str):
             yield "skip", request["case"], answer["skip"]
         else:
@@ -75,35 +90,36 @@ def departure(ours: dict, theirs: dict) -> str:
     return ""
 
 
-def uniforms(program: str, folder: Path) -> Iterator[Verdict]:
+def uniforms(ask: Ask, folder: Path) -> Iterator[Verdict]:
     """Level 0: texts from given uniform numbers."""
     vectors = json.loads((HERE / "sampler" / "uniforms.json").read_text())
     right = {vector["shows"]: dict(texts=[vector["text"]]) for vector in vectors}
     requests = [CASES[vector["case"]] | dict(level=0, case=vector["shows"], texts=1, seed=0,
                                              u=vector["u"]) for vector in vectors]
-    return asked(program, requests, lambda request, answer: departure(
+    return judged(ask, requests, lambda request, answer: departure(
         right[request["case"]], answer))
 
 
-def sampler(program: str, folder: Path) -> Iterator[Verdict]:
+def sampler(ask: Ask, folder: Path) -> Iterator[Verdict]:
     """Level 1: the law of texts from a generator of its own."""
     requests = [case | dict(level=1, texts=check.TEXTS, seed=seed)
                 for seed, case in enumerate(CASES.values())]
-    seen, taken = {}, {}
-    for request, answer in zip(requests, ask(program, requests)):
+    seen: check.Seen = {}
+    taken: dict[str, float] = {}
+
+    def judge(request: dict, answer: dict) -> str:
         case = request["case"]
-        if isinstance(answer.get("skip"), str):
-            yield "skip", case, answer["skip"]
-            continue
         seen[case] = check.counted(request, answer)
-        if "rounds" in answer and case not in check.BATCHES:
+        if "rounds" in answer and case in ALONE:
             taken[case] = check.average(request, answer["rounds"])
-    yield from check.verdicts(seen)
+        return check.wrong_in(case, seen[case])
+    yield from judged(ask, requests, judge)
+    yield check.all_together(seen)
     if taken:
         yield "ok", "rounds per text", check.speed(taken)
 
 
-def dynamic_program(program: str, folder: Path) -> Iterator[Verdict]:
+def dynamic_program(ask: Ask, folder: Path) -> Iterator[Verdict]:
     """Level 2: tables and sets for given states and layers."""
     vectors = json.loads((HERE / "dynamic_program.json").read_text())
     want = {vector["case"]: {name: vector.pop(name) for name in ("skip", "D", "skipped")}
@@ -112,7 +128,7 @@ def dynamic_program(program: str, folder: Path) -> Iterator[Verdict]:
     def judge(request: dict, answer: dict) -> str:
         right = want[request["case"]]
         return departure({name: right[name] for name in right if name in {"skip", *answer}}, answer)
-    return asked(program, [dict(vector, level=2) for vector in vectors], judge)
+    return judged(ask, [dict(vector, level=2) for vector in vectors], judge)
 
 
 def quiet(main: Callable[[list[str]], int], *arguments: str) -> str:
@@ -130,17 +146,22 @@ def about(level: int, path: Path, folder: Path, **fields: Any) -> dict:
                 out=str(folder / path.name), **fields)
 
 
-def forward(program: str, folder: Path) -> Iterator[Verdict]:
-    """Level 3: passes over a prompt, dumped."""
+def passes(folder: Path) -> list[dict]:
+    """The requests of level 3."""
     from llama import safe_open
-    from oracle import dumps
     requests = []
     for path in sorted((HERE / "vectors").glob("*.safetensors")):
         with safe_open(path, framework="pt") as f:
             skip = json.loads(f.metadata()["clasp-forward"])["skip"]
             ids = f.get_tensor("prompt_ids").tolist()
         requests.append(about(3, path, folder, prompt_ids=ids, skip=skip))
-    return asked(program, requests, lambda request, answer: quiet(
+    return requests
+
+
+def forward(ask: Ask, folder: Path) -> Iterator[Verdict]:
+    """Level 3: passes over a prompt, dumped."""
+    from oracle import dumps
+    return judged(ask, passes(folder), lambda request, answer: quiet(
         dumps.main, str(HERE / "vectors" / request["case"]), "--against", request["out"]))
 
 
@@ -151,6 +172,7 @@ def read(path: str | Path) -> list[dict]:
 
 
 def runs(folder: Path) -> list[dict]:
+    """The requests of level 4."""
     requests = []
     for path in sorted((HERE / "vectors").glob("*.jsonl")):
         header, *events = read(path)
@@ -160,7 +182,7 @@ def runs(folder: Path) -> list[dict]:
     return requests
 
 
-def loop(program: str, folder: Path) -> Iterator[Verdict]:
+def loop(ask: Ask, folder: Path) -> Iterator[Verdict]:
     """Level 4: traces from given uniform numbers."""
     def judge(request: dict, answer: dict) -> str:
         _, *right = read(HERE / "vectors" / request["case"])
@@ -169,15 +191,15 @@ def loop(program: str, folder: Path) -> Iterator[Verdict]:
             if said := departure(ours, line):
                 return f"round {ours.get('round')}, {ours['event']}: {said}"
         return ""
-    return asked(program, runs(folder), judge)
+    return judged(ask, runs(folder), judge)
 
 
-def own(program: str, folder: Path) -> Iterator[Verdict]:
+def own(ask: Ask, folder: Path) -> Iterator[Verdict]:
     """Level 5: traces from a generator of its own, replayed."""
     from oracle import check_trace
     requests = [{name: run[name] for name in run if name != "u"} | dict(level=5)
                 for run in runs(folder) if run["case"].startswith("tiny")]
-    return asked(program, requests, lambda request, answer: quiet(
+    return judged(ask, requests, lambda request, answer: quiet(
         check_trace.main, request["out"], "--model", request["model"]))
 
 
@@ -206,14 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = p.parse_args(argv)
     if a.counts and a.level != 1:
         p.error("--counts goes with --level 1")
+    ask = partial(counts_of, a.counts) if a.counts else partial(answers_of, a.program)
     cases = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if a.counts:
-                verdicts = check.verdicts(check.read_counts(a.counts))
-            else:
-                verdicts = LEVELS[a.level](a.program, Path(folder))
-            for verdict, name, why in verdicts:
+            for verdict, name, why in LEVELS[a.level](ask, Path(folder)):
                 cases.append((verdict, name, why))
                 print(f"{verdict:6}{name}: {why}".rstrip(": "))
     except (Refused, OSError, ValueError, KeyError) as e:

@@ -18,8 +18,8 @@ RULES = dict(
     confidence=("", "the draft's highest probability at temperature 1, unfiltered"),
     q=("", "the draft's probability of the token: top-k, temperature, then top-p"),
     p=("", "the full model's probability of the token, by the same function as q"),
-    draw=("the draw: the first running sum, by ascending id and in float64, that exceeds u times "
-          "the total", "the token is the first whose running sum, by id, exceeds u times the sum"),
+    draw=("the draw: its running sums, by ascending id and in float64",
+          "the token is the first whose running sum, by id, exceeds u times the total"),
     ratio=("the verdict", "a = min(1, p / q) of the p and q beside it; q is the draft line's"),
     verdict=("the verdict", "accepted if u < a, strictly; after a rejection nothing is judged"),
     kind=("the loop", "plain if nothing was drafted, bonus if all was accepted, else residual"),
@@ -30,6 +30,8 @@ RULES = dict(
     interval=("the loop", "a table after round 0 and every interval rounds, if K, M > 0 and the "
               "text goes on"),
     probe=("the loop", "the probe is the last position read whose prediction was emitted"),
+    shape=("the table", "cells (i, j) are those with j <= min(i, M); where none is run or none is "
+           "skipped there is no choice"),
     column=("the candidates", "D[i][0] is about 1: this candidate sees what the verify saw"),
     table=("the table", "D[i][j] is how near h[i] the state of the cell is"),
     choice=("the table", "a cell has the nearer of its two states; on a tie the layer is skipped"),
@@ -46,10 +48,8 @@ class Departure:
     """Where a trace and the replay differ."""
     rule: str
     field: str
-    line: int                                          # of the file
-    round: int
-    step: int | None
-    kind: str                                          # of an own line; of others their event
+    number: int                                        # of the line in the file
+    line: dict                                         # ... or {} behind the last
     said: str
     hint: str                                          # where to look, if the place itself tells
 
@@ -61,15 +61,15 @@ def look_at(departures: Sequence[Departure], checked: Counter[str], sampled: boo
     rule = first.rule
     if part := first.hint or RULES[rule][0]:
         return part
+    r = first.line["round"]
     rules = {d.rule for d in departures}
     fields = {d.field for d in departures}             # p may be an own token's
     if rule == "own" and first.field in ("q", "mass"):
         return RULES["residual"][0]
-    if first.round == 0:                               # the prefill: nothing was drafted before
+    if r == 0:                                         # the prefill: nothing was drafted before
         if checked["confidence"] and "confidence" not in rules:
             return FILTERS + "; the drafts' logits are right"
-        return ("the forward pass; or, if forward dumps agree (dumps.py), "
-                "the filters")
+        return "the forward pass; or, if forward dumps agree (dumps.py), the filters"
     if rule == "confidence" and sampled and "q" not in fields:
         return "the confidence: the draft's highest probability, at temperature 1, unfiltered"
     if rule == "confidence" and "p" not in fields:
@@ -77,11 +77,11 @@ def look_at(departures: Sequence[Departure], checked: Counter[str], sampled: boo
     if rule == "q":
         return FILTERS + ("" if "p" in fields else "; those of the draft alone")
     if rule == "own" and not rules & {"p", "confidence"}:
-        return f"the {first.kind} token: the verify's row behind the accepted ones"
-    if rule == "p" and first.step:
+        return f"the {first.line['kind']} token: the verify's row behind the accepted ones"
+    if rule == "p" and first.line["step"] > 0:
         return "the verify's rows: which judges which token, what each may read, its position"
-    return (f"the cache: all is right before round {first.round}: slots, positions and mask of its "
-            "passes, or an entry that was kept, lost or overwritten")
+    return (f"the cache: all is right before round {r}: slots, positions and mask of its passes, "
+            "or an entry that was kept, lost or overwritten")
 
 
 def of_table(off: dict[tuple[int, int], float], L: int) -> str:

@@ -18,7 +18,7 @@ import json  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 
-from command.cli import UsageError, answer, numbers  # noqa: E402
+from command.cli import UsageError, answered, numbers  # noqa: E402
 from command.flags import parsed, parser  # noqa: E402
 from llama import Cache, Llama, SafetensorError, Tensor, safe_open, torch  # noqa: E402
 from oracle.trace import PROGRAM, VERSION, about  # noqa: E402
@@ -139,32 +139,31 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[int, st
     return 0, f"alike: largest difference {worst:.1e} of the largest number of its part"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        p = parser()
-        p.usage = "python oracle/dumps.py FILE --prompt TEXT | --against THEIRS [flags]"
-        p.description = "Write one forward pass as safetensors, or compare two (oracle/TRACE.md)."
-        p.add_argument("file", metavar="FILE", help="the safetensors file, to write or to compare")
-        p.add_argument("--against", metavar="THEIRS", help="another dump, of the same tokens")
-        p.add_argument("--skip", type=numbers, default=[], metavar="3,7",
-                       help="layers that the pass leaves out")
-        a = parsed(argv, p)
-        if a.against:
-            status, said = compare(read(a.file), read(a.against))
-            print(said)
-            return status
-        a.strategy = "ar"                              # no costs are measured for one pass
-        a.eager = True                                 # nor is it worth recording
-        a.max_new_tokens = 1
-        from command.job import Job                    # all else needs no tokenizer
-        job = Job(a)
-        ids = job.prompt()
-        if max(a.skip, default=0) >= job.cfg.L:
-            raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {job.cfg.L - 1}")
-        job.load()
-        print(dump(job.folder, job.model, ids, a.skip, a.file))
-        return 0
-    return answer(work)
+@answered
+def main(argv: Sequence[str] | None) -> int:
+    p = parser()
+    p.usage = "python oracle/dumps.py FILE --prompt TEXT | --against THEIRS [flags]"
+    p.description = "Write one forward pass as safetensors, or compare two (oracle/TRACE.md)."
+    p.add_argument("file", metavar="FILE", help="the safetensors file, to write or to compare")
+    p.add_argument("--against", metavar="THEIRS", help="another dump, of the same tokens")
+    p.add_argument("--skip", type=numbers, default=[], metavar="3,7",
+                   help="layers that the pass leaves out")
+    a = parsed(argv, p)
+    if a.against:
+        status, said = compare(read(a.file), read(a.against))
+        print(said)
+        return status
+    a.strategy = "ar"                                  # no costs are measured for one pass
+    a.eager = True                                     # nor is it worth recording
+    a.max_new_tokens = 1
+    from command.job import Job                        # all else needs no tokenizer
+    job = Job(a)
+    ids = job.prompt()
+    if max(a.skip, default=0) >= job.cfg.L:
+        raise UsageError(f"--skip {max(a.skip)}: the model has layers 0 to {job.cfg.L - 1}")
+    job.load()
+    print(dump(job.folder, job.model, ids, a.skip, a.file))
+    return 0
 
 
 if __name__ == "__main__":

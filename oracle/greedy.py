@@ -17,7 +17,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
-from command.cli import Parser, UsageError, answer, numbers  # noqa: E402
+from command.cli import Parser, UsageError, answered, numbers  # noqa: E402
 from command.flags import DTYPES  # noqa: E402
 from llama import Llama, torch  # noqa: E402
 from oracle.check_trace import TOLERANCE, add_model  # noqa: E402
@@ -93,19 +93,18 @@ def compare(paths: Sequence[str], folder: str, dtype: str | None, device: str) -
     return int(not good), "\n".join(said)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        p = Parser(prog="greedy.py", allow_abbrev=False, description="Say whether rounding "
-                   "explains where two greedy texts part.")
-        p.add_argument("texts", metavar="TEXT", nargs=2, help="trace, --json output, or ids")
-        add_model(p)
-        p.add_argument("--dtype", choices=list(TOLERANCE), help="in which the texts were made (as "
-                       "the files say, else bfloat16)")
-        a = p.parse_args(argv)
-        status, said = compare(a.texts, a.model, a.dtype, a.device)
-        print(said)
-        return status
-    return answer(work)
+@answered
+def main(argv: Sequence[str] | None) -> int:
+    p = Parser(prog="greedy.py", allow_abbrev=False, description="Say whether rounding explains "
+               "where two greedy texts part.")
+    p.add_argument("texts", metavar="TEXT", nargs=2, help="trace, --json output, or ids")
+    add_model(p)
+    p.add_argument("--dtype", choices=list(TOLERANCE), help="in which the texts were made (as the "
+                   "files say, else bfloat16)")
+    a = p.parse_args(argv)
+    status, said = compare(a.texts, a.model, a.dtype, a.device)
+    print(said)
+    return status
 
 
 if __name__ == "__main__":

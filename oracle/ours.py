@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,12 +74,12 @@ def dump(request: dict) -> dict:
     return {}
 
 
-def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int, r: int = 1,
+def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int | None, r: int = 1,
            chance: Recording | None = None, dtype: torch.dtype = torch.float64) -> list[dict]:
     """The lines of a trace by the paper's numbers, without times."""
     model = Llama.load(folder, dtype=dtype)
     policy = PaperByProbe(s, model.cfg.L, r) if r > 1 else Paper(s, model.cfg.L)
-    said = dict(r=r, seed=None if chance else seed)
+    said = dict(r=r, seed=seed)
     chance = chance or Recording(Chance(seed).uniform)
     text = io.StringIO()
     for _ in write_trace(text, model, prompt, s, chance, choose_skip, policy, about(folder), said):
@@ -88,16 +88,13 @@ def traced(folder: str | Path, prompt: Sequence[int], s: Settings, seed: int, r:
     return [line for line in lines if line["event"] != "times"]
 
 
-def write(path: str | Path, lines: Iterable[dict]) -> None:
-    texts = [json.dumps(line, separators=(",", ":")) + "\n" for line in lines]
-    Path(path).write_text("".join(texts), encoding="utf-8")
-
-
 def trace(request: dict) -> dict:
     settings = dict(request["settings"])
     r, seed = settings.pop("r"), settings.pop("seed")
-    write(request["out"], traced(request["model"], request["prompt_ids"], Settings(**settings),
-                                 seed, r, chance_of(request, seed)))
+    lines = traced(request["model"], request["prompt_ids"], Settings(**settings), seed, r,
+                   chance_of(request, seed))
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    Path(request["out"]).write_text(text, encoding="utf-8")
     return {}
 
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from command.cli import UsageError
 from command.flags import VERSION as PROGRAM_VERSION
 from dp_layer_skip import Choice
-from llama import Tensor, torch
+from llama import Tensor, read_json, torch
 from speculative import Chance, Round, Settings, generate
 
 VERSION = 5                  # of the format
@@ -160,14 +160,19 @@ def about(folder: str | Path) -> dict[str, dict[str, str]]:
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
-    """name -> SHA-256 (hex) of every file that determines the model's numbers."""
+    """name -> SHA-256 (hex) of every file that determines the numbers of a model which has been
+    loaded: llama.tensors reads model.safetensors or, without one, the shards of the index."""
+    names = ["model.safetensors"]
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists() and not Path(folder, names[0]).exists():
+        names = [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
     out = {}
-    for path in [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors*"))]:
+    for name in ["config.json", *names]:
         digest = hashlib.sha256()
-        with open(path, "rb") as f:
+        with open(Path(folder, name), "rb") as f:
             while part := f.read(1 << 20):
                 digest.update(part)
-        out[path.name] = digest.hexdigest()
+        out[name] = digest.hexdigest()
     return out
 
 
@@ -213,7 +218,7 @@ EVENTS: dict[str, dict[str, Any]] = dict(
 def holds(kind: str | tuple, value: Any) -> bool:
     """Is the value of this kind, or one of the words?"""
     if isinstance(kind, tuple):
-        return value in kind and type(value) is type(kind[0])
+        return value in kind
     if kind.endswith("?"):
         return value is None or holds(kind[:-1], value)
     if kind.endswith("s"):
@@ -239,47 +244,31 @@ def match(line: dict, fields: dict, where: str) -> None:
         raise UsageError(f"{where}: unknown field {short(min(line.keys() - fields.keys()))}")
 
 
-class Lines:
-    """A trace as a cursor: `now` is the line looked at, line `number` of the file, held against the
-    grammar alone; of kind `event`. Behind the last line it is {}, of kind ""."""
-
-    def __init__(self, file: Iterable[bytes]) -> None:
-        self.file = iter(file)
-        self.number = 0
-        self.grammar = dict(header=HEADER)
-        self.V = math.inf
-
-    def advance(self) -> None:
-        """To the next line, a JSON object. Raises UsageError, with the line's number: files come
-        from other programs."""
-        raw = next(self.file, None)
-        self.number += 1
-        self.now = {}
-        self.event = ""
-        if raw is None:
-            return
-        where = f"line {self.number}"
+def lines_of(file: Iterable[bytes]) -> list[dict]:
+    """The lines of a trace, a JSON object each, held against the grammar alone. Raises UsageError,
+    with the line's number: files come from other programs."""
+    lines = []
+    grammar = dict(header=HEADER)
+    V = math.inf
+    for number, raw in enumerate(file, 1):
+        where = f"line {number}"
         try:
             line = json.loads(raw)
             event = line["event"]
-            fields = self.grammar[event]
+            fields = grammar[event]
         except (ValueError, RecursionError, TypeError, LookupError):
             raise UsageError(f"{where}: {short(raw)}, where a JSON object is wanted whose event is "
-                          f"one of {', '.join(self.grammar)}") from None
+                             f"one of {', '.join(grammar)}") from None
         match(line, fields, f"{where}, {event}")
+        if event == "header":
+            for part, fields in dict(config=CONFIG, settings=SETTINGS).items():
+                match(line[part], fields, f"{where}, {part}")
+            grammar = EVENTS
+            V = line["config"]["V"]
         for token in [line.get("token", 0), *line.get("tokens", ())]:
-            if token >= self.V:
-                raise UsageError(f"{where}, {event}: token {token} of {self.V}")
-        self.now = line
-        self.event = event
-
-    def header(self) -> dict:
-        """The first line."""
-        self.advance()
-        if not self.now:
-            raise UsageError("empty; a trace begins with a header")
-        for part, fields in dict(config=CONFIG, settings=SETTINGS).items():
-            match(self.now[part], fields, f"line 1, {part}")
-        self.grammar = EVENTS
-        self.V = self.now["config"]["V"]
-        return self.now
+            if token >= V:
+                raise UsageError(f"{where}, {event}: token {token} of {V}")
+        lines.append(line)
+    if not lines:
+        raise UsageError("empty; a trace begins with a header")
+    return lines

@@ -12,12 +12,10 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from oracle.sampler.law import CASES, RIGHT, Law, apart, law, rounds, target
+from oracle.sampler.law import ALONE, CASES, RIGHT, Law, apart, law, rounds, target
 from oracle.sampler.wrong import WRONG
 
 TEXTS = 1100                 # of each case
@@ -29,7 +27,6 @@ TRUST = 1000.0               # who learns begins with the law that is in doubt, 
 ALARM = math.log((len(CASES) + 1) * (len(WRONG) + 1) / FALSE_ALARM)
 Seen = dict[str, Counter]    # of cases: how often each text came
 Verdict = tuple[str, str, str]       # ok, skip or WRONG; of which case; why
-BATCHES = {name for name, case in CASES.items() if isinstance(case["prompt"], list)}
 
 
 class Refused(Exception):
@@ -38,10 +35,10 @@ class Refused(Exception):
 
 @cache
 def laws(case: str) -> dict[str, Law]:
-    """The right law and the wrong ones."""
+    """The right law and the wrong ones. (A fault of batches is none in a text alone.)"""
     right = target(CASES[case])
     return {"right": right} | {
-        fault: law(sampler, CASES[case]) if case in BATCHES or sampler.batch is apart else right
+        fault: right if case in ALONE and sampler.batch is not apart else law(sampler, CASES[case])
         for fault, sampler in WRONG.items()}
 
 
@@ -103,14 +100,16 @@ def hashed(text: Any) -> Any:
 
 
 def counted(request: dict, answer: dict) -> Counter:
-    """How often each text came."""
-    try:
-        texts = Counter(map(hashed, answer["texts"]))
-    except (KeyError, TypeError, ValueError):
-        texts = Counter()
-    if texts.total() != TEXTS:
-        raise Refused(f"{request['case']}: \"texts\" should be a list of {TEXTS} lists of tokens")
-    return texts
+    """How often each text came: a list of texts, or counts by text, in JSON as a string."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        if "counts" in answer:
+            texts = {hashed(json.loads(text)): n for text, n in answer["counts"].items()}
+            if all(type(n) is int and n >= 0 for n in texts.values()):
+                return Counter(texts)
+        elif len(answer["texts"]) == TEXTS:
+            return Counter(map(hashed, answer["texts"]))
+    raise Refused(f"{request['case']}: \"texts\" should be a list of {TEXTS} lists of tokens, or "
+                  "\"counts\" {text: how often}")
 
 
 def average(request: dict, numbers: Any) -> float:
@@ -121,25 +120,23 @@ def average(request: dict, numbers: Any) -> float:
     raise Refused(f"{request['case']}: \"rounds\" should be {TEXTS} numbers")
 
 
-def remark(case: str, counts: Counter) -> str:
-    """On texts that are wrong: what leaps to the eye."""
-    if len(counts) == 1:
-        return "; all texts are the same: is the generator seeded anew for each?"
+def wrong_in(case: str, counts: Counter) -> str:
+    """The fault of one case, and what leaps to the eye."""
+    fault = fault_in({case: counts})
     impossible = [text for text in counts if text not in laws(case)["right"]]
-    return f"; {json.dumps(impossible[0])} cannot be" if impossible else ""
+    if fault and len(counts) == 1:
+        fault += "; all texts are the same: is the generator seeded anew for each?"
+    elif impossible:                                   # so there is a fault
+        fault += f"; {json.dumps(impossible[0])} cannot be"
+    return fault
 
 
-def verdicts(seen: Seen) -> Iterator[Verdict]:
-    """On each case, and on all together."""
-    for case, counts in seen.items():
-        fault = fault_in({case: counts})
-        yield "WRONG" if fault else "ok", case, fault and fault + remark(case, counts)
+def all_together(seen: Seen) -> Verdict:
     fault = fault_in(seen)
     few = min((counts.total() for counts in seen.values()), default=0)
     if not fault and few < TEXTS:
-        yield "ok", "all together", f"but in {few} texts a fault may be missed; {TEXTS} are wanted"
-    else:
-        yield "WRONG" if fault else "ok", "all together", fault
+        return "ok", "all together", f"but in {few} texts a fault may be missed; {TEXTS} are wanted"
+    return "WRONG" if fault else "ok", "all together", fault
 
 
 def speed(taken: dict[str, float]) -> str:
@@ -149,19 +146,3 @@ def speed(taken: dict[str, float]) -> str:
     others = [f"{name} {mean({case: rounds(sampler, CASES[case]).total() for case in taken})}"
               for name, sampler in RIGHT.items()]
     return f"{mean(taken)}; {', '.join(others)}"
-
-
-def read_counts(path: str) -> Seen:
-    """Texts that were counted elsewhere, {case: {text: how often}}, a text in JSON as a string."""
-    try:
-        file = json.loads(Path(path).read_text(encoding="utf-8"))
-        seen = {case: Counter({hashed(json.loads(text)): n for text, n in counts.items()})
-                for case, counts in file.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise Refused(f"{path}: {e}; {{case: {{text: how often}}}} is wanted") from None
-    unknown = seen.keys() - CASES.keys()
-    numbers = [n for counts in seen.values() for n in counts.values()]
-    if unknown or not all(type(n) is int and n >= 0 for n in numbers):
-        raise Refused(f"{path}: {', '.join(unknown) or 'a count'} is none; cases are "
-                      f"{', '.join(CASES)}")
-    return seen

@@ -26,11 +26,12 @@ from torch import Tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from oracle.sampler.check import Refused  # noqa: E402
-from oracle.sampler.law import CASES, Branch, Law, every, law, target  # noqa: E402
+from oracle.sampler.law import ALONE, CASES, Branch, Law, every, law, target  # noqa: E402
 from oracle.sampler.wrong import WRONG  # noqa: E402
 
 SOURCES = {"rand": "uniform", "rand_like": "uniform", "uniform": "uniform", "exponential": "wait"}
 OTHERS = ("bernoulli", "randint", "randn", "randn_like", "randperm", "normal", "poisson")
+BY_TORCH = patch.object(random, "random", lambda: torch.rand(()))
 SHAPES = ("getitem", "view", "reshape", "squeeze", "unsqueeze", "expand", "flatten", "gather", "to",
           "float", "double", "clone", "contiguous", "detach")
 
@@ -141,9 +142,6 @@ class Answering(TorchFunctionMode):
         return out
 
 
-ALONE = [name for name, case in CASES.items() if not isinstance(case["prompt"], list)]
-
-
 def short(name: str) -> dict:
     """A case, of three tokens: the branches of a text are many."""
     return dict(CASES[name], N=min(CASES[name]["N"], 3), level=1, texts=1, seed=1)
@@ -152,7 +150,7 @@ def short(name: str) -> dict:
 def exact(run: Callable[[dict], list], case: dict) -> Law:
     """The law of the texts that `run` returns."""
     def once(chance: Branch) -> tuple[int, ...]:
-        with Answering(chance), patch.object(random, "random", lambda: torch.rand(())):
+        with Answering(chance), BY_TORCH:
             return tuple(map(int, run(case)))
     texts = defaultdict(float)
     for likely, text in every(once):
@@ -168,7 +166,8 @@ def distance(one: Law, other: Law) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     file, _, name = " ".join(sys.argv[1:] if argv is None else argv).rpartition(":")
     sys.path.insert(0, str(Path(file).resolve().parent))
-    run = runpy.run_path(file).get(name) if Path(file).is_file() else None
+    with BY_TORCH:                                     # which is what `from random import` imports
+        run = runpy.run_path(file).get(name) if Path(file).is_file() else None
     if run is None:
         print("exact.py: a FILE.py:FUNCTION that exists is wanted", file=sys.stderr)
         return 2

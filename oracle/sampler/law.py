@@ -25,6 +25,7 @@ from typing import Any
 
 CASES = {case["case"]: case for case in json.loads(
     Path(__file__).with_name("cases.json").read_text())}
+ALONE = [name for name, case in CASES.items() if not isinstance(case["prompt"], list)]
 Row = list[float]
 Law = dict[tuple, float]                     # text, or a tuple of those of a batch -> probability
 
