@@ -245,6 +245,20 @@ def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, monkeypatch):
     assert job("--prompt", "-").prompt() == [TOK.bos, *TOK.encode("x\r\n")]
 
 
+def test_a_prompt_is_refused_unread_if_no_tokens_are_long_enough_for_it(complaint, tmp_path,
+                                                                        monkeypatch):
+    """Rejects half a minute for 100 MB; a bound that refuses what would fit, though it is of the
+    longest tokens, which stand for 49 bytes in the demo, or though --chat takes its blanks away."""
+    line = "+" + 48 * "-"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was read"))
+        assert complaint("--prompt", line * 1024) == (
+            2, "at least 1024 prompt tokens exceed the model's context of 1024")
+    assert len(job("--prompt", line * 1022, "--max-new-tokens", 1).prompt()) == 1023
+    chatty = copy_of_the_demo(tmp_path, CHATS)
+    assert job("--chat", "--prompt", "x" + " " * 900_000, "--model", chatty).prompt()
+
+
 def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, monkeypatch):
     """Rejects a text without its beginning, a begin-of-text in it, a prompt glued to a text that a
     pipe receives, an account glued to a text, colours with NO_COLOR, waiting that is not shown."""
@@ -596,7 +610,7 @@ WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--model", DEMO / "config.json"], 1, f"a file; give its folder, {DEMO}"),
     (["--model", DEMO.parent / "text"], 1, "config.json: cannot be read"),
     (["--model", "a\nb"], 1, "a b: no such folder"),
-    (["--prompt", "xyz " * 50_000], 2, "prompt tokens and 1 new ones exceed the model's context"),
+    (["--prompt", "xyz " * 2_000], 2, "prompt tokens and 1 new ones exceed the model's context"),
     (["--device", "cuda:77"], 2, "--device cuda:77: PyTorch sees"),
     (["--skip-layers", 33], 2, "--skip-layers 33: the model has 32 layers"),
     ([*TINY, 6, "--prompt-ids", "7 " * 15], 2, "15 prompt tokens and 6 new ones exceed the model's "

@@ -150,12 +150,8 @@ DYNAMIC_PROGRAM = {
 
 # ------------------------------------------------------------------------------ sampler and loop
 
-def loop(*edits):
-    return edit(speculative, "generate", *edits)
-
-
-def drafting(*edits):
-    return edit(speculative, "draft", *edits)
+loop = functools.partial(edit, speculative, "generate")
+drafting = functools.partial(edit, speculative, "draft")
 
 
 def used_again(self, a):
@@ -252,16 +248,13 @@ def interleaved(x, rows):
     return torch.stack(halves.chunk(2, -1), -1).flatten(-2)
 
 
-def candidates(right, wrong):
-    return edit(Cache, "candidates", (right, wrong))
-
-
+candidates = functools.partial(edit, Cache, "candidates")
 LLAMA = {
     "candidates see one another": candidates(
-        "slot == slots[:, None]", "slot > 0 * slots[:, None] + t"),
-    "one position too far": candidates("full_like(slots, t)", "full_like(slots, t + 1)"),
-    "the token's own entry is seen": candidates("slot < t", "slot <= t"),
-    "scratch begins at the probe": candidates("slot[t + 1:]", "slot[t:-1]"),
+        ("slot == slots[:, None]", "slot > 0 * slots[:, None] + t")),
+    "one position too far": candidates(("full_like(slots, t)", "full_like(slots, t + 1)")),
+    "the token's own entry is seen": candidates(("slot < t", "slot <= t")),
+    "scratch begins at the probe": candidates(("slot[t + 1:]", "slot[t:-1]")),
     "the interleaved rotary layout": put(llama, "rotate", interleaved),
     "decoding one position late": edit(
         Cache, "sequence",

@@ -1,6 +1,7 @@
 """The tokenizer against what the libraries tokenizers and transformers said (recorded.json),
 against published vectors, and against broken files; the writer of safetensors files."""
 import json
+import math
 import os
 import re
 import shutil
@@ -51,6 +52,8 @@ def test_folders_read_as_the_libraries_read_them(tmp_path, name):
     for text, ids in (PLAIN | theirs["ids"]).items():
         assert tok.encode(text) == ids, text
         assert "blanks" in name or tok.decode(ids) == text
+        assert len(text.encode()) / tok.longest <= len(ids)
+    assert (tok.longest == math.inf) == ("blanks" in name)
 
 
 def test_every_file_of_a_model_gives_the_same_tokens(folder):

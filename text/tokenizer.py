@@ -2,6 +2,7 @@
 Instruct models. tiktoken does the merging; here the files of a model are read.
 """
 import base64
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ class Tokenizer:
 
     special   name -> id of the tokens that no text can spell
     bos       the one that begins a text
+    longest   bytes of text that one token can stand for: a text of n has n / longest tokens or more
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -90,6 +92,8 @@ class Tokenizer:
                              f"{self.bos} here, and {said} by the config's bos_token_id")
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
+        takes_blanks = any(a["lstrip"] or a["rstrip"] for a in added.values())     # any number
+        self.longest = math.inf if takes_blanks else max(map(len, self._bytes.values()))
         self._added = added
         self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
                          for kind in (False, True)]    # what is not normalized is looked for first
