@@ -61,22 +61,22 @@ def test_a_comparison_is_of_clasp_with_plain_decoding():
              (plain_run(IDS, 5.0), clasp_run(IDS, 2.0, 6.0)),
              (plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2))]
     c = comparison(pairs, greedy=True)
-    assert [" ".join(line.split()) for line in compared(c, pairs, "float32").split("\n")] == [
+    lines = compared(c, pairs, "float32").split("\n")
+    assert [" ".join(line.split()) for line in lines] == [
         "plain decoding 1.0 tokens/s 7 tokens, median of 3 runs, interleaved",
         "CLaSp 1.5 tokens/s 3.00 tokens per verify, acceptance 0.67",
         "speed-up 1.50 80% of 1.88, the ideal for these drafts",
         "in plain steps a draft step 0.20, a verify 1.20, a layer optimisation 0.40",
         "texts equal"]
-    assert max(map(len, compared(c, pairs, "float32").split("\n"))) < 80
-    assert c["ideal_speedup"] == pytest.approx(6 / 3.2) and c["equal"] is True
-    assert c["stats"]["drafted"] == 6 and c["plain_stats"]["drafted"] == 0
+    assert c["equal"] is True
+    assert (c["stats"]["drafted"], c["plain_stats"]["drafted"]) == (6, 0)
     pairs[1] = plain_run(IDS, 5.0), clasp_run([0, 1, 2, 30, 4, 5, 6], 2.0, 6.0)
     c = comparison(pairs, greedy=True)
     assert c["equal"] is False
-    last = compared(c, pairs, "float32").split("\n")[-1]
-    assert last.endswith(" DIFFERENT from token 3 on: a tie, by the rounding of float32?")
-    assert len(last) < 80
-    c = comparison([(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)), (CUT[:1], CUT)], greedy=False)
+    lines += compared(c, pairs, "float32").split("\n")
+    assert lines[-1].endswith(" DIFFERENT from token 3 on: a tie, by the rounding of float32?")
+    assert max(map(len, lines)) < 80
+    c = comparison([pairs[0], (CUT[:1], CUT)], greedy=False)
     assert c["equal"] is None and "two samples" in compared(c, pairs, "float32")
     assert c["tokens_per_verify"] == pytest.approx((6 + 5) / (2 + 2))
     assert c["acceptance"] == pytest.approx((4 + 4) / (6 + 5))
