@@ -590,7 +590,7 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
 TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
 WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", ""], 2, "--prompt is missing or empty"), (["--prompt", b""], 2, "is missing"),
-    (["--prompt"], 2, "--prompt: expected one argument"),
+    (["--prompt"], 2, "--prompt: expected one argument; one that begins with - is written behind"),
     (["--promt", "x"], 2, "--promt x; did you mean --prompt?"),
     (["--max=3"], 2, "--max=3; did you mean --max-new-tokens?"),
     (["--max-tokens", "3"], 2, "--max-tokens 3; did you mean --max-new-tokens?"),
@@ -680,6 +680,7 @@ def ends(ids):
     (ends([3841]), ["--chat"], "<|eot_id|> does not stop this model"), ({}, ["--chat"], None),
     ({"clasp.json": {}}, [], "there seems to be a GPU; computing on the CPU"),
     (template(DATES), ["--chat"], NOT_FOLLOWED), (template(IM_START), ["--chat"], NOT_FOLLOWED),
+    ({"chat_template.jinja": DATES}, ["--chat"], NOT_FOLLOWED),
     (template(DATES), [], None), (template("{{" + TURN + "}}"), ["--chat"], None)])
 def test_what_departs_from_what_was_asked_is_said_once(tmp_path, monkeypatch, capsys, files, how,
                                                        words):

@@ -91,7 +91,8 @@ FOLDERS = {                     # what `write` is told
     "a word and the blanks before it": dict(added=words("<think>", lstrip=True)),
     "a word and the blanks behind it": dict(added=words("<think>", rstrip=True)),
     "a word that is a token already": dict(added=[*words(), token("return", RANKS[b"return"])]),
-    "special tokens in the vocabulary": dict(vocab={a["content"]: a["id"] for a in specials()}),
+    "added tokens in the vocabulary": dict(
+        added=words("<think>"), vocab={a["content"]: a["id"] for a in words("<think>")}),
     "renamed": dict(added=specials(RENAMED), tokenizer_config=dict(
         bos_token=dict(content=RENAMED[0], __type="AddedToken"))),
     "moved": dict(added=specials({i + 100: name for i, name in NAMED.items()}),

@@ -19,6 +19,7 @@ END_HEADER = "<|end_header_id|>"
 EOT = "<|eot_id|>"
 NAMED = {0: BOS, 1: "<|end_of_text|>", 6: HEADER, 7: END_HEADER, 9: EOT}
 BLANKS = 990_000             # in a row, before the library that splits text runs out of its stack
+BLANK = re.compile(r"\s*")
 OPTIONS = ("special", "normalized", "single_word", "lstrip", "rstrip")      # of a token added
 
 
@@ -126,12 +127,9 @@ class Tokenizer:
             around = piece[start - 1:start] + piece[end:end + 1]
             if a["special"] or a["single_word"] and re.search(r"\w", around):
                 continue
-            while a["lstrip"] and start > done and piece[start - 1].isspace():
-                start -= 1
-            while a["rstrip"] and piece[end:end + 1].isspace():
-                end += 1
-            out += [piece[done:start], a["id"]]
-            done = end
+            before = piece[done:start]
+            out += [before.rstrip() if a["lstrip"] else before, a["id"]]
+            done = BLANK.match(piece, end).end() if a["rstrip"] else end
         return [*out, piece[done:]]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
