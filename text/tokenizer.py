@@ -106,31 +106,27 @@ class Tokenizer:
         tokens."""
         if len(text) > BLANKS and max(map(len, re.findall(r"\s+", text)), default=0) > BLANKS:
             raise ModelError(f"more than {BLANKS} blanks in a row: tiktoken cannot split that")
-        pieces = [text]
-        for pattern in self._spelled:
-            pieces = [part for piece in pieces for part in self._cut(piece, pattern)]
-        ids = []
-        for piece in pieces:
-            ids += [piece] if isinstance(piece, int) else self._bpe.encode_ordinary(piece)
-        return ids
+        return self._encode(text, self._spelled)
 
-    def _cut(self, piece: str | int, pattern: re.Pattern) -> list[str | int]:
-        """A piece of text, cut where a word stands that was added, of which the id remains; by the
-        rules of the tokenizers library."""
-        if isinstance(piece, int):
-            return [piece]
-        out = []
+    def _encode(self, text: str, patterns: Sequence[re.Pattern]) -> list[int]:
+        """Cut where a word stands that was added, by the rules of the tokenizers library: those of
+        the first pattern, then, between them, those of the next."""
+        if not patterns:
+            return self._bpe.encode_ordinary(text)
+        first, *others = patterns
+        ids = []
         done = 0
-        for match in pattern.finditer(piece):
+        for match in first.finditer(text):
             a = self._added[match[0]]
             start, end = match.span()
-            around = piece[start - 1:start] + piece[end:end + 1]
+            around = text[start - 1:start] + text[end:end + 1]
             if a["special"] or a["single_word"] and re.search(r"\w", around):
                 continue
-            before = piece[done:start]
-            out += [before.rstrip() if a["lstrip"] else before, a["id"]]
-            done = BLANK.match(piece, end).end() if a["rstrip"] else end
-        return [*out, piece[done:]]
+            before = text[done:start]
+            ids += self._encode(before.rstrip() if a["lstrip"] else before, others)
+            ids.append(a["id"])
+            done = BLANK.match(text, end).end() if a["rstrip"] else end
+        return ids + self._encode(text[done:], others)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """ids -> bytes; a token may end in the middle of a character. Special tokens come out by
