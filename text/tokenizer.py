@@ -145,13 +145,12 @@ class Tokenizer:
             raise ModelError(f"the tokenizer has no {lacking[0]}: another chat format than "
                              "LLaMA-3's; write it with --prompt-ids")
         ids = [self.bos]
-        for m in messages:
-            ids += [*self._header(m["role"]), *self.encode(m["content"].strip()), self.special[EOT]]
-        return [*ids, *self._header("assistant")]
-
-    def _header(self, role: str) -> list[int]:
-        return [self.special[HEADER], *self.encode(role), self.special[END_HEADER],
-                *self.encode("\n\n")]
+        for m in [*messages, dict(role="assistant")]:
+            ids += [self.special[HEADER], *self.encode(m["role"]), self.special[END_HEADER]]
+            ids += self.encode("\n\n")
+            if "content" in m:                         # which the answer is to be
+                ids += [*self.encode(m["content"].strip()), self.special[EOT]]
+        return ids
 
 
 def _begin_of_text(folder: Path, path: Path, special: dict[str, int]) -> int:
