@@ -270,8 +270,10 @@ class Job:
             raise UsageError("the prompt is not valid UTF-8") from None
         if not text:
             raise UsageError("--prompt is missing or empty; give at least one character")
-        least = len(text.strip().encode()) // self.tokenizer.longest        # --chat strips it too
-        if least >= self.cfg.context:                  # before it is read: 100 MB take a while
+        if self.a.chat:
+            text = text.strip()                        # as its format wants it
+        least = len(text.encode()) // self.tokenizer.longest
+        if least >= self.cfg.context:                  # to make tokens of 100 MB takes a while
             raise UsageError(f"at least {least} prompt tokens exceed the model's context of "
                              f"{self.cfg.context}")
         spelled = [name for name in self.tokenizer.special if name in text]

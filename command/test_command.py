@@ -247,8 +247,9 @@ def test_a_prompt_is_refused_unread_if_no_tokens_are_long_enough_for_it(complain
     line = "+" + 48 * "-"
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was read"))
-        assert complaint("--prompt", line * 1024) == (
-            2, "at least 1024 prompt tokens exceed the model's context of 1024")
+        for text in (line * 1024, "x" + " " * (49 * 1024)):
+            assert complaint("--prompt", text) == (
+                2, "at least 1024 prompt tokens exceed the model's context of 1024")
     assert len(job("--prompt", line * 1022, "--max-new-tokens", 1).prompt()) == 1023
     chatty = copy_of_the_demo(tmp_path, CHATS)
     assert job("--chat", "--prompt", "x" + " " * 900_000, "--model", chatty).prompt()
