@@ -51,10 +51,10 @@ class Job:
             raise ModelError(f"{self.folder}: {what}")
         with reading(self.folder):
             self.cfg = read_config(self.folder)
-        self.stops = stop_ids(self.folder)
+            self.stops = stop_ids(self.folder)
+            self.tokenizer = self.checked_tokenizer()
         self.take_saved_flags()
         self.device = self.checked_device()
-        self.tokenizer = self.checked_tokenizer()
         self.dtype = self.chosen_dtype()
         c = self.cfg
         weights = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
@@ -127,8 +127,7 @@ class Job:
     def checked_tokenizer(self) -> Tokenizer | None:
         """None where only ids are given and none can be read."""
         try:
-            with reading(self.folder):
-                tokenizer = Tokenizer(self.folder)
+            tokenizer = Tokenizer(self.folder)
         except ModelError:
             if self.a.prompt_ids is None:              # ids need none; one makes them readable
                 raise

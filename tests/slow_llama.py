@@ -1,6 +1,6 @@
-"""LLaMA by another route, slow and plain: no cache, no positions, a whole sequence at once by
-PyTorch's own norm and attention, in float64. What the fast one is held against, with random
-checkpoints, and how far apart they are.
+"""LLaMA by another route, slow and plain: no cache, no rows, a whole sequence at once by PyTorch's
+own norm and attention, in float64. What the fast one is held against, with random checkpoints, and
+how far apart they are.
 """
 import json
 import math
