@@ -187,7 +187,6 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     seed = 2 ** 32 - 1
     said = result(*of_this, *odd, "--interval", 4, "--temperature", 0.7, "--seed", seed,
                   "--dtype", "float64", "--threads", 2)
-    torch.set_num_threads(1)
     want = Settings(temperature=0.7, top_k=9, top_p=0.8, N=5, K=3, M=2, exit_threshold=0.25,
                     interval=4)
     model, ids, s, chance, choose, policy = calls[0]
@@ -331,9 +330,8 @@ def test_what_a_model_holds_for_itself_is_the_default(result, tmp_path):
                       (("--seed", 0), (0.75, 0)), (("--temperature", 0), (0, 3))):
         s = job(*this, *how)
         assert (s.settings.temperature, s.a.seed) == want
-    path = tmp_path / "kept.json"
-    path.write_text(json.dumps(dict(settings=dict(costs=dict(costs, optimise=2.0)))))
-    assert job(*this, "--costs", path).costs == dict(costs, optimise=2.0)
+    put(tmp_path, {"kept.json": dict(settings=dict(costs=dict(costs, optimise=2.0)))})
+    assert job(*this, "--costs", tmp_path / "kept.json").costs == dict(costs, optimise=2.0)
 
 
 @pytest.mark.parametrize("much, said", [(0.3, []), (0.0, ["loading 0.0 GB", "timing passes"])])
@@ -350,8 +348,8 @@ def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys
 
 def of_size(folder, width, **config):
     """A folder with a config.json alone, of 16 layers."""
-    (folder / "config.json").write_text(json.dumps(BASE | dict(
-        num_hidden_layers=16, hidden_size=width, intermediate_size=4 * width) | config))
+    sizes = dict(num_hidden_layers=16, hidden_size=width, intermediate_size=4 * width)
+    put(folder, {"config.json": BASE | sizes | config})
     return "--model", folder, "--device", "cpu", "--prompt-ids", 1
 
 
