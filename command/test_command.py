@@ -624,6 +624,8 @@ WRONG_FOLDERS = [       # what differs from the demo's, what is said
     ({"config.json": None, "consolidated.00.pth": 0, "params.json": 0},
      "of Meta's own files: take Hugging Face's"),
     ({"config.json": None, "m.gguf": 0}, "there is m.gguf, which is not read"),
+    ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n"},
+     "; tokenizer.model is a pointer of Git LFS: git lfs pull"),
     ({"config.json": None}, "config.json: cannot be read")]
 
 
