@@ -337,13 +337,17 @@ def test_what_a_model_holds_for_itself_is_the_default(result, tmp_path):
 @pytest.mark.parametrize("much, said", [(0.3, []), (0.0, ["loading 0.0 GB", "timing passes"])])
 def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys, much, said):
     """Rejects a log that is silent while weights are read or passes timed, and one that a small
-    model fills; an account that begins later than the process."""
+    model fills; an account that begins later than the process or leaves the timing out; a seed that
+    may give another text next time without a word, and times that are not kept."""
     monkeypatch.setattr("command.job.MUCH", much)
     monkeypatch.setitem(sys.modules, "command.start", SimpleNamespace(BEGAN=-1e6))
-    this = job("--model", tiny, "--device", "cpu", "--prompt-ids", 1)
+    how = ("--model", tiny, "--device", "cpu", "--prompt-ids", 1, "--temperature", 1)
+    this = job(*how)
     this.load().measure(this.model, this.model.cache(20), [1])
-    assert this.load_seconds > 1e6
-    assert re.findall("note: (loading 0.0 GB|timing passes)", capsys.readouterr().err) == said
+    assert this.load_seconds > 1e6 and this.measure_seconds > 0
+    notes = re.findall("loading 0.0 GB|timing passes|from then on one: ", capsys.readouterr().err)
+    assert notes == [*said, "from then on one: "]
+    assert job(*how).costs == this.costs
 
 
 def of_size(folder, width, **config):
