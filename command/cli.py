@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, wanted: str, ok: Callable[[float], bool]) -> Callable[[str], float]:
     """A type for argparse: a number of `kind` for which `ok` holds, in words `wanted`."""
     def parse(text: str) -> float:
-        with contextlib.suppress(ValueError, OverflowError):
+        with contextlib.suppress(ValueError):
             value = kind(text)
             if ok(value):
                 return value

@@ -51,10 +51,10 @@ class Job:
             raise ModelError(f"{self.folder}: {what}")
         with reading(self.folder):
             self.cfg = read_config(self.folder)
-        self.stops = stop_ids(self.folder)
+            self.stops = stop_ids(self.folder)
+            self.tokenizer = self.checked_tokenizer()
         self.take_saved_flags()
         self.device = self.checked_device()
-        self.tokenizer = self.checked_tokenizer()
         self.dtype = self.chosen_dtype()
         c = self.cfg
         weights = c.L * costs.layer_weights(c) + (2 - c.tied) * c.V * c.D
@@ -127,8 +127,7 @@ class Job:
     def checked_tokenizer(self) -> Tokenizer | None:
         """None where only ids are given and none can be read."""
         try:
-            with reading(self.folder):
-                tokenizer = Tokenizer(self.folder)
+            tokenizer = Tokenizer(self.folder)
         except ModelError:
             if self.a.prompt_ids is None:              # ids need none; one makes them readable
                 raise
@@ -270,6 +269,12 @@ class Job:
             raise UsageError("the prompt is not valid UTF-8") from None
         if not text:
             raise UsageError("--prompt is missing or empty; give at least one character")
+        if self.a.chat:
+            text = text.strip()                        # as its format wants it
+        least = len(text.encode()) // self.tokenizer.longest
+        if least >= self.cfg.context:                  # to make tokens of 100 MB takes a while
+            raise UsageError(f"at least {least} prompt tokens exceed the model's context of "
+                             f"{self.cfg.context}")
         spelled = [name for name in self.tokenizer.special if name in text]
         if spelled:
             note(f"{spelled[0]} in the prompt is text, not that special token (--chat writes its "

@@ -35,7 +35,7 @@ class Terminal:
     """A stream to watch a run on. Colour only where someone looks, and never with NO_COLOR; lines
     of 79 columns, or of all but the last that a terminal has."""
     CODES = dict(kept="32", rejected="9;31", own="1;34", dim="2")
-    MARKS = dict(rejected="~~", own="[]")              # without colour
+    MARKS = dict(rejected="~{}~", own="[{}]")          # without colour
 
     def __init__(self, stream: TextIO) -> None:
         self.is_screen = is_screen(stream)
@@ -55,22 +55,17 @@ class Terminal:
         lines = [""]
         used = 0
         for kind, text in pieces:
-            if kind in self.MARKS and not self.colour:
-                before, behind = self.MARKS[kind]
-                text = before + text + behind
-            part = ""
+            if not self.colour:
+                text = self.MARKS.get(kind, "{}").format(text)
             for c in text:
                 if not c.isprintable():
                     c = repr(c)[1:-1]
                 columns = len(c) + (unicodedata.east_asian_width(c[0]) in "WF")
                 if used + columns > width:
-                    lines[-1] += self.paint(kind, part)
                     lines.append("")
-                    part = ""
                     used = 0
-                part += c
+                lines[-1] += self.paint(kind, c)
                 used += columns
-            lines[-1] += self.paint(kind, part)
         return lines
 
     def legend(self) -> str:

@@ -151,7 +151,7 @@ def tiny(tmp_path_factory):
 def test_every_strategy_writes_the_text_of_plain_decoding_and_says_that_it_ran(run, result):
     """Rejects a greedy text that depends on the strategy; a prompt, a newline, a colour or a figure
     in what a pipe receives, or in a log beside --json; a documented field of --json that is missing
-    or does not mean what it says; an account without its strategy or of more than 79 columns."""
+    or does not mean what it says; an account without its strategy."""
     prompt = ("--prompt", "The following functions ", "--max-new-tokens", 24)
     plain = result(*prompt, "--strategy", "ar")
     assert plain.keys() == {"prompt_ids", "ids", "text", "settings", "stats"}
@@ -168,7 +168,6 @@ def test_every_strategy_writes_the_text_of_plain_decoding_and_says_that_it_ran(r
         status, out, err = run(*prompt, *how)
         assert (status, out) == (0, plain["text"])
         assert re.fullmatch(rf"\n{ran}: 24 tokens in .*\ndecoding .*\n", err) and "\033" not in err
-        assert max(map(len, err.splitlines())) < 80
 
 
 def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
@@ -184,13 +183,12 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
 
     for module in (clasp_mini, command.compare):
         monkeypatch.setattr(module, "generate", spy)
-    of_this = ("--model", tiny, "--device", "cpu", "--prompt-ids", "1,2")
-    odd = ("--top-k", 9, "--top-p", 0.8, "--max-new-tokens", 5, "--draft-length", 3,
-           "--skip-layers", 2, "--draft-exit-threshold", 0.25, "--probe", 3)
+    of_this = ("--model", tiny, "--device", "cpu", "--prompt-ids", "1,2", "--top-k", 9, "--top-p",
+               0.8, "--max-new-tokens", 5)
+    odd = ("--draft-length", 3, "--skip-layers", 2, "--draft-exit-threshold", 0.25, "--probe", 3)
     seed = 2 ** 32 - 1
     said = result(*of_this, *odd, "--interval", 4, "--temperature", 0.7, "--seed", seed,
                   "--dtype", "float64", "--threads", 2)
-    torch.set_num_threads(1)
     want = Settings(temperature=0.7, top_k=9, top_p=0.8, N=5, K=3, M=2, exit_threshold=0.25,
                     interval=4)
     model, ids, s, chance, choose, policy = calls[0]
@@ -201,13 +199,11 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
         dataclasses.asdict(want), stop_ids=[], model=str(tiny), device="cpu", strategy="clasp",
         seed=seed, dtype="float64", threads=2, r=3, costs=None)
     assert (said["prompt_ids"], said["text"]) == ([1, 2], None)             # nothing is added
-    plain = result(*of_this, *odd[:6], "--strategy", "ar")["settings"]
-    assert (calls[1][2].K, calls[1][2].M, plain["K"], plain["costs"]) == (0, 0, 0, None)
-    assert [plain[name] for name in ("threads", "seed", "strategy", "dtype")] == [
-        1, 0, "ar", "float32"]
+    plain = dict(K=0, M=0, seed=0, strategy="ar", dtype="float32", threads=1, costs=None)
+    assert result(*of_this, "--strategy", "ar")["settings"].items() >= plain.items()
     left = result(*of_this, *odd)["settings"]
+    assert left.items() >= dict(K=3, M=2, exit_threshold=0.25, interval=None).items()
     policy = calls[2][5]
-    assert [left[name] for name in ("K", "M", "exit_threshold", "interval")] == [3, 2, 0.25, None]
     assert isinstance(policy, Adaptive) and policy.probe == 3
     assert (policy.c, policy.v) == (left["costs"]["draft"], left["costs"]["verify"])
     r = result(*of_this, *odd, "--interval", 1, "--compare", "--repeats", 1, "--seed", 8)
@@ -217,17 +213,15 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     assert job("--compare").a.repeats == 5
 
 
-@pytest.mark.parametrize("how, want", [
-    (["--strategy", "paper"], (12, 18, 0.7, 64)), (NAMED, (12, 22, 0.3, 64)),
-    (["--strategy", "paper", "--skip-layers", 5, "--interval", 8], (12, 5, 0.7, 8))])
-def test_the_papers_loop_is_one_flag_or_four_numbers(how, want):
+def test_the_papers_loop_is_one_flag_or_four_numbers():
     """Rejects other numbers than the paper's 44 of 80 layers, 0.7 and 64, and flags that do not
     replace them; another loop by the default strategy where all four are named."""
-    paper = job("--prompt", "x", *how)
-    s = paper.settings
-    assert (s.K, s.M, s.exit_threshold, s.interval) == want
-    assert (paper.strategy, paper.probe) == ("paper", 1)
-    assert type(clasp_mini.policy_of(paper)) is Paper
+    by_name = ("--strategy", "paper")
+    for how, want in ((by_name, (12, 18, 0.7, 64)), (NAMED, (12, 22, 0.3, 64)),
+                      ((*by_name, "--skip-layers", 5, "--interval", 8), (12, 5, 0.7, 8))):
+        policy = clasp_mini.policy_of(job("--prompt", "x", *how))
+        assert type(policy) is Paper
+        assert (policy.s.K, policy.s.M, policy.s.exit_threshold, policy.s.interval) == want
 
 
 def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, monkeypatch):
@@ -245,6 +239,21 @@ def test_prompts_become_ids_as_the_tokenizer_says(tmp_path, monkeypatch):
         assert job("--prompt", text).prompt() == [TOK.bos, *TOK.encode("é")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfx\r\n")))
     assert job("--prompt", "-").prompt() == [TOK.bos, *TOK.encode("x\r\n")]
+
+
+def test_a_prompt_is_refused_unread_if_no_tokens_are_long_enough_for_it(complaint, tmp_path,
+                                                                        monkeypatch):
+    """Rejects half a minute for 100 MB; a bound that refuses what would fit, though it is of the
+    longest tokens, which stand for 49 bytes in the demo, or though --chat takes its blanks away."""
+    line = "+" + 48 * "-"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was read"))
+        for text in (line * 1024, "x" + " " * (49 * 1024)):
+            assert complaint("--prompt", text) == (
+                2, "at least 1024 prompt tokens exceed the model's context of 1024")
+    assert len(job("--prompt", line * 1022, "--max-new-tokens", 1).prompt()) == 1023
+    chatty = copy_of_the_demo(tmp_path, CHATS)
+    assert job("--chat", "--prompt", "x" + " " * 900_000, "--model", chatty).prompt()
 
 
 def test_on_a_terminal_the_prompt_stands_dim_before_the_text(terminal, result, monkeypatch):
@@ -323,27 +332,30 @@ def test_what_a_model_holds_for_itself_is_the_default(result, tmp_path):
                       (("--seed", 0), (0.75, 0)), (("--temperature", 0), (0, 3))):
         s = job(*this, *how)
         assert (s.settings.temperature, s.a.seed) == want
-    path = tmp_path / "kept.json"
-    path.write_text(json.dumps(dict(settings=dict(costs=dict(costs, optimise=2.0)))))
-    assert job(*this, "--costs", path).costs == dict(costs, optimise=2.0)
+    put(tmp_path, {"kept.json": dict(settings=dict(costs=dict(costs, optimise=2.0)))})
+    assert job(*this, "--costs", tmp_path / "kept.json").costs == dict(costs, optimise=2.0)
 
 
 @pytest.mark.parametrize("much, said", [(0.3, []), (0.0, ["loading 0.0 GB", "timing passes"])])
 def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys, much, said):
     """Rejects a log that is silent while weights are read or passes timed, and one that a small
-    model fills; an account that begins later than the process."""
+    model fills; an account that begins later than the process or leaves the timing out; a seed that
+    may give another text next time without a word, and times that are not kept."""
     monkeypatch.setattr("command.job.MUCH", much)
     monkeypatch.setitem(sys.modules, "command.start", SimpleNamespace(BEGAN=-1e6))
-    this = job("--model", tiny, "--device", "cpu", "--prompt-ids", 1)
+    how = ("--model", tiny, "--device", "cpu", "--prompt-ids", 1, "--temperature", 1)
+    this = job(*how)
     this.load().measure(this.model, this.model.cache(20), [1])
-    assert this.load_seconds > 1e6
-    assert re.findall("note: (loading 0.0 GB|timing passes)", capsys.readouterr().err) == said
+    assert this.load_seconds > 1e6 and this.measure_seconds > 0
+    notes = re.findall("loading 0.0 GB|timing passes|from then on one: ", capsys.readouterr().err)
+    assert notes == [*said, "from then on one: "]
+    assert job(*how).costs == this.costs
 
 
 def of_size(folder, width, **config):
     """A folder with a config.json alone, of 16 layers."""
-    (folder / "config.json").write_text(json.dumps(BASE | dict(
-        num_hidden_layers=16, hidden_size=width, intermediate_size=4 * width) | config))
+    sizes = dict(num_hidden_layers=16, hidden_size=width, intermediate_size=4 * width)
+    put(folder, {"config.json": BASE | sizes | config})
     return "--model", folder, "--device", "cpu", "--prompt-ids", 1
 
 
@@ -504,7 +516,6 @@ NO_ROOM = ("out of memory: the weights take 0.0 GB in float32, the cache of 130 
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 1, NO_ROOM),
     (llama.ModelError("a\nb: broken"), 1, "a b: broken"),
     (FloatingPointError("not finite"), 1, "not finite"),
-    (OSError(28, "No space left on device"), 1, "output: No space left on device"),
     (PermissionError(13, "Permission denied", "w.safetensors"), 1,
      "w.safetensors: Permission denied")], ids=lambda x: type(x).__name__)
 def test_what_stops_it_is_one_line(run, monkeypatch, raised, status, said):
@@ -580,27 +591,22 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
 TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
 WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", ""], 2, "--prompt is missing or empty"), (["--prompt", b""], 2, "is missing"),
-    (["--prompt"], 2, "--prompt: expected one argument"),
-    (["--promt", "x"], 2, "--promt x; did you mean --prompt?"),
+    (["--prompt"], 2, "--prompt: expected one argument; one that begins with - is written behind"),
     (["--max=3"], 2, "--max=3; did you mean --max-new-tokens?"),
     (["--max-tokens", "3"], 2, "--max-tokens 3; did you mean --max-new-tokens?"),
     (["--zzz"], 2, "unrecognized arguments: --zzz (--help"),
     (["hello"], 2, "hello; a prompt stands behind --prompt, in quotes"),
     (["--prompt", "\udc80"], 2, "not valid UTF-8"), (["--prompt", b"\xff"], 2, "not valid UTF-8"),
-    (["--chat=yes"], 2, "--chat"),
     (["--prompt-ids", V], 2, f"token {V} is not in the model's vocabulary of {V}"),
-    (["--prompt-ids", "3,9" + "9" * 30], 2, "vocabulary"),
     (["--prompt-ids", "1", "--prompt", "x"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt-ids", "1", "--chat"], 2, "--prompt-ids goes without --prompt and --chat"),
     (["--prompt", "x", "--system", "y"], 2, "--system goes with --chat"),
     (["--model", "/nowhere", "--prompt", "x"], 1, "/nowhere: no such folder"),
     (["--model", "meta-llama/Llama-3.2-1B"], 1, "of a model on the hub, `hf download NAME`"),
     (["--model", DEMO / "config.json"], 1, f"a file; give its folder, {DEMO}"),
-    (["--model", DEMO.parent / "text"], 1, "config.json: cannot be read"),
     (["--model", "a\nb"], 1, "a b: no such folder"),
-    (["--prompt", "xyz " * 50_000], 2, "prompt tokens and 1 new ones exceed the model's context"),
+    (["--prompt", "xyz " * 2_000], 2, "prompt tokens and 1 new ones exceed the model's context"),
     (["--device", "cuda:77"], 2, "--device cuda:77: PyTorch sees"),
-    (["--skip-layers", 33], 2, "--skip-layers 33: the model has 32 layers"),
     ([*TINY, 6, "--prompt-ids", "7 " * 15], 2, "15 prompt tokens and 6 new ones exceed the model's "
      "context of 20: --max-new-tokens 5 fits"),
     ([*TINY, 1, "--prompt-ids", "7 " * 20], 2, "20 prompt tokens and 1 new ones exceed the model's "
@@ -618,13 +624,14 @@ WRONG_FOLDERS = [       # what differs from the demo's, what is said
     ({"clasp.json": [1]}, "clasp.json: cannot be read as a JSON object"),
     ({"clasp.json": dict(skip_layers=3)}, "clasp.json: skip_layers is not one of"),
     ({"clasp.json": dict(seed=True)}, "clasp.json: --seed: 'True' is not"),
-    ({"clasp.json": dict(seed=-1)}, "clasp.json: --seed: '-1' is not 0 to"),
     ({"clasp.json": dict(costs=dict(draft=[1] * 33, verify=[1, 1], risk=[0.1]))}, "33 chances"),
     ({"config.json": None, "snapshots/0a1b/config.json": 0},
      "snapshots/0a1b/config.json, of a hub cache"),
     ({"config.json": None, "consolidated.00.pth": 0, "params.json": 0},
      "of Meta's own files: take Hugging Face's"),
     ({"config.json": None, "m.gguf": 0}, "there is m.gguf, which is not read"),
+    ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n"},
+     "; tokenizer.model is a pointer of Git LFS: git lfs pull"),
     ({"config.json": None}, "config.json: cannot be read")]
 
 
@@ -670,6 +677,7 @@ def ends(ids):
     (ends([3841]), ["--chat"], "<|eot_id|> does not stop this model"), ({}, ["--chat"], None),
     ({"clasp.json": {}}, [], "there seems to be a GPU; computing on the CPU"),
     (template(DATES), ["--chat"], NOT_FOLLOWED), (template(IM_START), ["--chat"], NOT_FOLLOWED),
+    ({"chat_template.jinja": DATES}, ["--chat"], NOT_FOLLOWED),
     (template(DATES), [], None), (template("{{" + TURN + "}}"), ["--chat"], None)])
 def test_what_departs_from_what_was_asked_is_said_once(tmp_path, monkeypatch, capsys, files, how,
                                                        words):

@@ -38,17 +38,29 @@ CUT = [a_round([], 0, [7], (0, 1.0, 0.5), "set"), a_round([1, 2, 3], 2, [1, 2, 9
        a_round([4, 5], 2, [4, 5], (0.2, 0.3, 0.5), "set")]                # 5 stops: no own token
 
 
-def test_figures_count_each_thing_once():
+def test_an_account_counts_each_thing_once_and_says_so_in_two_short_lines():
     """Rejects a prefill counted as decoding, a token counted twice, a token per round assumed where
     a stop token has cut the last; by hand: a prefill, a round of 3 drafted with 2 kept, one of 2
-    that ends with a stop token."""
-    f = figures(CUT, load=4.0, measure=0.5)
-    want = dict(load_seconds=4.0, measure_seconds=0.5, drafted=5, accepted=4, emitted=6, verifies=2,
-                tokens_per_verify=2.5, acceptance=0.8, seconds=7.0, prefill_seconds=1.0,
-                decode_seconds=2.0, tokens_per_second=2.5, draft_step_seconds=0.1,
-                verify_seconds=0.25, optimise_seconds=0.5, optimisations=2)
-    assert {k: f[k] for k in want} == pytest.approx(want) and f["skip_set"] == [0]
+    that ends with a stop token. Rejects shares and rates where nothing was drafted or decoded, a
+    division by 0, a line of more than 79 columns for a text of a thousand tokens."""
+    f = figures(CUT, load=2.0, measure=0.5)
+    assert summary(f, "clasp") == (
+        "clasp: 6 tokens in 5.0 s: load 2.0, prefill 1.0, measure 0.50, decode 1.5\n"
+        "decoding 2.5 tokens/s, 2.50 per verify; 4 of 5 kept; layers chosen 2x")
+    want = dict(verifies=2, acceptance=0.8, decode_seconds=2.0, draft_step_seconds=0.1,
+                verify_seconds=0.25, optimise_seconds=0.5)
+    assert {key: f[key] for key in want} == pytest.approx(want) and f["skip_set"] == [0]
     assert ideal_speedup(f, dict(verify_seconds=0.2)) == pytest.approx(5 / (5 / 2 + 2))
+    plain = figures(plain_run(IDS, 1.0))
+    of_it = "7 tokens in 7.0 s: prefill 1.0, decode 6.0\ndecoding 1.0 tokens/s"
+    assert [summary(plain, ran) for ran in ("ar", "paper")] == [f"ar: {of_it}", f"paper: {of_it}"]
+    assert summary(plain, "clasp") == f"clasp: {of_it}; nothing drafted: it would hardly pay"
+    one = summary(figures(CUT[:1]), "paper")
+    assert one.endswith("prefill 1.0, decode 0.50\nonly the prefill's")
+    assert summary(figures([]), "ar").startswith("ar: 0 tokens")
+    long = [CUT[0]] + 99 * [a_round([1] * 12, 12, [1] * 13, (1.3, 0.9, 0.5), "set")]
+    said = summary(figures(long, load=99.99, measure=12.34), "clasp")
+    assert max(map(len, said.split("\n"))) < 80
 
 
 def test_a_comparison_is_of_clasp_with_plain_decoding():
@@ -62,22 +74,22 @@ def test_a_comparison_is_of_clasp_with_plain_decoding():
              (plain_run(IDS, 5.0), clasp_run(IDS, 2.0, 6.0)),
              (plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2))]
     c = comparison(pairs, greedy=True)
-    assert [" ".join(line.split()) for line in compared(c, pairs, "float32").split("\n")] == [
+    lines = compared(c, pairs, "float32").split("\n")
+    assert [" ".join(line.split()) for line in lines] == [
         "plain decoding 1.0 tokens/s 7 tokens, median of 3 runs, interleaved",
         "CLaSp 1.5 tokens/s 3.00 tokens per verify, acceptance 0.67",
         "speed-up 1.50 80% of 1.88, the ideal for these drafts",
         "in plain steps a draft step 0.20, a verify 1.20, a layer optimisation 0.40",
         "texts equal"]
-    assert max(map(len, compared(c, pairs, "float32").split("\n"))) < 80
-    assert c["ideal_speedup"] == pytest.approx(6 / 3.2) and c["equal"] is True
-    assert c["stats"]["drafted"] == 6 and c["plain_stats"]["drafted"] == 0
+    assert c["equal"] is True
+    assert (c["stats"]["drafted"], c["plain_stats"]["drafted"]) == (6, 0)
     pairs[1] = plain_run(IDS, 5.0), clasp_run([0, 1, 2, 30, 4, 5, 6], 2.0, 6.0)
     c = comparison(pairs, greedy=True)
     assert c["equal"] is False
-    last = compared(c, pairs, "float32").split("\n")[-1]
-    assert last.endswith(" DIFFERENT from token 3 on: a tie, by the rounding of float32?")
-    assert len(last) < 80
-    c = comparison([(plain_run(IDS, 1.0), clasp_run(IDS, 0.2, 1.2)), (CUT[:1], CUT)], greedy=False)
+    lines += compared(c, pairs, "float32").split("\n")
+    assert lines[-1].endswith(" DIFFERENT from token 3 on: a tie, by the rounding of float32?")
+    assert max(map(len, lines)) < 80
+    c = comparison([pairs[0], (CUT[:1], CUT)], greedy=False)
     assert c["equal"] is None and "two samples" in compared(c, pairs, "float32")
     assert c["tokens_per_verify"] == pytest.approx((6 + 5) / (2 + 2))
     assert c["acceptance"] == pytest.approx((4 + 4) / (6 + 5))
@@ -121,24 +133,6 @@ def test_every_pair_has_a_seed_of_its_own_the_first_is_a_warm_up_and_ctrl_c_keep
     monkeypatch.setattr(command.compare, "pair", lambda *_: (CUT[:1], CUT[:1]))
     with pytest.raises(UsageError, match="nothing to compare"):
         compare(a_job(), [1], run=None)
-
-
-def test_an_account_says_what_there_is_to_say_in_two_short_lines():
-    """Rejects shares and rates where nothing was drafted or decoded, a division by 0, a line of
-    more than 79 columns for a text of a thousand tokens that took minutes."""
-    assert summary(figures(CUT, load=2.0, measure=0.5), "clasp") == (
-        "clasp: 6 tokens in 5.0 s: load 2.0, prefill 1.0, measure 0.50, decode 1.5\n"
-        "decoding 2.5 tokens/s, 2.50 per verify; 4 of 5 kept; layers chosen 2x")
-    plain = figures(plain_run(IDS, 1.0))
-    of_it = "7 tokens in 7.0 s: prefill 1.0, decode 6.0\ndecoding 1.0 tokens/s"
-    assert [summary(plain, ran) for ran in ("ar", "paper")] == [f"ar: {of_it}", f"paper: {of_it}"]
-    assert summary(plain, "clasp") == f"clasp: {of_it}; nothing drafted: it would hardly pay"
-    one = summary(figures(CUT[:1]), "paper")
-    assert one.endswith("prefill 1.0, decode 0.50\nonly the prefill's")
-    assert summary(figures([]), "ar").startswith("ar: 0 tokens")
-    long = [CUT[0]] + 99 * [a_round([1] * 12, 12, [1] * 13, (1.3, 0.9, 0.5), "set")]
-    said = summary(figures(long, load=99.99, measure=12.34), "clasp")
-    assert max(map(len, said.split("\n"))) < 80
 
 
 def stream(tty, encoding="utf-8", number=-1):

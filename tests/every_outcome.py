@@ -1,6 +1,7 @@
 """Chance without chance: every branch that a run can take, and the probability of each. With it a
 distribution is computed, not sampled; and the distribution that it should be, by another route.
 """
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -71,14 +72,11 @@ def filtered(logits, s):
         order = [i for i in order if logits[i] >= kth]
     weight = [math.exp((logits[i] - logits[order[0]]) / (s.temperature or 1)) for i in order]
     total = sum(weight)
-    n = 0                                              # of them are kept
-    mass = 0.0
-    while n < len(order) and mass < s.top_p:
-        mass += weight[n] / total
-        n += 1
+    mass = [0.0, *itertools.accumulate(w / total for w in weight)]          # of all likelier ones
+    kept = [w for w, before in zip(weight, mass) if before < s.top_p]
     out = [0.0] * len(logits)
-    for i, w in zip(order[:n], weight):
-        out[i] = w / sum(weight[:n])
+    for i, w in zip(order, kept):
+        out[i] = w / sum(kept)
     return out
 
 

@@ -1,10 +1,12 @@
-"""LLaMA by another route, slow and plain: no cache, no mask, a row and a head at a time, in
-float64. What the fast one is held against, with random checkpoints, and how far apart they are.
+"""LLaMA by another route, slow and plain: no cache, no rows, a whole sequence at once by PyTorch's
+own norm and attention, in float64. What the fast one is held against, with random checkpoints, and
+how far apart they are.
 """
 import json
 import math
 
 import torch
+import torch.nn.functional as F
 
 import llama
 from text.safetensors_file import save
@@ -68,61 +70,44 @@ def random_checkpoint(folder, overrides=None, seed=0, dtype=torch.float32, shard
 
 
 def reference_frequencies(c):
-    """Radians per position for each pair; LLaMA-3.1's stretching by its three cases."""
+    """Radians per position for each pair, (hd/2,); LLaMA-3.1's stretching by its three cases."""
     rope = {"rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
     rope = c.get("rope_parameters") or rope
     hd = sizes(c)[2]
-    out = []
-    for k in range(hd // 2):
-        f = rope["rope_theta"] ** (-2 * k / hd)
-        if "factor" in rope:
-            turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
-            share = (turns - rope["low_freq_factor"]) / (
-                rope["high_freq_factor"] - rope["low_freq_factor"])
-            if share < 0:
-                f = f / rope["factor"]
-            elif share <= 1:
-                f = share * f + (1 - share) * f / rope["factor"]
-        out.append(f)
-    return out
-
-
-def reference_norm(x, weight, eps):
-    return torch.stack([row / math.sqrt(row.dot(row) / len(row) + eps) for row in x]) * weight
+    f = rope["rope_theta"] ** (-torch.arange(0, hd, 2, dtype=torch.float64) / hd)
+    if "factor" not in rope:
+        return f
+    low = rope["low_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
+    share = (turns - low) / (rope["high_freq_factor"] - low)
+    long = f / rope["factor"]
+    between = share * f + (1 - share) * long
+    return torch.where(share < 0, long, torch.where(share > 1, f, between))
 
 
 def reference_layer(c, w, i, x):
-    """Layer i on a whole sequence x (T, D) from position 0 on: no cache, no mask, row by row."""
-    H, G, hd = sizes(c)
-    T = len(x)
-    f = torch.tensor(reference_frequencies(c), dtype=torch.float64)
-    turn = torch.exp(1j * torch.outer(torch.arange(T), f))
+    """Layer i on a whole sequence x (T, D) from position 0 on."""
+    hd = sizes(c)[2]
+    turn = torch.exp(1j * torch.outer(torch.arange(len(x)), reference_frequencies(c)))
 
     def project(name, x):
         return x @ w[f"model.layers.{i}.{name}_proj.weight"].T
 
     def norm(name, x):
-        return reference_norm(x, w[f"model.layers.{i}.{name}_layernorm.weight"], c["rms_norm_eps"])
+        weight = w[f"model.layers.{i}.{name}_layernorm.weight"]
+        return F.rms_norm(x, weight.shape, weight, c["rms_norm_eps"])
 
     def spin(x):                                       # elements k and k + hd/2: a complex number
-        z = torch.complex(x[..., :hd // 2], x[..., hd // 2:]) * turn[:, None]
+        z = torch.complex(x[..., :hd // 2], x[..., hd // 2:]) * turn
         return torch.cat((z.real, z.imag), -1)
 
     a = norm("input", x)
-    q, k, v = (project(f"self_attn.{name}", a).view(T, -1, hd) for name in "qkv")
-    q = spin(q)
-    k = spin(k)
-    mixed = torch.empty(T, H, hd, dtype=torch.float64)
-    for t in range(T):
-        for head in range(H):
-            g = head * G // H
-            e = torch.exp(k[:t + 1, g] @ q[t, head] / math.sqrt(hd))        # of rows 0 .. t
-            mixed[t, head] = e @ v[:t + 1, g] / e.sum()
-    x = x + project("self_attn.o", mixed.flatten(1))
+    q, k, v = (project(f"self_attn.{name}", a).unflatten(1, (-1, hd)).transpose(0, 1)
+               for name in "qkv")                      # (heads, T, hd)
+    mixed = F.scaled_dot_product_attention(spin(q), spin(k), v, is_causal=True, enable_gqa=True)
+    x = x + project("self_attn.o", mixed.transpose(0, 1).flatten(1))
     a = norm("post_attention", x)
-    gate = project("mlp.gate", a)
-    silu = gate / (1 + torch.exp(-gate))
-    return x + project("mlp.down", silu * project("mlp.up", a))
+    return x + project("mlp.down", F.silu(project("mlp.gate", a)) * project("mlp.up", a))
 
 
 def reference(c, w, ids, skip=(), first=0):
@@ -132,8 +117,8 @@ def reference(c, w, ids, skip=(), first=0):
         ran = reference_layer(c, w, i, h[-1])
         h.append(torch.cat((ran[:first], h[-1][first:])) if i in skip else ran)
     head = w["model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"]
-    x = reference_norm(h[-1], w["model.norm.weight"], c["rms_norm_eps"])
-    return x @ head.T, torch.stack(h)
+    norm = w["model.norm.weight"]
+    return F.rms_norm(h[-1], norm.shape, norm, c["rms_norm_eps"]) @ head.T, torch.stack(h)
 
 
 def relative_error(got, want):

@@ -1,9 +1,8 @@
 """What test_clasp.py leaves out: where rounding matters, what `python dp_layer_skip.py`, `python
-speculative.py` and `python llama.py` print, and whether the table of wrong programs is a good one.
+speculative.py` and `python llama.py` print, what the documents promise, and whether the table of
+wrong programs is a good one.
 """
 import cmath
-import contextlib
-import io
 import itertools
 import math
 import os
@@ -22,7 +21,7 @@ import speculative
 import test_clasp
 from dp_layer_skip import choose_skip_plain
 from speculative import Settings, acceptance, probabilities
-from tests.helpers import ROOT, decode, tiny_llama
+from tests.helpers import ROOT, decode, flags, tiny_llama
 from tests.slow_llama import AS_4, AS_5, random_checkpoint, reference_frequencies, worst_error
 from tests.wrong_programs import HELD, NAMED, WRONG, edit, put, rejects, running
 
@@ -71,7 +70,7 @@ def test_in_bfloat16_rows_are_turned_by_exact_tables_to_the_end_of_a_long_contex
     cfg = llama.read_config(tmp_path)
     narrow, wide = (llama.Cache(cfg, 32768, torch.device("cpu"), dtype).sequence(32704, 64)
                     for dtype in (torch.bfloat16, torch.float64))
-    want = [cmath.exp(32767j * f) for f in reference_frequencies(c)]
+    want = [cmath.exp(32767j * f) for f in reference_frequencies(c).tolist()]
     assert narrow.cos[-1, 0].tolist() == pytest.approx([z.real for z in want * 2], abs=1e-7)
     assert narrow.sin[-1, 0, 8:].tolist() == pytest.approx([z.imag for z in want], abs=1e-7)
     x = torch.randn(64, 1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -94,19 +93,13 @@ def test_a_draft_of_no_numbers_draws_no_token():
 
 # ------------------------------------------------------------- what is printed
 
-def printed(main):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        main()
-    return out.getvalue()
-
-
 @rejects("the stars stand one row early", "the printed case is another")
-def test_the_first_table_is_that_of_the_case_above_it_and_its_stars_are_the_way_back():
+def test_the_first_table_is_that_of_the_case_above_it_and_its_stars_are_the_way_back(
+        monkeypatch, capsys):
     """Rejects a sentence with other numbers than the table's, and stars in another row."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dp_layer_skip, "run_set", lambda *_: 0.0)             # of all sets: is slow
-        said, table, *_ = printed(dp_layer_skip.main).split("\n\n")
+    monkeypatch.setattr(dp_layer_skip, "run_set", lambda *_: 0.0)           # of all sets: is slow
+    dp_layer_skip.main()
+    said, table, *_ = capsys.readouterr().out.split("\n\n")
     numbers = re.findall(r"\((-?[0-9]),(-?[0-9])\)", said)
     *add, start = torch.tensor([[float(x), float(y)] for x, y in numbers])
     h = torch.stack([start + sum(add[:i]) for i in range(4)])
@@ -117,18 +110,18 @@ def test_the_first_table_is_that_of_the_case_above_it_and_its_stars_are_the_way_
         assert line.split()[3:3 + len(cells)] == cells
 
 
-def test_the_right_sampler_is_right_and_the_three_wrong_ones_are_wrong():
+def test_the_right_sampler_is_right_and_the_three_wrong_ones_are_wrong(capsys):
     """Rejects a table in which a wrong sampler happens to be exact, or the right one is not."""
-    lines = printed(speculative.main).splitlines()
-    errors = {line[:5]: float(line.split()[-1]) for line in lines if line.startswith("right")}
-    assert len(errors) == 1 and errors["right"] < 1e-15
-    wrong = [float(line.split()[-1]) for line in lines if line.startswith("wrong")]
-    assert len(wrong) == 3 and min(wrong) > 0.01
+    speculative.main()
+    right, *wrong = re.findall(r"^(?:right|wrong):.* ([^ ]+)$", capsys.readouterr().out, re.M)
+    assert float(right) < 1e-15
+    assert len(wrong) == 3 and min(map(float, wrong)) > 0.01
 
 
-def test_candidates_are_drawn_as_rows_that_read_the_past_and_themselves():
+def test_candidates_are_drawn_as_rows_that_read_the_past_and_themselves(capsys):
     """Rejects a drawing of another mask, or with a row shifted against its slots."""
-    rows = printed(llama.main).splitlines()[-5:]
+    llama.main()
+    rows = capsys.readouterr().out.splitlines()[-5:]
     for j, row in enumerate(rows):
         position, slot, *marks = row.split()
         assert (position, slot) == ("6", str(7 + j))
@@ -144,6 +137,66 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
+# ----------------------------------------------------- what the documents promise
+
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/*.md"))]
+PROGRAMS = {*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")}
+TESTS = {path for path in PROGRAMS if path.name.startswith("test_")}
+
+
+def flags_of(path):
+    """The flags that a program here takes: its own, and those of files that it has them from."""
+    source = path.read_text(encoding="utf-8")
+    found = {*re.findall(r'"(--[a-z-]+)"', source), "--help"}
+    for file, use in (("command/flags.py", r"from command\.flags import|clasp_mini\.parser\(\)"),
+                      ("bench/spec_bench.py", r"from bench\.spec_bench import")):
+        if re.search(use, source):
+            found |= flags_of(ROOT / file)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_names_only_what_exists(document):
+    """Rejects a command that does not run, a flag that is gone, a -k that selects nothing, a link
+    to nowhere."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, arguments in re.findall(r"python ([\w/]+\.py)([^`\n|#]*)", text):
+        assert (ROOT / name).exists(), name
+        assert {*re.findall(r"(?<=\s)--[a-z-]+", arguments)} <= flags_of(ROOT / name), arguments
+    every = set().union(*map(flags_of, PROGRAMS - TESTS))
+    assert {*re.findall(r"`(--[a-z-]+)", text)} <= every
+    tests = "".join(path.read_text(encoding="utf-8") for path in TESTS)
+    names = " ".join(re.findall(r"^(?:def |@)(\w+)", tests, re.M)).lower()
+    chosen = " ".join(re.findall(r"pytest[^`\n]* -k (\".+?\"|\w+)", text)).lower()
+    assert [w for w in re.findall(r"\w+", chosen) if w != "or" and w not in names] == []
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose)
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_library_example_of_the_readme_runs_as_it_stands(monkeypatch, capsys):
+    """Rejects an example that has drifted from the code."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, = re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)
+    monkeypatch.chdir(ROOT)
+    exec(example, {"__name__": "example"})
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) > 3 and err == ""
+
+
+def test_the_algorithm_in_the_readme_chooses_what_the_program_chooses():
+    """Rejects a listing that has drifted from the recurrence, or never was it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listing, = re.findall(r"^```py\n(.*?)^```", readme, re.S | re.M)
+    for seed in range(8):
+        h, run_layer = dp_layer_skip.toy(9, 16, seed)
+        names = dict(h=h, L=9, M=4, layer=lambda i, x: run_layer(i, x[None])[0],
+                     cos=lambda a, b: dp_layer_skip.cosine(a, b).item())
+        exec(listing, names)
+        chosen = dp_layer_skip.choose_skip(h, run_layer, 4).skip()
+        assert flags(9, names["left_out"]) == chosen
 
 
 # -------------------------------------------------------------- wrong programs

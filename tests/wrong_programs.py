@@ -150,12 +150,8 @@ DYNAMIC_PROGRAM = {
 
 # ------------------------------------------------------------------------------ sampler and loop
 
-def loop(*edits):
-    return edit(speculative, "generate", *edits)
-
-
-def drafting(*edits):
-    return edit(speculative, "draft", *edits)
+loop = functools.partial(edit, speculative, "generate")
+drafting = functools.partial(edit, speculative, "draft")
 
 
 def used_again(self, a):
@@ -183,8 +179,7 @@ SAMPLER_AND_LOOP = {
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
         Chance, "uniform", lambda self: torch.rand((), generator=self.generator).item()),
-    "a token behind a rejected one is kept": edit(
-        Chance, "accept", ("kept.cumprod(0).sum(", "kept.sum(")),
+    "a token behind a rejected one is kept": edit(Chance, "accept", (".cumprod(0)", "")),
     "the correction is drawn with the number that rejected": put(Chance, "accept", used_again),
     "argmax draft scored with a softmax q": drafting(
         ("chance.draw(q[-1])", "q[-1].argmax(0, True)")),
@@ -192,8 +187,7 @@ SAMPLER_AND_LOOP = {
         ("q.append(probabilities(logits, s))", "q.append(logits.softmax(-1))"),
         ("chance.draw(q[-1])", "chance.draw(probabilities(logits, s))")),
     "p without the filters": loop(
-        ("p = probabilities(logits, s)",
-         "p = probabilities(logits, Settings(temperature=s.temperature))")),
+        ("probabilities(logits, s)", "probabilities(logits, Settings(temperature=s.temperature))")),
     "bonus from unfiltered logits": loop(
         ("p = probabilities(logits, s)",
          "p = probabilities(logits, s)\n        p[-1] = logits[-1].softmax(-1)")),
@@ -213,10 +207,8 @@ SAMPLER_AND_LOOP = {
         "if q[-1][int(token)] < s.exit_threshold:\n            q.pop()\n            break\n"
         "        drafted.append(int(token))")),
     "a policy can reach into the text": loop(("text[:cached], probe", "text, probe")),
-    "drafting goes on behind a stop token": drafting(
-        ("if drafted[-1] in s.stop_ids:", "if False:")),
-    "drafting ends at the threshold": edit(
-        Paper, "goes_on", (">= self.s.exit_threshold", "> self.s.exit_threshold")),
+    "drafting goes on behind a stop token": drafting(("drafted[-1] in s.stop_ids", "False")),
+    "drafting ends at the threshold": edit(Paper, "goes_on", (">= self.s", "> self.s")),
     "the drafts' keys stay after a verify": loop(
         ("h = read(model, text[cached:] + drafted, cached, cache)",
          "was = cache.k[:, :, cached:].clone()\n"
@@ -227,17 +219,14 @@ SAMPLER_AND_LOOP = {
         ("cache(end + policy.slots)", "cache(end + policy.slots + 99)"),
         ("drafted, cached, cache)", "drafted, cached + late, cache)"),
         ("policy.judged(", "late += 0 < k == accepted\n        policy.judged(")),
-    "token 0 is no token": loop(
-        ("[*drafted[:accepted], own]", "[*drafted[:accepted], own or 1]")),
-    "the text goes on after an accepted stop": loop(
-        ("emitted.pop()", "pass")),
+    "token 0 is no token": loop((", own]", ", own or 1]")),
+    "the text goes on after an accepted stop": loop(("emitted.pop()", "pass")),
     "a stop in a draft is told twice": edit(
         report, "fates", ("own=r.emitted[r.accepted:]", "own=r.emitted[-1:]")),
     "infinite logits are numbers": loop(("logits.isfinite()", "~logits.isnan()")),
     "only the prompt's logits are looked at": loop(
         ("if not all_finite", "if n == 0 and not all_finite")),
-    "layers are optimised a round late": edit(
-        Paper, "due", ("n % self.s.interval == 0", "n % self.s.interval == 1")),
+    "layers are optimised a round late": edit(Paper, "due", ("== 0 and", "== 1 and")),
     "the probe is the last drafted token": loop(("x[accepted] for", "x[-1] for")),
     "the probe is the token before the round": loop(("x[accepted] for", "x[0] for")),
     "h[L] comes after the final norm": put(Paper, "optimise", normed),
@@ -253,22 +242,17 @@ def interleaved(x, rows):
     return torch.stack(halves.chunk(2, -1), -1).flatten(-2)
 
 
-def candidates(right, wrong):
-    return edit(Cache, "candidates", (right, wrong))
-
-
+candidates = functools.partial(edit, Cache, "candidates")
 LLAMA = {
     "candidates see one another": candidates(
-        "every == slots[:, None]", "every > 0 * slots[:, None] + t"),
-    "one position too far": candidates("full_like(slots, t)", "full_like(slots, t + 1)"),
-    "the token's own entry is seen": candidates("every < t", "every <= t"),
-    "scratch begins at the probe": candidates("every[t + 1:]", "every[t:-1]"),
+        ("every == slots[:, None]", "every > 0 * slots[:, None] + t")),
+    "one position too far": candidates(("full_like(slots, t)", "full_like(slots, t + 1)")),
+    "the token's own entry is seen": candidates(("every < t", "every <= t")),
+    "scratch begins at the probe": candidates(("every[t + 1:]", "every[t:-1]")),
     "the interleaved rotary layout": put(llama, "rotate", interleaved),
     "decoding one position late": edit(
-        Cache, "sequence",
-        ("self.rows(slots, slots,", "self.rows((slots + (T == 1)) % self.S, slots,")),
-    "the mask without + t": edit(
-        Cache, "sequence", ("<= slots[:, None]", "<= self.slot[:T, None]")),
+        Cache, "sequence", ("rows(slots, slots,", "rows((slots + (T == 1)) % self.S, slots,")),
+    "the mask without + t": edit(Cache, "sequence", ("<= slots[:", "<= self.slot[:T][:")),
     "LLaMA-3.1's stretching left out": put(
         llama, "rope_frequencies", lambda c: ll.rope_frequencies(replace(c, scaling=None))),
     "Transformers 5 not understood": put(
@@ -288,26 +272,18 @@ LLAMA = {
     "the layers that run are those to be skipped": edit(
         Llama, "forward", ("skip and skip[i]", "skip and not skip[i]")),
     "a skipped layer writes": edit(
-        Llama, "forward",
-        ("h.append(h[i])", "h.append(h[i] + 0 * self.layer(i, h[i], rows, cache))")),
+        Llama, "forward", ("append(h[i])", "append(h[i] + 0 * self.layer(i, h[i], rows, cache))")),
 }
 
 
 # ----------------------------------------------------------------- the probe of several tokens
 
-def nearness(compare):
-    """`nearness`, where compare(end, g, target), (r, D), (J, r, D) and (r, D), says how near."""
-    def of(end):
-        r, D = end.shape
-        return lambda g, target: compare(end, g.view(-1, r, D), target.view(r, D)).mean(-1)
-    return put(probe, "nearness", of)
-
-
 PROBE = {
-    "several tokens are held against h[i]": nearness(
-        lambda end, g, target: dp.cosine(g, target)),
-    "errors ride along in the states' dtype": nearness(
-        lambda end, g, target: dp.cosine(end, end + (g - target))),
+    "several tokens are held against h[i]": edit(
+        probe, "nearness", ("end, end + error.view(-1, *end.shape)",
+                            "g.view(-1, *end.shape), target.view(end.shape)")),
+    "errors ride along in the states' dtype": edit(
+        probe, "nearness", ("torch.promote_types(end.dtype, torch.float32)", "end.dtype")),
     "one token is compared as several are": edit(probe, "choose_by", ("if r > 1:", "if True:")),
     "candidates of a token see those of another": edit(
         probe, "candidates", ("(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])")),

@@ -2,6 +2,7 @@
 Instruct models. tiktoken does the merging; here the files of a model are read.
 """
 import base64
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ END_HEADER = "<|end_header_id|>"
 EOT = "<|eot_id|>"
 NAMED = {0: BOS, 1: "<|end_of_text|>", 6: HEADER, 7: END_HEADER, 9: EOT}
 BLANKS = 990_000             # in a row, before the library that splits text runs out of its stack
+BLANK = re.compile(r"\s*")
 OPTIONS = ("special", "normalized", "single_word", "lstrip", "rstrip")      # of a token added
 
 
@@ -64,6 +66,7 @@ class Tokenizer:
 
     special   name -> id of the tokens that no text can spell
     bos       the one that begins a text
+    longest   bytes of text that one token can stand for: a text of n has n / longest tokens or more
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -90,6 +93,8 @@ class Tokenizer:
                              f"{self.bos} here, and {said} by the config's bos_token_id")
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {a["id"]: name.encode() for name, a in added.items()}
+        takes_blanks = any(a["lstrip"] or a["rstrip"] for a in added.values())     # any number
+        self.longest = math.inf if takes_blanks else max(map(len, self._bytes.values()))
         self._added = added
         self._spelled = [_any_of(name for name, a in added.items() if a["normalized"] is kind)
                          for kind in (False, True)]    # what is not normalized is looked for first
@@ -101,34 +106,27 @@ class Tokenizer:
         tokens."""
         if len(text) > BLANKS and max(map(len, re.findall(r"\s+", text)), default=0) > BLANKS:
             raise ModelError(f"more than {BLANKS} blanks in a row: tiktoken cannot split that")
-        pieces = [text]
-        for pattern in self._spelled:
-            pieces = [part for piece in pieces for part in self._cut(piece, pattern)]
-        ids = []
-        for piece in pieces:
-            ids += [piece] if isinstance(piece, int) else self._bpe.encode_ordinary(piece)
-        return ids
+        return self._encode(text, self._spelled)
 
-    def _cut(self, piece: str | int, pattern: re.Pattern) -> list[str | int]:
-        """A piece of text, cut where a word stands that was added, of which the id remains; by the
-        rules of the tokenizers library."""
-        if isinstance(piece, int):
-            return [piece]
-        out = []
+    def _encode(self, text: str, patterns: Sequence[re.Pattern]) -> list[int]:
+        """Cut where a word stands that was added, by the rules of the tokenizers library: those of
+        the first pattern, then, between them, those of the next."""
+        if not patterns:
+            return self._bpe.encode_ordinary(text)
+        first, *others = patterns
+        ids = []
         done = 0
-        for match in pattern.finditer(piece):
+        for match in first.finditer(text):
             a = self._added[match[0]]
             start, end = match.span()
-            around = piece[start - 1:start] + piece[end:end + 1]
+            around = text[start - 1:start] + text[end:end + 1]
             if a["special"] or a["single_word"] and re.search(r"\w", around):
                 continue
-            while a["lstrip"] and start > done and piece[start - 1].isspace():
-                start -= 1
-            while a["rstrip"] and piece[end:end + 1].isspace():
-                end += 1
-            out += [piece[done:start], a["id"]]
-            done = end
-        return [*out, piece[done:]]
+            before = text[done:start]
+            ids += self._encode(before.rstrip() if a["lstrip"] else before, others)
+            ids.append(a["id"])
+            done = BLANK.match(text, end).end() if a["rstrip"] else end
+        return ids + self._encode(text[done:], others)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """ids -> bytes; a token may end in the middle of a character. Special tokens come out by
@@ -147,13 +145,12 @@ class Tokenizer:
             raise ModelError(f"the tokenizer has no {lacking[0]}: another chat format than "
                              "LLaMA-3's; write it with --prompt-ids")
         ids = [self.bos]
-        for m in messages:
-            ids += [*self._header(m["role"]), *self.encode(m["content"].strip()), self.special[EOT]]
-        return [*ids, *self._header("assistant")]
-
-    def _header(self, role: str) -> list[int]:
-        return [self.special[HEADER], *self.encode(role), self.special[END_HEADER],
-                *self.encode("\n\n")]
+        for m in [*messages, dict(role="assistant")]:
+            ids += [self.special[HEADER], *self.encode(m["role"]), self.special[END_HEADER]]
+            ids += self.encode("\n\n")
+            if "content" in m:                         # which the answer is to be
+                ids += [*self.encode(m["content"].strip()), self.special[EOT]]
+        return ids
 
 
 def _begin_of_text(folder: Path, path: Path, special: dict[str, int]) -> int:
