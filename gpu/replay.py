@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dp_layer_skip import Choice, Near, RunLayer, choose_skip, cosine, table
 from llama import Cache, Layer, Llama, ModelError, Rows
-from policy.probe import nearness
+from policy.probe import nearness, places
 
 Fuse = Callable[[Callable], Callable]                  # fused or unfused
 SIGNS = ("/proc/driver/nvidia/version", "/dev/nvidia0")                     # of a GPU
@@ -68,10 +68,7 @@ class Slots(Cache):
 
     def candidate_rows(self, J: int, r: int) -> Rows:
         """`policy.probe.candidates` with the position on the device."""
-        position = (self.slot[:r] + self.t - r + 1).repeat(J)
-        slots = self.slot[1:J * r + 1] + self.t
-        may_read = (self.slot < position[:, None]) | (self.slot == slots[:, None])
-        return super().rows(position, slots, may_read)
+        return super().rows(*places(self.slot, self.t, J, r))
 
 
 class Replay:

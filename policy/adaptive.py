@@ -64,9 +64,7 @@ class Adaptive:
         self.left = s.N                                # tokens still to be written
         self.in_vain = 0.0 if risk else optimise       # what a look costs, if nothing comes of it
         self.looks = 0
-        self.prior = {j: risk[j] if risk else j / L for j in tried}
-        self.shown = dict.fromkeys(tried, 0.0)         # sums over the looks
-        self.risk = dict(self.prior)
+        self.risk = {j: risk[j] if risk else j / L for j in tried}
         self.choice: Choice | None = None              # none is in use: decode plainly
         self.j = self.M                                # layers to leave out now: so many,
         self.skip = (False,) * L                       # and these
@@ -137,8 +135,7 @@ class Adaptive:
         drafts = model.head(g).softmax(-1).view(len(self.risk), *full.shape)
         self.looks += 1
         for j, a in zip(self.risk, overlap(full, drafts).mean(-1).tolist()):
-            self.shown[j] += 1 - a
-            self.risk[j] = (self.prior[j] + self.shown[j]) / (1 + self.looks)
+            self.risk[j] += (1 - a - self.risk[j]) / (1 + self.looks)       # still the mean of all
         self.begin_anew()
         self.choice = choice
         self.decide()

@@ -3,6 +3,7 @@ policy.adaptive.Adaptive. Guessed from the bytes that a pass reads, measured whe
 and kept, so that a seed means one text on one machine.
 """
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -14,14 +15,12 @@ from speculative import read
 
 
 def fill(points: dict[int, float], size: int) -> list[float]:
-    """Values at 0 .. size-1 from those at a few places: linear between them and beyond the last."""
-    places = sorted(points)
-    out = []
-    for x in range(size):
-        high = next((place for place in places[1:] if place >= x), places[-1])
-        low = places[places.index(high) - 1]
+    """Values at 0 .. size-1 from those at 0 and a few other places: linear between them and beyond
+    the last."""
+    out: list[float] = []
+    for low, high in itertools.pairwise(sorted(points)):
         slope = (points[high] - points[low]) / (high - low)
-        out.append(round(points[low] + slope * (x - low), 3))
+        out[low:] = [round(points[low] + slope * (x - low), 3) for x in range(low, size)]
     return out
 
 

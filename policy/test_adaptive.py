@@ -13,8 +13,8 @@ from dp_layer_skip import Choice, torch
 from llama import Config, ModelError
 from policy import adaptive, costs
 from speculative import Settings
+from tests.helpers import put
 
-torch.set_num_threads(1)
 CHEAP = [1.0] * 6            # verifies of 0 .. 5 rows at the price of a plain step: K is 4
 FREE = [1.0, 0.01]           # draft steps of a model of one layer: nearly always they pay
 
@@ -273,17 +273,12 @@ def test_a_table_is_kept_under_a_name_of_what_it_depends_on(tmp_path, monkeypatc
     """Rejects a table of other weights, of another dtype, or of the last version of the model; and
     a home that cannot be written to as a fault."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(dict(hidden_size=8)))
-    (model / "model.safetensors").write_bytes(b"1")
-    on = ("bfloat16", 2)
-    shelf = costs.shelf(model, *on)
-    assert shelf == costs.shelf(model, *on) and tmp_path / "cache" in shelf.parents
+    model = put(tmp_path / "model", {"config.json": dict(hidden_size=8), "model.safetensors": "1"})
+    shelf = costs.shelf(model, "bfloat16", 2)
+    assert shelf == costs.shelf(model, "bfloat16", 2) and tmp_path / "cache" in shelf.parents
     others = [costs.shelf(model, "float32", 2), costs.shelf(model, "bfloat16", 1)]
-    for name, content in (("model.safetensors", b"12"), ("config.json", b'{"hidden_size": 16}')):
-        (model / name).write_bytes(content)
-        others.append(costs.shelf(model, *on))
+    for files in ({"model.safetensors": "12"}, {"config.json": dict(hidden_size=16)}):
+        others.append(costs.shelf(put(model, files), "bfloat16", 2))
     assert len({shelf, *others}) == 5
     table = dict(draft=[1.0, 0.5], verify=[1.0, 1.0, 1.2], optimise=2.0)
     assert costs.keep(shelf, table) and costs.load(str(shelf), L=1, K=1) == table
