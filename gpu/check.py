@@ -152,23 +152,25 @@ class Check:
         cache = fast.cache(max(self.S, self.t + (M + 2) * r + K + 2))
         text = self.ids(self.t)
         h = torch.stack([x[-1] for x in read(fast, text, 0, cache)])
-        layer = costs.layer_weights(c) + 2 * cache.S * c.G * c.hd
+        layer = costs.layer_weights(c) + 2 * cache.S * c.G * c.hd           # numbers that it reads
+        head = c.V * c.D
         ids = torch.tensor(self.ids(K + 1), device=self.device)
 
         def forward(T: int, skip: Sequence[bool] = ()) -> Tensor:
             return fast.head(fast.forward(ids[:T], cache.sequence(self.t, T), cache, skip)[-1])
 
-        kinds = {"plain step": (c.L, lambda: forward(1))}
+        kinds = {"plain step": (c.L * layer + head, lambda: forward(1))}
         for j in sorted({c.L // 3, c.L // 2, M} if M > 0 else ()):
-            kinds[f"draft, {j} left out"] = (c.L - j, lambda j=j: forward(1, costs.spread(c.L, j)))
-        kinds[f"verify, {K + 1} rows"] = (c.L, lambda: forward(K + 1))
+            kinds[f"draft, {j} left out"] = ((c.L - j) * layer + head,
+                                             lambda j=j: forward(1, costs.spread(c.L, j)))
+        kinds[f"verify, {K + 1} rows"] = (c.L * layer + head, lambda: forward(K + 1))
         if M > 0:                                      # by several tokens: they are read once more
-            kinds[f"choice, M = {M}, r = {r}"] = (c.L * (1 + (r > 1)), lambda: choose_by(
+            kinds[f"choice, M = {M}, r = {r}"] = (c.L * layer * (1 + (r > 1)), lambda: choose_by(
                 r, fast.choose, fast, cache, text, h, M))
         out = {}
-        for name, (layers, call) in kinds.items():
+        for name, (numbers, call) in kinds.items():
             seconds = self.timed(call)
-            rate = (layers * layer + c.V * c.D) * self.model.embed.element_size() / seconds
+            rate = numbers * self.model.dtype.itemsize / seconds
             out[name] = dict(ms=1e3 * seconds, GB_per_s=rate / 1e9, of_copy=rate / self.rate)
         for row in out.values():
             row["plain_steps"] = row["ms"] / out["plain step"]["ms"]

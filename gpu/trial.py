@@ -20,13 +20,8 @@ from speculative import generate
 REST = dict(eps=1e-5, context=8192, tied=False, theta=5e5, scaling=None)
 EIGHT_B = Config(L=32, D=4096, H=32, G=8, hd=128, ffn=14336, V=128256, **REST)
 TINY = Config(L=8, D=64, H=4, G=2, hd=16, ffn=96, V=200, **REST)
-QUIET = 0.1                  # what some layers add to the residual stream, others: 1
-
-
-def quiet_layers(L: int) -> list[int]:
-    """9 in 16, scattered, never the first nor the last. How quiet they are sets how much is
-    accepted of a draft without them."""
-    return random.Random(0).sample(range(1, L - 1), 9 * L // 16)
+QUIET = 0.1                  # what some layers add to the residual stream, others: 1. It sets how
+                             # much is accepted of a draft without them
 
 
 def random_llama(c: Config, device: torch.device, dtype: torch.dtype) -> Llama:
@@ -39,7 +34,8 @@ def random_llama(c: Config, device: torch.device, dtype: torch.dtype) -> Llama:
         return w.mul_(scale * n_in ** -0.5)
 
     one = torch.ones(c.D, device=device, dtype=dtype)
-    quiet = quiet_layers(c.L)
+    # 9 in 16, scattered, never the first nor the last.
+    quiet = random.Random(0).sample(range(1, c.L - 1), 9 * c.L // 16)
     layers = []
     for i in range(c.L):
         adds = (2 * c.L) ** -0.5 * (QUIET if i in quiet else 1)
