@@ -59,16 +59,17 @@ def written(job: Job, ids: list[int], s: Settings) -> tuple[list[int], int]:
     return ids + ids_of(rounds), len(ids)
 
 
-def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings
-           ) -> Iterator[Piece]:
-    """A text from `start` on, as the full model reads it: n tokens at a time. Each piece is to be
-    used before the next is read: what is tried takes the slots behind it."""
+def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings,
+           probes: Sequence[int] = ()) -> Iterator[Piece]:
+    """A text from `start` on, as the full model reads it: n tokens at a time, and layers chosen
+    before each by so many tokens. A piece is to be used before the next is read: what is tried
+    takes the slots behind it."""
     cache = model.cache(len(text) + max(n, (M + 1) * max(PROBES)) + 1)
     h = read(model, text[:start], 0, cache)
     for at in range(start, len(text), n):
         last = torch.stack([x[-1] for x in h])                              # (L+1, D)
         chosen = {}
-        for r in PROBES:
+        for r in probes:
             choice, _ = choose_by(r, choose_skip, model, cache, text[:at], last, M)
             chosen[f"the dynamic program, by {r}"] = [choice.skip()]
         ids = torch.tensor(text[at:at + n], device=model.device)
@@ -103,13 +104,12 @@ def one_set(job: Job, texts: Sequence[tuple[list[int], int]], s: Settings) -> li
 
 
 def walk(model: Llama, text: list[int], start: int, M: int, s: Settings, sets: Sets
-         ) -> Iterator[tuple[str, float]]:
-    """(who, one value) for every token from `start` on and every set."""
-    for piece in pieces(model, text, start, EVERY, M, s):
+         ) -> Iterator[tuple[str, list[float]]]:
+    """(who, the values of a piece), for every piece from `start` on and every set."""
+    for piece in pieces(model, text, start, EVERY, M, s, PROBES):
         for who, of in (piece.chosen | sets).items():
             for skip in of:
-                for value in kept(model, piece, skip, s):
-                    yield who, value
+                yield who, kept(model, piece, skip, s)
 
 
 def kind_of(category: str) -> str:
@@ -141,8 +141,8 @@ def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Found:
         kind = kind_of(category)
         for s in settings:
             text, start = written(job, ids, s)
-            for who, value in walk(job.model, text, start, job.M, s, sets | trained(job, kind)):
-                found[who, kind, s.temperature].append(value)
+            for who, values in walk(job.model, text, start, job.M, s, sets | trained(job, kind)):
+                found[who, kind, s.temperature] += values
     return found
 
 

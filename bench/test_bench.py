@@ -150,7 +150,7 @@ def test_choosers_judge_other_texts_than_the_one_set_is_made_from(run, tmp_path,
 
     def walk(model, ids, start, M, s, sets):
         judged.append(ids)
-        return [("x", len(judged)), ("x", 0.5)]
+        return [("x", [len(judged), 0.5])]
     monkeypatch.setattr(choosers, "one_set", lambda job, texts, s: apart.extend(texts) or [3])
     monkeypatch.setattr(choosers, "walk", walk)
     path = tmp_path / "some.jsonl"
@@ -201,7 +201,7 @@ def test_a_file_of_questions_is_json_by_lines(tmp_path):
     (spec_bench, ["--repeats", 3], 2, "--repeats goes with --compare"),
     (spec_bench, ["--strategy", "ar"], 2, "both kinds"), (passes, ["--compare"], 2, "without"),
     (passes, ["--skip-layers", 99], 2, "has 32"), (choosers, ["--skip-layers", 0], 2, "a layer"),
-    (picture, ["--prompt", ""], 2, "empty")])
+    (picture, ["--prompt", ""], 2, "empty"), (picture, ["--compare"], 2, "of one run")])
 def test_wrong_input_gets_one_clear_line(run, tool, arguments, status, said):
     """Rejects a traceback, a guess, and an error that does not name what is wrong."""
     got, out, err = run(tool, *arguments)
@@ -311,19 +311,22 @@ def test_a_set_is_judged_on_the_tokens_behind_those_that_chose_it(monkeypatch):
             sets = {f"the dynamic program, by {r}": choose_by(
                 r, choose_skip, model, cache, ids[:at], h, 4)[0].skip() for r in (1, 3)}
             for who, skip in (sets | dict(x=own)).items():
+                values = []
                 for t in range(at, min(at + 4, 12)):   # a draft of one token behind t of the text
                     cache = model.cache(t + 1)
                     read(model, ids[:t], 0, cache)
                     h = model.forward(torch.tensor(ids[t:t + 1]), cache.sequence(t, 1), cache, skip)
                     q = model.head(h[-1])[0].softmax(-1)
                     p = full_model(model, ids[:t + 1]).softmax(-1)
-                    want.append((who, pytest.approx(torch.minimum(p, q).sum().item())))
+                    values.append(torch.minimum(p, q).sum().item())
+                want.append((who, pytest.approx(values)))
         s = Settings(temperature=1.0)
         assert list(choosers.walk(model, ids, 3, 4, s, dict(x=[own]))) == want
 
 
 def test_the_one_set_leaves_out_what_costs_least_one_layer_after_the_other(monkeypatch):
-    """Rejects a set of the worst layers, the best by themselves, the best of some texts alone."""
+    """Rejects a set of the worst layers, the best by themselves, the best of some texts alone; and
+    choices of the dynamic program, which it does not need."""
     worth = {(2,): 5, (0,): 4, (1,): 3, (1, 2): 6, (0, 2): 2, (2, 3): 3, (0, 1): 9, (0, 1, 2): 1,
              (1, 2, 3): 2}
 
@@ -331,6 +334,7 @@ def test_the_one_set_leaves_out_what_costs_least_one_layer_after_the_other(monke
         out = tuple(i for i, left_out in enumerate(skip) if left_out)
         return [worth.get(out, 0), piece.ids[0].item() * (out == (3,))]
     monkeypatch.setattr(choosers, "kept", kept)
+    monkeypatch.setattr(choosers, "choose_by", None)
     job = SimpleNamespace(cfg=SimpleNamespace(L=4), model=tiny_llama(V=10, L=4), M=3)
     with torch.inference_mode():
         assert choosers.one_set(job, [([1, 9], 1), ([2, 0], 1)], Settings()) == [2, 1, 3]
