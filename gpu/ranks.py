@@ -22,8 +22,8 @@ passes within a round, their exchanges do not fit: they abort, or wait until the
 """
 import argparse
 import io
-import json
 import os
+import pickle
 import sys
 import threading
 import zlib
@@ -129,7 +129,7 @@ class Ranked:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         self.rank = int(os.environ["RANK"])
-        self.told = 0
+        self.asked = 0
         if self.rank > 0:
             a.trace = None
         wait = timedelta(seconds=TIMEOUT)
@@ -137,12 +137,12 @@ class Ranked:
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=n,
                                 timeout=wait)
 
-    def same(self, value: bytes) -> bytes:
+    def same(self, value: Any) -> Any:
         """Rank 0's value, on all ranks, which must ask in one order."""
-        self.told += 1
+        self.asked += 1
         if self.rank == 0:
-            self.store.set(f"value {self.told}", value)
-        return self.store.get(f"value {self.told}")
+            self.store.set(f"value {self.asked}", pickle.dumps(value))
+        return pickle.loads(self.store.get(f"value {self.asked}"))
 
     def prompt(self) -> list[int]:
         if self.a.prompt == "-":
@@ -153,8 +153,7 @@ class Ranked:
     def load(self) -> "Ranked":
         super().load()
         # All must decide by the same numbers.
-        known = self.same(json.dumps([self.costs, self.costs_guessed]).encode())
-        self.costs, self.costs_guessed = json.loads(known)
+        self.costs, self.costs_guessed = self.same((self.costs, self.costs_guessed))
         # To the rest of the command the model is the whole one, with the sizes of the whole.
         names = ("device", "dtype", "cache", "forward", "layer", "head")
         own = {name: getattr(self.model, name) for name in names}
@@ -163,8 +162,7 @@ class Ranked:
 
     def measure(self, *where: Any) -> list[float]:
         """All take rank 0's times."""
-        own = super().measure(*where)
-        self.costs["verify"] = json.loads(self.same(json.dumps(own).encode()))
+        self.costs["verify"] = self.same(super().measure(*where))
         return self.costs["verify"]
 
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:

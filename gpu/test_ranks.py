@@ -4,6 +4,7 @@ whole model.
 """
 import faulthandler
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -291,28 +292,18 @@ def one_line(err, *said):
 def at_round(n, act):
     """Let `act` happen to rank 1 in its n-th round, which the ranks agree on before."""
     def before(rank):
-        real, count = speculative.Chance.draw, []
+        real, count = speculative.Chance.draw, itertools.count(1)
 
         def draw(self, p):
-            count.append(0)
-            return act(real(self, p), p) if len(count) == n else real(self, p)
+            token = real(self, p)
+            return act(token, p) if next(count) == n else token
         if rank == 1:
             speculative.Chance.draw = draw
     return before
 
 
-def signalled(number):
-    return lambda *_: os.kill(os.getpid(), number)
-
-
-def failing(error):
-    def act(*_):
-        raise error
-    return act
-
-
 def interrupted(rank):                                 # Ctrl-C reaches both
-    at_round(9, signalled(signal.SIGINT))(1)
+    at_round(9, lambda *_: signal.raise_signal(signal.SIGINT))(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -328,7 +319,7 @@ def chooses_otherwise(rank):                           # the text is the same
 
 def cannot_load(rank):
     if rank == 1:
-        ranks.own_part = failing(llama.ModelError("a norm is broken"))
+        ranks.own_part = Mock(side_effect=llama.ModelError("a norm is broken"))
 
 
 def never_comes(rank):
@@ -337,19 +328,18 @@ def never_comes(rank):
         sys.exit(0)
 
 
-def another(token, p):
-    return (token + 1) % len(p)
-
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+KILLED = at_round(9, lambda *_: signal.raise_signal(signal.SIGKILL))
+OUT_OF_MEMORY = at_round(9, Mock(side_effect=torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")))
+ANOTHER_FIRST, ANOTHER_LAST = (at_round(n, lambda token, p: (token + 1) % len(p)) for n in (1, 12))
 GONE = "did another rank end?"
 DIFFER = "the ranks decided differently"
 SUMMARY = "8 tokens"         # of a text that was interrupted
 ENDS = [                     # statuses, what each rank says, how many tokens rank 0 shows before
-    (at_round(9, signalled(signal.SIGKILL)), ALONE, 1, -signal.SIGKILL, GONE, None, 8),
-    (at_round(9, failing(OUT_OF_MEMORY)), ALONE, 1, 1, GONE, "CUDA out of memory (", 8),
-    (at_round(12, another), (*ALONE, "--max-new-tokens", 12), 1, 1, DIFFER, DIFFER, 11),
-    (at_round(1, another), ALONE, 1, 1, DIFFER, DIFFER, 0),
+    (KILLED, ALONE, 1, -signal.SIGKILL, GONE, None, 8),
+    (OUT_OF_MEMORY, ALONE, 1, 1, GONE, "CUDA out of memory (", 8),
+    (ANOTHER_LAST, (*ALONE, "--max-new-tokens", 12), 1, 1, DIFFER, DIFFER, 11),
+    (ANOTHER_FIRST, ALONE, 1, 1, DIFFER, DIFFER, 0),
     (interrupted, ALONE, 130, 130, SUMMARY, None, 8),
     (interrupted, (*FIXED, "--compare"), 130, 130, "rank 0: interrupted", "rank 1: int", 0),
     (hangs, ALONE, 1, 1, "no round ended within 1 seconds (on GPUs --eager may help)", "", 8),
