@@ -37,7 +37,7 @@ EVERY = 16                                             # tokens from one choice 
 RANDOM = 8                                             # sets drawn
 Skip = Sequence[bool]
 Sets = dict[str, list[Skip]]                           # who -> what they chose
-Found = dict[tuple[str, str, float], list[float]]      # who, kind of text, temperature -> values
+Found = dict[tuple[str, str], dict[float, list[float]]]    # who, kind -> temperature -> values
 
 
 class Piece(NamedTuple):
@@ -136,27 +136,25 @@ def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Found:
     drawn = [flags(L, random.Random(n).sample(range(L), job.M)) for n in range(RANDOM)]
     sets = {"one set for all texts": [flags(L, order)], f"{RANDOM} random sets": drawn}
     others = [question for n, question in enumerate(questions) if n % 3 != 2]
-    found = defaultdict(list)
+    found = defaultdict(lambda: defaultdict(list))
     for category, ids in told(others, "prompt"):
         kind = kind_of(category)
         for s in settings:
             text, start = written(job, ids, s)
             for who, values in walk(job.model, text, start, job.M, s, sets | trained(job, kind)):
-                found[who, kind, s.temperature] += values
+                found[who, kind][s.temperature] += values
     return found
 
 
 def table(found: Found) -> str:
     """A row per chooser, a column per kind of text: the means, greedily / at temperature 1."""
-    kinds = list(dict.fromkeys(kind for _, kind, _ in found))
+    kinds = list(dict.fromkeys(kind for _, kind in found))
     lines = ["first drafted token kept  " + "".join(f"{kind:>16}" for kind in kinds)]
-    for who in dict.fromkeys(who for who, _, _ in found):
+    for who in dict.fromkeys(who for who, _ in found):
         cells = ""
         for kind in kinds:
-            cell = "-"
-            if (who, kind, 0.0) in found:
-                means = [statistics.mean(found[who, kind, at]) for at in (0.0, 1.0)]
-                cell = " / ".join(f"{mean:.3f}" for mean in means)
+            every = found.get((who, kind), {}).values()
+            cell = " / ".join(f"{statistics.mean(values):.3f}" for values in every) or "-"
             cells += f"{cell:>16}"
         lines.append(f"{who:<26}{cells}")
     return "\n".join(lines)
