@@ -41,21 +41,18 @@ def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
     cache = model.cache(CONTEXT + max(job.K + 1, (job.M + 1) * job.probe + 1))
     h = torch.stack([x[-1] for x in read(model, text, 0, cache)])           # (L+1, D)
 
-    def draft(j: int) -> Tensor:
-        one = torch.zeros(1, dtype=torch.long, device=model.device)
-        rows = cache.sequence(CONTEXT, 1)
-        return model.head(model.forward(one, rows, cache, costs.spread(L, j))[-1])
-
-    def verify(n: int) -> Tensor:
-        return model.head(read(model, [0] * n, CONTEXT, cache)[-1])
+    def rows(n: int, j: int = 0) -> Tensor:
+        ids = torch.tensor([0] * n, device=model.device)
+        h = model.forward(ids, cache.sequence(CONTEXT, n), cache, costs.spread(L, j))
+        return model.head(h[-1])
 
     def choice(r: int) -> Tensor:
         found, end = choose_by(r, job.choose, model, cache, text, h, job.M)
         g = found.g.view(-1, model.cfg.D)[:len(budgets(L)) * r]
         return model.head(torch.cat((end, g)))
 
-    out = {("draft", j): partial(draft, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})}
-    out |= {("verify", n): partial(verify, n) for n in (1, 2, 4, 8, job.K + 1) if n <= job.K + 1}
+    out = {("draft", j): partial(rows, 1, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})}
+    out |= {("verify", n): partial(rows, n) for n in (1, 2, 4, 8, job.K + 1) if n <= job.K + 1}
     return out | {("choice", job.probe): partial(choice, job.probe)}
 
 

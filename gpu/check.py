@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
-from command.cli import Parser, UsageError, answer, number  # noqa: E402
+from command.cli import Parser, UsageError, answered, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.replay import Replay, first_line, fused, unfused, unusable, wake  # noqa: E402
@@ -301,23 +301,22 @@ def markdown(report: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@answered
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status as that of clasp_mini.py."""
-    def work() -> int:
-        p = Parser(usage="python gpu/%(prog)s REPORT [flags]",
-                   description="Measure everything on a GPU, or try that out on a CPU.")
-        p.add_argument("report", metavar="REPORT", type=Path, help="writes REPORT.json, REPORT.md")
-        p.add_argument("--model", metavar="DIR", type=Path, help="weights (random ones)")
-        p.add_argument("--tiny", action="store_true", help="a dry run of a small model on a CPU")
-        p.add_argument("--seconds", metavar="S", default=450, help="for all steps (450)",
-                       type=number(float, "0 or more", lambda v: 0 <= v < 1e6))
-        a = p.parse_args(argv)
-        if not a.tiny and not torch.cuda.is_available():
-            raise UsageError(unusable() or "PyTorch sees no CUDA GPU here (--tiny: on a CPU)")
-        torch.set_num_threads(1)
-        Check(a.report, a.seconds, a.tiny, a.model).run()
-        return 0
-    return answer(work)
+    p = Parser(usage="python gpu/%(prog)s REPORT [flags]",
+               description="Measure everything on a GPU, or try that out on a CPU.")
+    p.add_argument("report", metavar="REPORT", type=Path, help="writes REPORT.json, REPORT.md")
+    p.add_argument("--model", metavar="DIR", type=Path, help="weights (random ones)")
+    p.add_argument("--tiny", action="store_true", help="a dry run of a small model on a CPU")
+    p.add_argument("--seconds", metavar="S", default=450, help="for all steps (450)",
+                   type=number(float, "0 or more", lambda v: 0 <= v < 1e6))
+    a = p.parse_args(argv)
+    if not a.tiny and not torch.cuda.is_available():
+        raise UsageError(unusable() or "PyTorch sees no CUDA GPU here (--tiny: on a CPU)")
+    torch.set_num_threads(1)
+    Check(a.report, a.seconds, a.tiny, a.model).run()
+    return 0
 
 
 if __name__ == "__main__":

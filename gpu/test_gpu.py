@@ -177,10 +177,11 @@ def test_who_asks_a_gpu_is_seen():
                 wrong()
 
 
+PAPER = dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9)
+
+
 @pytest.mark.parametrize("how, ours, graphs", [
-    (dict(), False, False), (dict(), True, True),
-    (dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9), False, False),
-    (dict(K=3, M=2, interval=1, temperature=0.8, top_k=5, top_p=0.9), False, True)])
+    (dict(), False, False), (dict(), True, True), (PAPER, False, False), (PAPER, False, True)])
 def test_a_gpu_is_waited_for_once_per_drafted_token_and_once_per_verify(
         monkeypatch, how, ours, graphs):
     """Rejects a read more: of a token and its confidence apart, of a verdict, the own token and
