@@ -61,9 +61,9 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
             equal(a, b)
         return ids.tolist(), out[0][2]
 
-    def both_choose(n, h):
-        """A choice by the last n tokens of text, h (L+1, D) of the last. It outlives the next pass,
-        which reads what it left of the text."""
+    def both_choose(n, M, h):
+        """A choice of up to M by the last n tokens of text, h (L+1, D) of the last. It outlives the
+        next pass, which reads what it left of the text."""
         (a, end), (b, other_end) = (choose_by(n, choose, m, cache, text, h, M)
                                     for m, choose, cache in ways)
         both(1)
@@ -82,33 +82,29 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
             ids, h = both(T)
             for accepted in range(T):                  # not the position of the recording
                 text.append(ids[accepted])
-                for n in (5, 3, 2, 1):                 # most of them are not recorded
-                    both_choose(n, h[:, accepted])
+                for n, m in ((5, M), (3, M), (2, M), (1, M), (r, 0), (r, M - 1)):
+                    both_choose(n, m, h[:, accepted])  # most of them are not recorded
 
 
-def test_a_verify_at_the_last_slot_has_room_for_the_rows_it_is_padded_with():
-    """Rejects a cache of just the size asked for, made or kept, which near a multiple of 512 ends
-    before the padding does; and an index out of range, which on a GPU ends the process."""
+def test_a_cache_has_room_for_what_is_recorded_is_kept_while_it_has_and_never_half_recorded():
+    """Rejects one of just the size asked for, made or kept, which near a multiple of 512 ends
+    before the padding of a verify at the last slot does, or the candidates of the program; an index
+    out of range, which on a GPU ends the process; a recording per run, and one more where drafts
+    follow on a plain run; one broken off, for want of memory, taken for whole; and a cache whose
+    recordings are gone."""
     model = tiny_llama(L=1)
     left = replayed(model, 5, 0)
-    for S in range(500, 516):
-        for fast in (replayed(model, 5, 0), left):
-            fast.cache(S).sequence(S - 1, 1)
-    last = left.slots.S - 6                            # K + 1 rows
-    left.slots.sequence(last, 1)
+    for S in range(490, 516):                          # tokens of a text, and slots behind it:
+        for M, r in ((0, 1), (1, 8)):
+            fast = replayed(model, 5, M, r)
+            small = fast.cache(S + 1)
+            small.sequence(S, 1)
+            assert fast.cache(S + (M + 1) * r) is small
+        left.cache(S + 1).sequence(S, 1)
+    last = small.S - 6                                 # K + 1 rows
+    small.sequence(last, 1)
     with pytest.raises(AssertionError):
-        left.slots.sequence(last + 1, 1)
-
-
-def test_a_cache_is_kept_while_it_is_large_enough_and_never_with_half_its_recordings():
-    """Rejects a recording per run, one more where drafts follow on a plain run, of a program whose
-    candidates need more than there is, one broken off, for want of memory, taken for whole; and a
-    cache whose recordings are gone."""
-    model = tiny_llama(L=1)
-    for S in range(450, 520):                          # (M + 1) * r slots behind a text
-        fast = replayed(model, 2, 1, 8)
-        small = fast.cache(S + 1)
-        assert fast.cache(S + 2 * 8) is small
+        small.sequence(last + 1, 1)
     replayed(model, 0, 1, 300).cache(1)
 
     record = fast.record
@@ -355,10 +351,11 @@ def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, cuda, usa
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """The command as it is with a GPU; weights and passes are on the CPU, and graphs are repeated
-    by calling what they recorded. Returns how often each kind was."""
+    by calling what they recorded. Returns how often each kind of recording was."""
     played, load = collections.Counter(), llama.Llama.load
 
     def record(self, f):
+        played.update({f.__name__: 0})
         out, again = rerun(self, f)
         return out, lambda: played.update([f.__name__]) or again()
 
@@ -393,7 +390,7 @@ def test_the_command_says_the_same_with_recorded_passes_as_without(
         assert a["stats"][name] == b["stats"][name], name
     plain = "--strategy ar" in how
     assert (on_a_gpu["fused"] > 0) == ("--no-compile" not in how)
-    assert (on_a_gpu["verify"] > 0) == (not plain)
+    assert (on_a_gpu["verify"] > 0) == (not plain) and 0 not in on_a_gpu.values()
     if "--compare" not in how:                         # where plain runs and warm-ups count too
         drafted, verifies, choices = (b["stats"][name] for name in (
             "drafted", "verifies", "optimisations"))
