@@ -1,5 +1,5 @@
 """Recorded passes are the plain ones, and the host waits for few of them. Without a GPU all but the
-recording itself is tested: gpu/trial.py repeats calls where a graph repeats kernels. And check.py,
+recording itself is tested: trial.Played repeats calls where a graph repeats kernels. And check.py,
 which measures all this on a GPU, runs dry.
 """
 import collections
@@ -14,7 +14,7 @@ import clasp_mini
 import llama
 from dp_layer_skip import choose_skip, torch
 from gpu import check, replay, trial
-from gpu.trial import replayed, replaying, rerun, tensors
+from gpu.trial import replayed, replaying, tensors
 from oracle import check_trace
 from policy.adaptive import Adaptive
 from policy.costs import layer_weights
@@ -241,8 +241,7 @@ def test_a_layer_is_compiled_once_per_row_count_whatever_the_layer_and_the_posit
 @pytest.fixture
 def played(monkeypatch):
     """torch.cuda, played: it notes what it is asked for, in order. f is to be recorded."""
-    fast = replayed(tiny_llama(), 2, 1)
-    del fast.record                                    # the true one
+    fast = replay.Replay(tiny_llama(), 2, 1, 1, replay.unfused)
     cuda = MagicMock()
     monkeypatch.setattr(torch, "cuda", cuda)
     return fast, cuda
@@ -354,16 +353,17 @@ def on_a_gpu(monkeypatch):
     by calling what they recorded. Returns how often each kind of recording was."""
     played, load = collections.Counter(), llama.Llama.load
 
-    def record(self, f):
-        played.update({f.__name__: 0})
-        out, again = rerun(self, f)
-        return out, lambda: played.update([f.__name__]) or again()
+    class Counted(trial.Played):
+        def record(self, f):
+            played.update({f.__name__: 0})
+            out, again = super().record(f)
+            return out, lambda: played.update([f.__name__]) or again()
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(llama.Llama, "load",
                         lambda folder, device="cpu", dtype=None, **how: load(folder, "cpu", dtype))
     monkeypatch.setattr(replay, "fused", lambda f: played.update(["fused"]) or f)
-    monkeypatch.setattr(replay.Replay, "record", record)
+    monkeypatch.setattr(replay, "Replay", Counted)
     return played
 
 

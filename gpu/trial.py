@@ -1,13 +1,8 @@
 """What recorded passes are tried with, by check.py and by tests: random models of real shapes, the
 same model as the library transformers has it, and what stands in for CUDA graphs on a CPU.
-
-In place of a graph that repeats kernels, calls are repeated. Recording runs nothing, so nonsense
-lies in the results at first; and all recordings share memory, so a replay leaves nonsense in those
-of later ones.
 """
 import math
 import random
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +77,33 @@ def twin(model: Llama) -> Any:
 
 # ---------------------------------------------------------------------- in the place of a graph
 
+class Played(Replay):
+    """On a CPU calls are repeated in the place of kernels. Recording runs nothing, so nonsense lies
+    in the results at first; and all recordings share memory, so a replay leaves nonsense in those
+    of later ones."""
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self.results: list[Tensor] = []                # of all recordings
+
+    def record(self, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """As Replay.record: what is repeated is f, its results put where the recording's lie."""
+        f()
+        f()
+        out = f()
+        mine = tensors(out)
+        spoil(mine)
+        self.results += mine
+        behind = len(self.results)
+
+        def again() -> None:
+            spoil(self.results[behind:])
+            for old, new in zip(mine, tensors(f())):
+                old.copy_(new)
+        again()
+        return out, again
+
+
 def tensors(out: Any) -> list[Tensor]:
     return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
 
@@ -91,31 +113,10 @@ def spoil(results: list[Tensor]) -> None:
         x.fill_(math.nan if x.is_floating_point() else 1)
 
 
-def rerun(self: Any, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Replay.record: what is repeated is f itself, its results put where the recording's lie."""
-    f()
-    f()
-    out = f()
-    mine = tensors(out)
-    spoil(mine)
-    every = self.__dict__.setdefault("every", [])
-    every += mine
-    place = len(every)
-
-    def again() -> None:
-        spoil(every[place:])
-        for old, new in zip(mine, tensors(f())):
-            old.copy_(new)
-    again()
-    return out, again
-
-
-def replayed(model: Llama, K: int, M: int, r: int = 1, fuse: Callable = unfused) -> Any:
-    """A Replay: by graphs if the model is on a GPU, else by what stands in for them."""
-    fast = Replay(model, K, M, r, fuse)
-    if model.device.type != "cuda":
-        fast.record = types.MethodType(rerun, fast)
-    return fast
+def replayed(model: Llama, K: int, M: int, r: int = 1, fuse: Callable = unfused) -> Replay:
+    """The model's passes by graphs if it is on a GPU, else played."""
+    kind = Replay if model.device.type == "cuda" else Played
+    return kind(model, K, M, r, fuse)
 
 
 def replaying(model: Llama, K: int, M: int, fuse: Callable = unfused) -> Callable:
