@@ -90,10 +90,10 @@ def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
     try:
         costs = costs.get("settings", costs).get("costs", costs)
         draft, verify = costs["draft"], costs["verify"]
-        sizes = dict(draft=L + 1, verify=None, optimise=0, risk=L + 1)
+        sizes = dict(draft=L + 1, verify=len(verify), optimise=1, risk=L + 1)
         for name, value in costs.items():
-            values = [value] if sizes[name] == 0 else value
-            if sizes[name] and len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
+            values = [value] if name == "optimise" else value
+            if len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
                 raise ValueError
         verify = fill(dict(enumerate(verify)), K + 2) if len(verify) < K + 2 else verify
         if min(verify) <= 0:                           # so is what a falling table is drawn out to
