@@ -275,21 +275,17 @@ def test_what_cannot_be_recorded_is_one_line_that_names_its_cause_and_eager(play
         fast.record(cuda.f)
 
 
-def test_a_gpu_is_awake_before_a_pass_is_recorded(monkeypatch):
+def test_a_gpu_is_awake_before_a_pass_is_recorded(played, monkeypatch):
     """Rejects kernels that are tuned at the clock of an idle GPU: 0.3 s of work come first, without
     a call that the GPU has not yet got to."""
-    fast = replayed(tiny_llama(), 2, 1)
-    clock = itertools.count()                          # tenths of a second
-    worked = []
+    fast, cuda = played
     one = torch.ones(1, 1)
-    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(clock) / 10)
     monkeypatch.setattr(torch, "ones", lambda *size, device: one)
-    monkeypatch.setattr(torch.cuda, "synchronize", worked.append)
-    record = fast.record
+    monkeypatch.setattr(replay.time, "perf_counter", Mock(side_effect=itertools.count(0, 0.1)))
     fast.device = torch.device("cuda")
-    fast.record = lambda f: record(f) if len(worked) > 1 else None
     fast.cache(9)
-    assert len(worked) == 2
+    first = [name for name, *_ in cuda.mock_calls[:3]]
+    assert first == ["synchronize", "synchronize", "Stream"]
 
 
 # ------------------------------------------------------------------------------ the command
