@@ -86,7 +86,7 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
                     both_choose(n, m, h[:, accepted])  # most of them are not recorded
 
 
-def test_a_cache_has_room_for_what_is_recorded_is_kept_while_it_has_and_never_half_recorded():
+def test_a_cache_has_room_for_what_is_recorded_and_is_kept_while_it_has():
     """Rejects one of just the size asked for, made or kept, which near a multiple of 512 ends
     before the padding of a verify at the last slot does, or the candidates of the program; an index
     out of range, which on a GPU ends the process; a recording per run, and one more where drafts
