@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +157,17 @@ class Check:
         head = c.V * c.D
         ids = torch.tensor(self.ids(K + 1), device=self.device)
 
-        def forward(T: int, skip: Sequence[bool] = ()) -> Tensor:
+        def rows(T: int, j: int = 0) -> Tensor:
+            skip = costs.spread(c.L, j)
             return fast.head(fast.forward(ids[:T], cache.sequence(self.t, T), cache, skip)[-1])
 
-        kinds = {"plain step": (c.L * layer + head, lambda: forward(1))}
+        kinds = {"plain step": (c.L * layer + head, partial(rows, 1))}
         for j in sorted({c.L // 3, c.L // 2, M} if M > 0 else ()):
-            kinds[f"draft, {j} left out"] = ((c.L - j) * layer + head,
-                                             lambda j=j: forward(1, costs.spread(c.L, j)))
-        kinds[f"verify, {K + 1} rows"] = (c.L * layer + head, lambda: forward(K + 1))
+            kinds[f"draft, {j} left out"] = ((c.L - j) * layer + head, partial(rows, 1, j))
+        kinds[f"verify, {K + 1} rows"] = (c.L * layer + head, partial(rows, K + 1))
         if M > 0:                                      # by several tokens: they are read once more
-            kinds[f"choice, M = {M}, r = {r}"] = (c.L * layer * (1 + (r > 1)), lambda: choose_by(
-                r, fast.choose, fast, cache, text, h, M))
+            kinds[f"choice, M = {M}, r = {r}"] = (c.L * layer * (1 + (r > 1)), partial(
+                choose_by, r, fast.choose, fast, cache, text, h, M))
         out = {}
         for name, (numbers, call) in kinds.items():
             seconds = self.timed(call)
