@@ -17,7 +17,7 @@ from command.report import ids_of
 from command.test_report import IDS, a_round, clasp_run, plain_run
 from dp_layer_skip import choose_skip, torch
 from policy.probe import choose_by
-from speculative import Settings, read
+from speculative import Settings
 from tests.helpers import DEMO, ROOT, full_model, having_read, tiny_llama
 from tests.slow_llama import random_checkpoint
 
@@ -303,8 +303,7 @@ def test_a_set_is_judged_on_the_tokens_behind_those_that_chose_it(monkeypatch):
             for who, skip in (sets | dict(x=own)).items():
                 values = []
                 for t in range(at, min(at + 4, 12)):   # a draft of one token behind t of the text
-                    cache = model.cache(t + 1)
-                    read(model, ids[:t], 0, cache)
+                    _, cache = having_read(model, ids[:t], 1)
                     h = model.forward(torch.tensor(ids[t:t + 1]), cache.sequence(t, 1), cache, skip)
                     q = model.head(h[-1])[0].softmax(-1)
                     p = full_model(model, ids[:t + 1]).softmax(-1)

@@ -58,18 +58,17 @@ def test_so_has_the_papers_loop_by_two_tokens_and_with_passes_to_measure_in_betw
          "candidates of a token see those of another", "one position for all tokens",
          "a token of a probe is blind to those before it", "a probe longer than the text")
 def test_candidates_of_several_tokens_are_as_if_each_were_alone():
-    """The reference runs each state of a candidate as an ordinary next token, on a cache that holds
-    only the past of that state's token, and holds errors against the end. Of one token the choice
-    is the paper's. Rejects candidates that see one another, another's scratch, or another past."""
+    """The reference runs each state of a candidate in the place of its token, on a cache that holds
+    the text up to there alone, and holds errors against the end. Of one token the choice is the
+    paper's. Rejects candidates that see one another, another's scratch, or another past."""
     text = [3, 1, 7, 7, 0, 2, 9]
     for seed, (M, r) in enumerate(((3, 1), (3, 2), (2, 4), (4, 3), (1, 9))):
         model = tiny_llama(V=11, L=5, H=4, G=2, seed=seed)
         h, cache = having_read(model, text, spare=(M + 1) * r)
         places = range(max(0, len(text) - r), len(text))
-        pasts = [model.cache(t + 1) for t in places]
-        for t, past in zip(places, pasts):
-            if t > 0:
-                model.forward(torch.tensor(text[:t]), past.sequence(0, t), past)
+        states, pasts = zip(*(having_read(model, text[:t + 1], 0) for t in places))
+        states = torch.stack(states, 1)                # (L+1, r, D)
+        end = states[-1]
 
         def alone(i, g):                               # (1, r * D)
             each = zip(g.view(len(pasts), 1, -1), places, pasts)
@@ -82,8 +81,6 @@ def test_candidates_of_several_tokens_are_as_if_each_were_alone():
             error = (g - target).view(-1, *end.shape)
             return torch.cosine_similarity(end, end + error, -1).mean(-1)
 
-        states = torch.stack([having_read(model, text[:t + 1], 0)[0] for t in places], 1)
-        end = states[-1]                               # (r, D)
         want = choose_skip_plain(states.flatten(1), alone, M, near)
         try:
             got, ended = choose_by(r, choose_skip, model, cache, text, h, M)
