@@ -278,7 +278,7 @@ def test_what_cannot_be_shared_is_said_once_and_before_anything_is_read(tmp_path
             (4, ("--model", odd), "a feed-forward width of 26 evenly; take 1 or 2"),
             (2, ("--device", "cuda"), "2 processes need a GPU each, and PyTorch sees 1")):
         (status, _, err), *others = start(n, the_command(*flags), tmp_path)
-        assert status == 2 and one_line(err, said), err
+        assert status == 2 and one_line(err, f"{said}\n"), err
         assert others == [(2, "", "")] * (n - 1)
 
 
