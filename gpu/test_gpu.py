@@ -405,7 +405,7 @@ def test_the_command_says_the_same_with_recorded_passes_as_without(
 def test_a_dry_run_goes_through_every_step_and_one_that_fails_costs_only_itself(
         tmp_path, monkeypatch):
     """Rejects a step that does not fit the program any more, one that takes the others with it, and
-    report that is written at the end alone."""
+    a report that is written at the end alone."""
     seen = []
 
     def broken(self, fast):
