@@ -61,9 +61,8 @@ def written(job: Job, ids: list[int], s: Settings) -> tuple[list[int], int]:
 
 def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings,
            probes: Sequence[int] = ()) -> Iterator[Piece]:
-    """A text from `start` on, as the full model reads it: n tokens at a time, and layers chosen
-    before each by so many tokens. A piece is to be used before the next is read: what is tried
-    takes the slots behind it."""
+    """A text from `start` on, as the full model reads it, n tokens at a time; before each so many
+    tokens choose. Use it before the next is read: what is tried takes the slots behind it."""
     cache = model.cache(len(text) + max(n, (M + 1) * max(PROBES)) + 1)
     h = read(model, text[:start], 0, cache)
     for at in range(start, len(text), n):

@@ -166,8 +166,7 @@ def test_a_question_may_be_token_ids_which_need_no_tokenizer(run, small, line, m
 
 
 def test_a_file_of_questions_is_json_by_lines(tmp_path):
-    """Rejects lines cut at U+2028, a byte order mark taken for text, turns taken apart, and texts
-    where there are also ids."""
+    """Rejects lines cut at U+2028, a byte order mark as text, turns taken apart, ids unread."""
     path = tmp_path / "odd.jsonl"
     path.write_text('\ufeff{"category": "a", "turns": ["x\u2028y", "z"]}\r\n\n'
                     '{"category": 1, "turns": []}', encoding="utf-8")
@@ -199,9 +198,8 @@ def test_wrong_input_gets_one_clear_line(run, tool, arguments, status, said):
 
 
 def test_the_tools_are_scripts_that_run_from_anywhere(tmp_path):
-    """Rejects a script that finds the project only from the project's folder, one that ends as if
-    all were well, and one whose own folder stays on the path, where a file's name can hide the
-    standard library's."""
+    """Rejects a script that finds the project only from its folder, that ends as if all were well,
+    or whose own folder stays on the path, where a name can hide the standard library's."""
     p = subprocess.run([sys.executable, ROOT / "bench" / "passes.py", "--repeats", "no"],
                        cwd=tmp_path, capture_output=True, text=True)
     assert (p.returncode, p.stdout, p.stderr.count("\n")) == (2, "", 1) and "--repeats" in p.stderr

@@ -64,8 +64,7 @@ class Check:
         self.report: dict[str, dict] = {}
 
     def step(self, name: str, need: float, f: Callable[..., dict], *args: Any) -> None:
-        """Run f on a GPU that is awake, if `need` seconds are left; what it returns is part of the
-        report."""
+        """Report what f returns, run on a GPU that is awake, if `need` seconds are left."""
         began = time.perf_counter()
         if self.end - began < need:
             got = dict(skipped=f"{self.end - began:.0f} s left, about {need} wanted")

@@ -48,8 +48,7 @@ DIM = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, lm_head=0, o_pr
 
 
 def share(x: Tensor, dim: int) -> Tensor:
-    """This rank's part of x. What n does not divide, as may be the vocabulary, ends in a smaller
-    one."""
+    """This rank's part of x. Where n does not divide it, as a vocabulary, the last is smaller."""
     rank = dist.get_rank()
     size = -(-x.shape[dim] // dist.get_world_size())   # rounded up
     return x.transpose(0, dim)[rank * size:(rank + 1) * size].transpose(0, dim)
@@ -62,8 +61,7 @@ def own_part(name: str, x: Tensor) -> Tensor:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in the place of x; made once and sent to all, so to the last bit the same
-    everywhere."""
+    """The sum over ranks, in the place of x; made once and sent to all: the same bits."""
     dist.all_reduce(x)
     return x
 

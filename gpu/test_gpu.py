@@ -128,8 +128,7 @@ def test_a_cache_has_room_for_what_is_recorded_and_is_kept_while_it_has():
 class Far(TorchDispatchMode):
     """On PyTorch's device `meta`: a GPU that computes nothing. What the host asks it for is counted
     and answered with ones, in several numbers the first with 0: so no token is accepted, and all
-    logits are finite. What mixes devices fails, and what would first have to know how many there
-    are."""
+    logits are finite. What mixes devices fails, and what would have to know how many there are."""
 
     def __init__(self):
         super().__init__()
@@ -266,8 +265,7 @@ def test_a_pass_is_recorded_after_two_that_are_not_and_all_recordings_share_memo
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
 def test_what_cannot_be_recorded_is_one_line_that_names_its_cause_and_eager(played, kind):
-    """Rejects a traceback, and the error with which a broken recording ends, which hides its
-    cause."""
+    """Rejects a traceback, and the error that a broken recording ends in, which hides its cause."""
     fast, cuda = played
     cuda.f.side_effect = [None, None, kind("a host read\nand much more")]
     cuda.graph().__exit__.side_effect = torch.AcceleratorError("CUDA error: capture failed")
@@ -369,9 +367,8 @@ def on_a_gpu(monkeypatch):
 def test_the_command_says_the_same_with_recorded_passes_as_without(
         on_a_gpu, capsys, monkeypatch, tmp_path, how):
     """Rejects a chooser, a draft length or a budget that does not reach the recorded passes, so
-    that others run in their place, one that is recorded and never used, passes recorded with
-    --eager, compiled ones with --no-compile, and a trace of another chooser than the one that
-    ran."""
+    that others run in their place, a pass that is recorded and never used, or with --eager, or
+    compiled with --no-compile, and a trace of another chooser than the one that ran."""
     monkeypatch.chdir(tmp_path)
     said = []
     for eager in ("--eager", ""):
@@ -468,8 +465,7 @@ def test_without_a_gpu_a_line_says_what_is_missing(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("quiet, low, high", [(0.0, 1, 1), (0.2, 0.5, 0.999), (1.0, 0, 0.4)])
 def test_a_random_model_is_accepted_as_far_as_its_quiet_layers_are_quiet(
         monkeypatch, quiet, low, high):
-    """Rejects quiet layers that are as loud as others, and activations that blow up or die out with
-    depth."""
+    """Rejects quiet layers as loud as others, and activations that grow or die out with depth."""
     monkeypatch.setattr(trial, "QUIET", quiet)
     model = trial.random_llama(trial.TINY, torch.device("cpu"), torch.float32)
     rounds = decode(model, [1, 2, 3], Settings(K=4, M=4, N=60))

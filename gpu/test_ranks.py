@@ -197,8 +197,7 @@ def decisions(job):
 
 
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
-    """Rejects any decision of the policy that differs, though each rank has guessed and measured
-    other costs (rank 0's hold)."""
+    """Rejects a decision that differs, though each rank has guessed and measured other costs."""
     flags = ("--temperature", 1, "--seed", 5, "--max-new-tokens", 60)
 
     def check(kind):
@@ -250,8 +249,7 @@ def test_torchrun_starts_the_command_and_all_ranks_read_rank_0s_standard_input(
 
 
 def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
-    """Rejects one GPU for all, as many ranks as GPUs refused, and exchanges by way of the CPU. CUDA
-    is played."""
+    """CUDA is played. Rejects one GPU for all, N ranks on N GPUs refused, exchanges by the CPU."""
     for name, value in dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     taken = Mock()

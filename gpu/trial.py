@@ -78,9 +78,8 @@ def twin(model: Llama) -> Any:
 # ---------------------------------------------------------------------- in the place of a graph
 
 class Played(Replay):
-    """On a CPU calls are repeated in the place of kernels. Recording runs nothing, so nonsense lies
-    in the results at first; and all recordings share memory, so a replay leaves nonsense in those
-    of later ones."""
+    """On a CPU: calls are repeated, not kernels. Recording runs nothing, so results are nonsense at
+    first; and all recordings share memory, so a replay leaves nonsense in those of later ones."""
 
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)

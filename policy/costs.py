@@ -15,8 +15,7 @@ from speculative import read
 
 
 def fill(points: dict[int, float], size: int) -> list[float]:
-    """Values at 0 .. size-1 from those at 0 and a few other places: linear between them and beyond
-    the last."""
+    """Values at 0 .. size-1 from those at 0 and a few more: linear between and beyond the last."""
     out: list[float] = []
     for low, high in itertools.pairwise(sorted(points)):
         slope = (points[high] - points[low]) / (high - low)

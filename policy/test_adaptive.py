@@ -74,8 +74,7 @@ def corrected(risk, xs):
 
 
 def test_gain_is_the_tokens_per_plain_step_of_the_best_draft_length():
-    """Rejects the cost of a verify of k rows for that of k + 1, a power of a too few, and a chance
-    below 0."""
+    """Rejects the cost of k rows for that of k + 1, a power of a too few, and a chance below 0."""
     # Of each token .8 is kept: drafts of 1, 2, 3 bring 1.8, 2.44 and 2.952 tokens.
     how = dict(draft=[1, 0.25], M=1, risk=[0, 0.2])
     assert policy_of(verify=[1, 1, 1, 1, 1], **how).gain(1) == approx(2.952 / (0.75 + 1))
