@@ -37,7 +37,7 @@ EVERY = 16                                             # tokens from one choice 
 RANDOM = 8                                             # sets drawn
 Skip = Sequence[bool]
 Sets = dict[str, list[Skip]]                           # who -> what they chose
-Found = dict[tuple[str, str, float], list[float]]      # who, kind of text, temperature -> values
+Found = dict[tuple[str, str], dict[float, list[float]]]    # who, kind -> temperature -> values
 
 
 class Piece(NamedTuple):
@@ -59,16 +59,16 @@ def written(job: Job, ids: list[int], s: Settings) -> tuple[list[int], int]:
     return ids + ids_of(rounds), len(ids)
 
 
-def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings
-           ) -> Iterator[Piece]:
-    """A text from `start` on, as the full model reads it: n tokens at a time. Each piece is to be
-    used before the next is read: what is tried takes the slots behind it."""
+def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings,
+           probes: Sequence[int] = ()) -> Iterator[Piece]:
+    """A text from `start` on, as the full model reads it, n tokens at a time; before each so many
+    tokens choose. Use it before the next is read: what is tried takes the slots behind it."""
     cache = model.cache(len(text) + max(n, (M + 1) * max(PROBES)) + 1)
     h = read(model, text[:start], 0, cache)
     for at in range(start, len(text), n):
         last = torch.stack([x[-1] for x in h])                              # (L+1, D)
         chosen = {}
-        for r in PROBES:
+        for r in probes:
             choice, _ = choose_by(r, choose_skip, model, cache, text[:at], last, M)
             chosen[f"the dynamic program, by {r}"] = [choice.skip()]
         ids = torch.tensor(text[at:at + n], device=model.device)
@@ -103,13 +103,12 @@ def one_set(job: Job, texts: Sequence[tuple[list[int], int]], s: Settings) -> li
 
 
 def walk(model: Llama, text: list[int], start: int, M: int, s: Settings, sets: Sets
-         ) -> Iterator[tuple[str, float]]:
-    """(who, one value) for every token from `start` on and every set."""
-    for piece in pieces(model, text, start, EVERY, M, s):
+         ) -> Iterator[tuple[str, list[float]]]:
+    """(who, the values of a piece), for every piece from `start` on and every set."""
+    for piece in pieces(model, text, start, EVERY, M, s, PROBES):
         for who, of in (piece.chosen | sets).items():
             for skip in of:
-                for value in kept(model, piece, skip, s):
-                    yield who, value
+                yield who, kept(model, piece, skip, s)
 
 
 def kind_of(category: str) -> str:
@@ -136,27 +135,25 @@ def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Found:
     drawn = [flags(L, random.Random(n).sample(range(L), job.M)) for n in range(RANDOM)]
     sets = {"one set for all texts": [flags(L, order)], f"{RANDOM} random sets": drawn}
     others = [question for n, question in enumerate(questions) if n % 3 != 2]
-    found = defaultdict(list)
+    found = defaultdict(lambda: defaultdict(list))
     for category, ids in told(others, "prompt"):
         kind = kind_of(category)
         for s in settings:
             text, start = written(job, ids, s)
-            for who, value in walk(job.model, text, start, job.M, s, sets | trained(job, kind)):
-                found[who, kind, s.temperature].append(value)
+            for who, values in walk(job.model, text, start, job.M, s, sets | trained(job, kind)):
+                found[who, kind][s.temperature] += values
     return found
 
 
 def table(found: Found) -> str:
     """A row per chooser, a column per kind of text: the means, greedily / at temperature 1."""
-    kinds = list(dict.fromkeys(kind for _, kind, _ in found))
+    kinds = list(dict.fromkeys(kind for _, kind in found))
     lines = ["first drafted token kept  " + "".join(f"{kind:>16}" for kind in kinds)]
-    for who in dict.fromkeys(who for who, _, _ in found):
+    for who in dict.fromkeys(who for who, _ in found):
         cells = ""
         for kind in kinds:
-            cell = "-"
-            if (who, kind, 0.0) in found:
-                means = [statistics.mean(found[who, kind, at]) for at in (0.0, 1.0)]
-                cell = " / ".join(f"{mean:.3f}" for mean in means)
+            every = found.get((who, kind), {}).values()
+            cell = " / ".join(f"{statistics.mean(values):.3f}" for values in every) or "-"
             cells += f"{cell:>16}"
         lines.append(f"{who:<26}{cells}")
     return "\n".join(lines)

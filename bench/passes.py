@@ -41,22 +41,19 @@ def passes(job: Job) -> dict[Key, Callable[[], Tensor]]:
     cache = model.cache(CONTEXT + max(job.K + 1, (job.M + 1) * job.probe + 1))
     h = torch.stack([x[-1] for x in read(model, text, 0, cache)])           # (L+1, D)
 
-    def draft(j: int) -> Tensor:
-        one = torch.zeros(1, dtype=torch.long, device=model.device)
-        rows = cache.sequence(CONTEXT, 1)
-        return model.head(model.forward(one, rows, cache, costs.spread(L, j))[-1])
+    def rows(n: int, j: int = 0) -> Tensor:
+        ids = torch.tensor([0] * n, device=model.device)
+        skip = costs.spread(L, j)
+        return model.head(model.forward(ids, cache.sequence(CONTEXT, n), cache, skip)[-1])
 
-    def verify(n: int) -> Tensor:
-        return model.head(read(model, [0] * n, CONTEXT, cache)[-1])
-
-    def choice(r: int) -> Tensor:
-        found, end = choose_by(r, job.choose, model, cache, text, h, job.M)
-        g = found.g.view(-1, model.cfg.D)[:len(budgets(L)) * r]
+    def choice() -> Tensor:
+        found, end = choose_by(job.probe, job.choose, model, cache, text, h, job.M)
+        g = found.g.view(-1, model.cfg.D)[:len(budgets(L)) * job.probe]
         return model.head(torch.cat((end, g)))
 
-    out = {("draft", j): partial(draft, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})}
-    out |= {("verify", n): partial(verify, n) for n in (1, 2, 4, 8, job.K + 1) if n <= job.K + 1}
-    return out | {("choice", job.probe): partial(choice, job.probe)}
+    out = {("draft", j): partial(rows, 1, j) for j in sorted({1, L // 3, 2 * L // 3, L} - {0})}
+    out |= {("verify", n): partial(rows, n) for n in (1, 2, 4, 8, job.K + 1) if n <= job.K + 1}
+    return out | {("choice", job.probe): choice}
 
 
 @torch.inference_mode()
@@ -75,8 +72,7 @@ def measured(job: Job) -> dict[Key, float]:
 
 
 def tables(took: dict[Key, float], L: int, K: int) -> dict[str, Any]:
-    """What the policy goes by, in plain steps. Noise makes no draft dearer than one, and no verify
-    cheaper."""
+    """What the policy goes by, in plain steps. Noise makes no draft dearer, no verify cheaper."""
     cost = {key: seconds / took["verify", 1] for key, seconds in took.items()}
     draft = {0: 1.0} | {j: min(1.0, cost["draft", j]) for kind, j in cost if kind == "draft"}
     verify = {0: 1.0} | {n: max(1.0, cost["verify", n]) for kind, n in cost if kind == "verify"}

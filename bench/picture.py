@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from clasp_mini import run  # noqa: E402
-from command.cli import answered  # noqa: E402
+from command.cli import UsageError, answered  # noqa: E402
 from command.flags import parsed  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import fates  # noqa: E402
@@ -65,7 +65,10 @@ def draw(rounds: Sequence[Round], spell: Callable[[list[int]], str], title: str)
 
 @answered
 def main(argv: Sequence[str] | None = None) -> int:
-    job = Job(parsed(argv))
+    a = parsed(argv)
+    if a.compare or a.verbose or a.json:
+        raise UsageError("a picture is of one run: without --compare, --verbose, --json")
+    job = Job(a)
     ids = job.prompt()
     rounds = list(run(job.load(), ids, job.a.seed))
     words = sys.argv[1:] if argv is None else argv

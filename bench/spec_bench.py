@@ -111,8 +111,7 @@ def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], 
 
 
 def plain_steps(rounds: Sequence[Round], table: dict[str, Any]) -> float:
-    """What a run's passes come to by a table of costs. The prefill's pass does not count, its
-    choice of layers does."""
+    """What a run's passes come to by a table of costs. Of the prefill its choice alone counts."""
     steps = 0.0
     for n, r in enumerate(rounds):
         if n > 0:
@@ -124,9 +123,8 @@ def plain_steps(rounds: Sequence[Round], table: dict[str, Any]) -> float:
 
 
 def line(pairs: Sequence[tuple[dict, dict]]) -> dict:
-    """What (plain, CLaSp) figures of some answers come to: counts over all their tokens, the
-    speed-up and its ideal as ratios of the rates over all of them. The token of the prefill, one
-    per answer, is not decoded."""
+    """What (plain, CLaSp) figures of some answers come to: counts over all tokens, the speed-up and
+    its ideal as ratios of rates over all. The prefill's token, one per answer, is not decoded."""
     def total(side: int, key: str) -> float:
         return sum(pair[side][key] for pair in pairs)
 

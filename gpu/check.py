@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
-from command.cli import Parser, UsageError, answer, number  # noqa: E402
+from command.cli import Parser, UsageError, answered, number  # noqa: E402
 from command.report import figures, ideal_speedup, ids_of  # noqa: E402
 from dp_layer_skip import choose_skip  # noqa: E402
 from gpu.replay import Replay, first_line, fused, unfused, unusable, wake  # noqa: E402
@@ -63,8 +64,7 @@ class Check:
         self.report: dict[str, dict] = {}
 
     def step(self, name: str, need: float, f: Callable[..., dict], *args: Any) -> None:
-        """Run f on a GPU that is awake, if `need` seconds are left; what it returns is part of the
-        report."""
+        """Report what f returns, run on a GPU that is awake, if `need` seconds are left."""
         began = time.perf_counter()
         if self.end - began < need:
             got = dict(skipped=f"{self.end - began:.0f} s left, about {need} wanted")
@@ -152,23 +152,25 @@ class Check:
         cache = fast.cache(max(self.S, self.t + (M + 2) * r + K + 2))
         text = self.ids(self.t)
         h = torch.stack([x[-1] for x in read(fast, text, 0, cache)])
-        layer = costs.layer_weights(c) + 2 * cache.S * c.G * c.hd
+        layer = costs.layer_weights(c) + 2 * cache.S * c.G * c.hd           # numbers that it reads
+        head = c.V * c.D
         ids = torch.tensor(self.ids(K + 1), device=self.device)
 
-        def forward(T: int, skip: Sequence[bool] = ()) -> Tensor:
+        def rows(T: int, j: int = 0) -> Tensor:
+            skip = costs.spread(c.L, j)
             return fast.head(fast.forward(ids[:T], cache.sequence(self.t, T), cache, skip)[-1])
 
-        kinds = {"plain step": (c.L, lambda: forward(1))}
+        kinds = {"plain step": (c.L * layer + head, partial(rows, 1))}
         for j in sorted({c.L // 3, c.L // 2, M} if M > 0 else ()):
-            kinds[f"draft, {j} left out"] = (c.L - j, lambda j=j: forward(1, costs.spread(c.L, j)))
-        kinds[f"verify, {K + 1} rows"] = (c.L, lambda: forward(K + 1))
+            kinds[f"draft, {j} left out"] = ((c.L - j) * layer + head, partial(rows, 1, j))
+        kinds[f"verify, {K + 1} rows"] = (c.L * layer + head, partial(rows, K + 1))
         if M > 0:                                      # by several tokens: they are read once more
-            kinds[f"choice, M = {M}, r = {r}"] = (c.L * (1 + (r > 1)), lambda: choose_by(
-                r, fast.choose, fast, cache, text, h, M))
+            kinds[f"choice, M = {M}, r = {r}"] = (c.L * layer * (1 + (r > 1)), partial(
+                choose_by, r, fast.choose, fast, cache, text, h, M))
         out = {}
-        for name, (layers, call) in kinds.items():
+        for name, (numbers, call) in kinds.items():
             seconds = self.timed(call)
-            rate = (layers * layer + c.V * c.D) * self.model.embed.element_size() / seconds
+            rate = numbers * self.model.dtype.itemsize / seconds
             out[name] = dict(ms=1e3 * seconds, GB_per_s=rate / 1e9, of_copy=rate / self.rate)
         for row in out.values():
             row["plain_steps"] = row["ms"] / out["plain step"]["ms"]
@@ -299,23 +301,22 @@ def markdown(report: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@answered
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status as that of clasp_mini.py."""
-    def work() -> int:
-        p = Parser(usage="python gpu/%(prog)s REPORT [flags]",
-                   description="Measure everything on a GPU, or try that out on a CPU.")
-        p.add_argument("report", metavar="REPORT", type=Path, help="writes REPORT.json, REPORT.md")
-        p.add_argument("--model", metavar="DIR", type=Path, help="weights (random ones)")
-        p.add_argument("--tiny", action="store_true", help="a dry run of a small model on a CPU")
-        p.add_argument("--seconds", metavar="S", default=450, help="for all steps (450)",
-                       type=number(float, "0 or more", lambda v: 0 <= v < 1e6))
-        a = p.parse_args(argv)
-        if not a.tiny and not torch.cuda.is_available():
-            raise UsageError(unusable() or "PyTorch sees no CUDA GPU here (--tiny: on a CPU)")
-        torch.set_num_threads(1)
-        Check(a.report, a.seconds, a.tiny, a.model).run()
-        return 0
-    return answer(work)
+    p = Parser(usage="python gpu/%(prog)s REPORT [flags]",
+               description="Measure everything on a GPU, or try that out on a CPU.")
+    p.add_argument("report", metavar="REPORT", type=Path, help="writes REPORT.json, REPORT.md")
+    p.add_argument("--model", metavar="DIR", type=Path, help="weights (random ones)")
+    p.add_argument("--tiny", action="store_true", help="a dry run of a small model on a CPU")
+    p.add_argument("--seconds", metavar="S", default=450, help="for all steps (450)",
+                   type=number(float, "0 or more", lambda v: 0 <= v < 1e6))
+    a = p.parse_args(argv)
+    if not a.tiny and not torch.cuda.is_available():
+        raise UsageError(unusable() or "PyTorch sees no CUDA GPU here (--tiny: on a CPU)")
+    torch.set_num_threads(1)
+    Check(a.report, a.seconds, a.tiny, a.model).run()
+    return 0
 
 
 if __name__ == "__main__":

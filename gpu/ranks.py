@@ -22,8 +22,8 @@ passes within a round, their exchanges do not fit: they abort, or wait until the
 """
 import argparse
 import io
-import json
 import os
+import pickle
 import sys
 import threading
 import zlib
@@ -48,8 +48,7 @@ DIM = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, lm_head=0, o_pr
 
 
 def share(x: Tensor, dim: int) -> Tensor:
-    """This rank's part of x. What n does not divide, as may be the vocabulary, ends in a smaller
-    one."""
+    """This rank's part of x. Where n does not divide it, as a vocabulary, the last is smaller."""
     rank = dist.get_rank()
     size = -(-x.shape[dim] // dist.get_world_size())   # rounded up
     return x.transpose(0, dim)[rank * size:(rank + 1) * size].transpose(0, dim)
@@ -62,8 +61,7 @@ def own_part(name: str, x: Tensor) -> Tensor:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks, in the place of x; made once and sent to all, so to the last bit the same
-    everywhere."""
+    """The sum over ranks, in the place of x; made once and sent to all: the same bits."""
     dist.all_reduce(x)
     return x
 
@@ -129,7 +127,7 @@ class Ranked:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         self.rank = int(os.environ["RANK"])
-        self.told = 0
+        self.asked = 0
         if self.rank > 0:
             a.trace = None
         wait = timedelta(seconds=TIMEOUT)
@@ -137,12 +135,12 @@ class Ranked:
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=n,
                                 timeout=wait)
 
-    def same(self, value: bytes) -> bytes:
+    def same(self, value: Any) -> Any:
         """Rank 0's value, on all ranks, which must ask in one order."""
-        self.told += 1
+        self.asked += 1
         if self.rank == 0:
-            self.store.set(f"value {self.told}", value)
-        return self.store.get(f"value {self.told}")
+            self.store.set(f"value {self.asked}", pickle.dumps(value))
+        return pickle.loads(self.store.get(f"value {self.asked}"))
 
     def prompt(self) -> list[int]:
         if self.a.prompt == "-":
@@ -153,8 +151,7 @@ class Ranked:
     def load(self) -> "Ranked":
         super().load()
         # All must decide by the same numbers.
-        known = self.same(json.dumps([self.costs, self.costs_guessed]).encode())
-        self.costs, self.costs_guessed = json.loads(known)
+        self.costs, self.costs_guessed = self.same((self.costs, self.costs_guessed))
         # To the rest of the command the model is the whole one, with the sizes of the whole.
         names = ("device", "dtype", "cache", "forward", "layer", "head")
         own = {name: getattr(self.model, name) for name in names}
@@ -163,8 +160,7 @@ class Ranked:
 
     def measure(self, *where: Any) -> list[float]:
         """All take rank 0's times."""
-        own = super().measure(*where)
-        self.costs["verify"] = json.loads(self.same(json.dumps(own).encode()))
+        self.costs["verify"] = self.same(super().measure(*where))
         return self.costs["verify"]
 
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:

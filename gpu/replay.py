@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from command.cli import note
 from dp_layer_skip import Choice, Near, RunLayer, choose_skip, cosine, table
 from llama import Cache, Layer, Llama, ModelError, Rows
-from policy.probe import nearness
+from policy.probe import nearness, places
 
 Fuse = Callable[[Callable], Callable]                  # fused or unfused
 SIGNS = ("/proc/driver/nvidia/version", "/dev/nvidia0")                     # of a GPU
@@ -68,10 +69,7 @@ class Slots(Cache):
 
     def candidate_rows(self, J: int, r: int) -> Rows:
         """`policy.probe.candidates` with the position on the device."""
-        position = (self.slot[:r] + self.t - r + 1).repeat(J)
-        slots = self.slot[1:J * r + 1] + self.t
-        may_read = (self.slot < position[:, None]) | (self.slot == slots[:, None])
-        return super().rows(position, slots, may_read)
+        return super().rows(*places(self.slot, self.t, J, r))
 
 
 class Replay:
@@ -229,8 +227,8 @@ def recorded(model: Llama, K: int, M: int, r: int, compile: bool = True) -> tupl
     """What `generate` takes in the place of `model` and of choose_skip, for drafts of up to K
     tokens that leave M layers out at most, chosen by a probe of r tokens."""
     if sys.stderr.isatty():
-        print("note: compiling and recording passes, which takes long the first time "
-              "(--no-compile, --eager)", file=sys.stderr)
+        note("compiling and recording passes, which takes long the first time (--no-compile, "
+             "--eager)")
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)            # some of PyTorch's calls name none
     replay = Replay(model, K, M, r, fused if compile else unfused)
@@ -267,8 +265,7 @@ def fused(f: Callable) -> Callable:
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # whatever a compiler may say: all works without, only slower
-                print(f"note: no fused kernels, torch.compile fails here: {first_line(e)}",
-                      file=sys.stderr)
+                note(f"no fused kernels, torch.compile fails here: {first_line(e)}")
                 run = f
         return f(*args)
     return call

@@ -4,6 +4,7 @@ whole model.
 """
 import faulthandler
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -196,8 +197,7 @@ def decisions(job):
 
 
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
-    """Rejects any decision of the policy that differs, though each rank has guessed and measured
-    other costs (rank 0's hold)."""
+    """Rejects a decision that differs, though each rank has guessed and measured other costs."""
     flags = ("--temperature", 1, "--seed", 5, "--max-new-tokens", 60)
 
     def check(kind):
@@ -249,8 +249,7 @@ def test_torchrun_starts_the_command_and_all_ranks_read_rank_0s_standard_input(
 
 
 def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
-    """Rejects one GPU for all, as many ranks as GPUs refused, and exchanges by way of the CPU. CUDA
-    is played."""
+    """CUDA is played. Rejects one GPU for all, N ranks on N GPUs refused, exchanges by the CPU."""
     for name, value in dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     taken = Mock()
@@ -277,7 +276,7 @@ def test_what_cannot_be_shared_is_said_once_and_before_anything_is_read(tmp_path
             (4, ("--model", odd), "a feed-forward width of 26 evenly; take 1 or 2"),
             (2, ("--device", "cuda"), "2 processes need a GPU each, and PyTorch sees 1")):
         (status, _, err), *others = start(n, the_command(*flags), tmp_path)
-        assert status == 2 and one_line(err, said), err
+        assert status == 2 and one_line(err, f"{said}\n"), err
         assert others == [(2, "", "")] * (n - 1)
 
 
@@ -291,28 +290,18 @@ def one_line(err, *said):
 def at_round(n, act):
     """Let `act` happen to rank 1 in its n-th round, which the ranks agree on before."""
     def before(rank):
-        real, count = speculative.Chance.draw, []
+        real, count = speculative.Chance.draw, itertools.count(1)
 
         def draw(self, p):
-            count.append(0)
-            return act(real(self, p), p) if len(count) == n else real(self, p)
+            token = real(self, p)
+            return act(token, p) if next(count) == n else token
         if rank == 1:
             speculative.Chance.draw = draw
     return before
 
 
-def signalled(number):
-    return lambda *_: os.kill(os.getpid(), number)
-
-
-def failing(error):
-    def act(*_):
-        raise error
-    return act
-
-
 def interrupted(rank):                                 # Ctrl-C reaches both
-    at_round(9, signalled(signal.SIGINT))(1)
+    at_round(9, lambda *_: signal.raise_signal(signal.SIGINT))(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -328,7 +317,7 @@ def chooses_otherwise(rank):                           # the text is the same
 
 def cannot_load(rank):
     if rank == 1:
-        ranks.own_part = failing(llama.ModelError("a norm is broken"))
+        ranks.own_part = Mock(side_effect=llama.ModelError("a norm is broken"))
 
 
 def never_comes(rank):
@@ -337,19 +326,18 @@ def never_comes(rank):
         sys.exit(0)
 
 
-def another(token, p):
-    return (token + 1) % len(p)
-
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+KILLED = at_round(9, lambda *_: signal.raise_signal(signal.SIGKILL))
+OUT_OF_MEMORY = at_round(9, Mock(side_effect=torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")))
+ANOTHER_FIRST, ANOTHER_LAST = (at_round(n, lambda token, p: (token + 1) % len(p)) for n in (1, 12))
 GONE = "did another rank end?"
 DIFFER = "the ranks decided differently"
 SUMMARY = "8 tokens"         # of a text that was interrupted
 ENDS = [                     # statuses, what each rank says, how many tokens rank 0 shows before
-    (at_round(9, signalled(signal.SIGKILL)), ALONE, 1, -signal.SIGKILL, GONE, None, 8),
-    (at_round(9, failing(OUT_OF_MEMORY)), ALONE, 1, 1, GONE, "CUDA out of memory (", 8),
-    (at_round(12, another), (*ALONE, "--max-new-tokens", 12), 1, 1, DIFFER, DIFFER, 11),
-    (at_round(1, another), ALONE, 1, 1, DIFFER, DIFFER, 0),
+    (KILLED, ALONE, 1, -signal.SIGKILL, GONE, None, 8),
+    (OUT_OF_MEMORY, ALONE, 1, 1, GONE, "CUDA out of memory (", 8),
+    (ANOTHER_LAST, (*ALONE, "--max-new-tokens", 12), 1, 1, DIFFER, DIFFER, 11),
+    (ANOTHER_FIRST, ALONE, 1, 1, DIFFER, DIFFER, 0),
     (interrupted, ALONE, 130, 130, SUMMARY, None, 8),
     (interrupted, (*FIXED, "--compare"), 130, 130, "rank 0: interrupted", "rank 1: int", 0),
     (hangs, ALONE, 1, 1, "no round ended within 1 seconds (on GPUs --eager may help)", "", 8),

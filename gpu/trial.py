@@ -1,13 +1,8 @@
 """What recorded passes are tried with, by check.py and by tests: random models of real shapes, the
 same model as the library transformers has it, and what stands in for CUDA graphs on a CPU.
-
-In place of a graph that repeats kernels, calls are repeated. Recording runs nothing, so nonsense
-lies in the results at first; and all recordings share memory, so a replay leaves nonsense in those
-of later ones.
 """
 import math
 import random
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +15,8 @@ from speculative import generate
 REST = dict(eps=1e-5, context=8192, tied=False, theta=5e5, scaling=None)
 EIGHT_B = Config(L=32, D=4096, H=32, G=8, hd=128, ffn=14336, V=128256, **REST)
 TINY = Config(L=8, D=64, H=4, G=2, hd=16, ffn=96, V=200, **REST)
-QUIET = 0.1                  # what some layers add to the residual stream, others: 1
-
-
-def quiet_layers(L: int) -> list[int]:
-    """9 in 16, scattered, never the first nor the last. How quiet they are sets how much is
-    accepted of a draft without them."""
-    return random.Random(0).sample(range(1, L - 1), 9 * L // 16)
+QUIET = 0.1                  # what some layers add to the residual stream, others: 1. It sets how
+                             # much is accepted of a draft without them
 
 
 def random_llama(c: Config, device: torch.device, dtype: torch.dtype) -> Llama:
@@ -39,7 +29,8 @@ def random_llama(c: Config, device: torch.device, dtype: torch.dtype) -> Llama:
         return w.mul_(scale * n_in ** -0.5)
 
     one = torch.ones(c.D, device=device, dtype=dtype)
-    quiet = quiet_layers(c.L)
+    # 9 in 16, scattered, never the first nor the last.
+    quiet = random.Random(0).sample(range(1, c.L - 1), 9 * c.L // 16)
     layers = []
     for i in range(c.L):
         adds = (2 * c.L) ** -0.5 * (QUIET if i in quiet else 1)
@@ -86,6 +77,32 @@ def twin(model: Llama) -> Any:
 
 # ---------------------------------------------------------------------- in the place of a graph
 
+class Played(Replay):
+    """On a CPU: calls are repeated, not kernels. Recording runs nothing, so results are nonsense at
+    first; and all recordings share memory, so a replay leaves nonsense in those of later ones."""
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self.results: list[Tensor] = []                # of all recordings
+
+    def record(self, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """As Replay.record: what is repeated is f, its results put where the recording's lie."""
+        f()
+        f()
+        out = f()
+        mine = tensors(out)
+        spoil(mine)
+        self.results += mine
+        behind = len(self.results)
+
+        def again() -> None:
+            spoil(self.results[behind:])
+            for old, new in zip(mine, tensors(f())):
+                old.copy_(new)
+        again()
+        return out, again
+
+
 def tensors(out: Any) -> list[Tensor]:
     return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
 
@@ -95,32 +112,10 @@ def spoil(results: list[Tensor]) -> None:
         x.fill_(math.nan if x.is_floating_point() else 1)
 
 
-def rerun(self: Any, f: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Replay.record: what is repeated is f itself, its results put where the recording's lie."""
-    f()
-    f()
-    out = f()
-    mine = tensors(out)
-    spoil(mine)
-    every = self.__dict__.setdefault("every", [])
-    every.append(mine)
-    place = len(every)
-
-    def again() -> None:
-        for results in every[place:]:
-            spoil(results)
-        for old, new in zip(mine, tensors(f())):
-            old.copy_(new)
-    again()
-    return out, again
-
-
-def replayed(model: Llama, K: int, M: int, r: int = 1, fuse: Callable = unfused) -> Any:
-    """A Replay: by graphs if the model is on a GPU, else by what stands in for them."""
-    fast = Replay(model, K, M, r, fuse)
-    if model.device.type != "cuda":
-        fast.record = types.MethodType(rerun, fast)
-    return fast
+def replayed(model: Llama, K: int, M: int, r: int = 1, fuse: Callable = unfused) -> Replay:
+    """The model's passes by graphs if it is on a GPU, else played."""
+    kind = Replay if model.device.type == "cuda" else Played
+    return kind(model, K, M, r, fuse)
 
 
 def replaying(model: Llama, K: int, M: int, fuse: Callable = unfused) -> Callable:

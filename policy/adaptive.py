@@ -64,13 +64,10 @@ class Adaptive:
         self.left = s.N                                # tokens still to be written
         self.in_vain = 0.0 if risk else optimise       # what a look costs, if nothing comes of it
         self.looks = 0
-        self.prior = {j: risk[j] if risk else j / L for j in tried}
-        self.shown = dict.fromkeys(tried, 0.0)         # sums over the looks
-        self.risk = dict(self.prior)
+        self.risk = {j: risk[j] if risk else j / L for j in tried}
         self.choice: Choice | None = None              # none is in use: decode plainly
         self.j = self.M                                # layers to leave out now: so many,
         self.skip = (False,) * L                       # and these
-        self.price = 0.0                               # tokens that a draft must bring per cost
         self.kept = [0.0, 0.0]                         # of `seen` tokens, by confidence: below 0.5,
         self.seen = [0, 0]                             # and from there on
         self.begin_anew()
@@ -95,7 +92,7 @@ class Adaptive:
             return confidence[-1] >= self.exit_threshold
         reach = math.prod(map(self.likely, confidence))
         cost = self.c[self.j] + self.v[k + 2] - self.v[k + 1]
-        return reach * self.keep(self.j) >= self.price * cost
+        return reach * self.keep(self.j) >= 0.9 * self.gain(self.j) * cost
 
     def judged(self, confidence: list[float], p: Tensor, q: list[Tensor], accepted: int) -> None:
         """Learn from the tokens that were judged: those accepted and the first that was not."""
@@ -137,8 +134,7 @@ class Adaptive:
         drafts = model.head(g).softmax(-1).view(len(self.risk), *full.shape)
         self.looks += 1
         for j, a in zip(self.risk, overlap(full, drafts).mean(-1).tolist()):
-            self.shown[j] += 1 - a
-            self.risk[j] = (self.prior[j] + self.shown[j]) / (1 + self.looks)
+            self.risk[j] += (1 - a - self.risk[j]) / (1 + self.looks)       # still the mean of all
         self.begin_anew()
         self.choice = choice
         self.decide()
@@ -176,8 +172,6 @@ class Adaptive:
     def decide(self) -> None:
         """The budget of the next round, and its layers; or none, if none pays."""
         self.j = max(self.risk, key=self.gain)
-        gain = self.gain(self.j)
-        self.price = 0.9 * gain
         self.skip = self.choice.skip(self.j)
-        if gain <= 1:
+        if self.gain(self.j) <= 1:
             self.choice = None

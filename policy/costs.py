@@ -3,6 +3,7 @@ policy.adaptive.Adaptive. Guessed from the bytes that a pass reads, measured whe
 and kept, so that a seed means one text on one machine.
 """
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -14,14 +15,11 @@ from speculative import read
 
 
 def fill(points: dict[int, float], size: int) -> list[float]:
-    """Values at 0 .. size-1 from those at a few places: linear between them and beyond the last."""
-    places = sorted(points)
-    out = []
-    for x in range(size):
-        high = next((place for place in places[1:] if place >= x), places[-1])
-        low = places[places.index(high) - 1]
+    """Values at 0 .. size-1 from those at 0 and a few more: linear between and beyond the last."""
+    out: list[float] = []
+    for low, high in itertools.pairwise(sorted(points)):
         slope = (points[high] - points[low]) / (high - low)
-        out.append(round(points[low] + slope * (x - low), 3))
+        out[low:] = [round(points[low] + slope * (x - low), 3) for x in range(low, size)]
     return out
 
 
@@ -91,10 +89,10 @@ def load(costs: str | dict, L: int, K: int) -> dict[str, Any]:
     try:
         costs = costs.get("settings", costs).get("costs", costs)
         draft, verify = costs["draft"], costs["verify"]
-        sizes = dict(draft=L + 1, verify=None, optimise=0, risk=L + 1)
+        sizes = dict(draft=L + 1, verify=len(verify), optimise=1, risk=L + 1)
         for name, value in costs.items():
-            values = [value] if sizes[name] == 0 else value
-            if sizes[name] and len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
+            values = [value] if name == "optimise" else value
+            if len(values) != sizes[name] or not all(0 <= x < 1e6 for x in values):
                 raise ValueError
         verify = fill(dict(enumerate(verify)), K + 2) if len(verify) < K + 2 else verify
         if min(verify) <= 0:                           # so is what a falling table is drawn out to

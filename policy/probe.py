@@ -34,11 +34,16 @@ def candidates(cache: Cache, t: int, J: int, r: int) -> Rows:
     """J candidates of the r tokens up to position t, the tokens of one beside one another; as
     Cache.candidates, each in a scratch slot behind t."""
     assert r <= t + 1 and t + J * r < cache.S, f"{J} x {r} slots behind {t} in a cache of {cache.S}"
-    position = cache.slot[t - r + 1:t + 1].repeat(J)
-    slot = cache.slot[:t + 1 + J * r]
-    slots = slot[t + 1:]
-    may_read = (slot < position[:, None]) | (slot == slots[:, None])        # (J*r, W)
-    return cache.rows(position, slots, may_read)
+    return cache.rows(*places(cache.slot[:t + 1 + J * r], t, J, r))
+
+
+def places(slot: Tensor, t: int | Tensor, J: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where they stand, (J*r,), which slots they write, (J*r,), and which of `slot`, 0 .. W-1, they
+    may read, (J*r, W). A t on the device asks the host for nothing, so a CUDA graph can hold it."""
+    position = (slot[:r] + t - r + 1).repeat(J)
+    slots = slot[:J * r] + t + 1
+    may_read = (slot < position[:, None]) | (slot == slots[:, None])
+    return position, slots, may_read
 
 
 def choose_by(r: int, choose: Callable[..., Choice], model: Any, cache: Any, text: Sequence[int],

@@ -286,11 +286,11 @@ PROBE = {
         probe, "nearness", ("torch.promote_types(end.dtype, torch.float32)", "end.dtype")),
     "one token is compared as several are": edit(probe, "choose_by", ("if r > 1:", "if True:")),
     "candidates of a token see those of another": edit(
-        probe, "candidates", ("(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])")),
+        probe, "places", ("(slot == slots[:, None])", "(slot > t) & (slot <= slots[:, None])")),
     "one position for all tokens": edit(
-        probe, "candidates", ("cache.rows(position,", "cache.rows(0 * position + t,")),
+        probe, "places", ("return position,", "return 0 * position + t,")),
     "a token of a probe is blind to those before it": edit(
-        probe, "candidates", ("(slot < position[:, None])", "(slot < position.min())")),
+        probe, "places", ("(slot < position[:, None])", "(slot < position.min())")),
     "a probe longer than the text": edit(probe, "choose_by", ("r = min(r, len(text))", "pass")),
 }
 
