@@ -57,15 +57,19 @@ class Terminal:
         for kind, text in pieces:
             if not self.colour:
                 text = self.MARKS.get(kind, "{}").format(text)
+            part = ""                                  # painted whole: no code within a character
             for c in text:
                 if not c.isprintable():
                     c = repr(c)[1:-1]
                 columns = len(c) + (unicodedata.east_asian_width(c[0]) in "WF")
                 if used + columns > width:
+                    lines[-1] += self.paint(kind, part)
                     lines.append("")
+                    part = ""
                     used = 0
-                lines[-1] += self.paint(kind, c)
+                part += c
                 used += columns
+            lines[-1] += self.paint(kind, part)
         return lines
 
     def legend(self) -> str:
