@@ -20,13 +20,14 @@ A Job (command/job.py) is what the flags ask for:
     job.a          the flags themselves, checked
     job.settings   of speculative.py; job.numbers: the paper's four, None where a policy decides
     job.costs      of passes, in plain steps; guessed, as long as nobody has measured them
-    job.model      llama.Llama, once it is loaded; job.choose: dp_layer_skip.choose_skip. (On a GPU
-                   recordings of both take their places: gpu/replay.py)
+    job.model      the Llama, once it is loaded, and job.choose, which is choose_skip; on a GPU
+                   recordings of both (gpu/replay.py)
     job.guarded    hands rounds on, and makes one line of it if memory is short or GPUs disagree
 """
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 if __name__ == "__main__":
     import command.start  # noqa: F401  first: starts the clock, and lets Ctrl-C end imports quietly
@@ -35,6 +36,8 @@ from command.compare import compare
 from command.flags import parsed
 from command.job import Job
 from command.screen import Screen
+from dp_layer_skip import choose_skip
+from llama import Llama
 from policy.adaptive import Adaptive
 from policy.probe import PaperByProbe
 from speculative import Chance, Paper, Round, generate
@@ -81,7 +84,7 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
     """Do what the flags say. What is wrong with them is found before the weights are read."""
     job = job_class(parsed(argv))
     ids = job.prompt()
-    job.load()
+    job.load(Llama, choose_skip)
     if job.a.compare:
         return compare(job, ids, run)                  # each pair: plain decoding, then `run`
     return write(job, ids)
@@ -90,12 +93,11 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer` makes
     one line of what goes wrong."""
-    if "LOCAL_RANK" not in os.environ:
-        return answer(lambda: work(argv, Job))
-    # torchrun runs this once for each GPU. Such a Job has a part of the model, and agrees with the
-    # others on every round.
-    from gpu.ranks import together
-    return answer(lambda: together(lambda ranked: work(argv, ranked), Job))
+    task = partial(work, argv)                         # wants the kind of Job
+    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU:
+        from gpu.ranks import together                 # each Job has a part of the model
+        return answer(partial(together, task))
+    return answer(partial(task, Job))
 
 
 if __name__ == "__main__":

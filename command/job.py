@@ -36,8 +36,6 @@ class Job:
     costs     what passes cost, if that policy decides; costs_guessed: nobody has measured them
     """
 
-    Model = Llama                                      # of several GPUs: gpu/ranks.py
-
     def __init__(self, a: argparse.Namespace) -> None:
         # The user waits since the process began, if this is its first and only job.
         start = sys.modules.pop("command.start", None)
@@ -173,12 +171,11 @@ class Job:
 
     # -------------------------------------------------------------------------------- the model
 
-    def load(self) -> "Job":
+    def load(self, model: type[Llama] = Llama, choose: Callable = choose_skip) -> "Job":
         """Read the weights; on a GPU also record the passes."""
         with self.enough_memory(), reading(self.folder):
-            self.model = self.Model.load(self.folder, self.device, self.dtype,
-                                         part=self.progress())
-            self.choose = choose_skip
+            self.model = model.load(self.folder, self.device, self.dtype, part=self.progress())
+            self.choose = choose
             if self.device.type == "cuda" and not self.a.eager:
                 from gpu.replay import recorded
                 self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,

@@ -538,13 +538,13 @@ def test_what_cannot_fit_into_memory_is_said_with_its_sizes_beforehand(monkeypat
     of_it = job(*of_size(tmp_path, 4096, **sizes, tie_word_embeddings=tied), "--dtype", "bfloat16",
                 "--max-new-tokens", 8191)
     of_it.prompt()
-    monkeypatch.setattr(of_it, "Model", SimpleNamespace(load=lambda *_, part: None))
+    model = SimpleNamespace(load=lambda *_, part: None)
     monkeypatch.setattr("command.job.memory_here", lambda: room)
     said = f"{weights} GB in bfloat16, the cache of 8192 tokens 1.1 GB"
     with pytest.raises(llama.ModelError, match=said):
-        of_it.load()
+        of_it.load(model)
     monkeypatch.setattr("command.job.memory_here", lambda: room + 2e7)
-    of_it.load()
+    of_it.load(model)
 
 
 # ============================================================================== what is wrong

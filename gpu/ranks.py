@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from command.cli import UsageError
+from command.job import Job
 from llama import Config, Layer, Llama, Rows, attention, feed_forward, rms_norm
 from speculative import Round
 
@@ -104,10 +105,9 @@ class Parallel(Llama):
 
 # ------------------------------------------------------------------------------ the command
 
-class Ranked:
-    """A mixin: what makes of the command's Job one of which each rank does its share (`together`
-    puts it in front); rank 0 alone reads stdin and writes a trace."""
-    Model = Parallel
+class RankedJob(Job):
+    """The command's Job, of which each rank does its share; rank 0 alone reads stdin and writes a
+    trace."""
 
     def __init__(self, a: argparse.Namespace) -> None:
         super().__init__(a)
@@ -148,8 +148,8 @@ class Ranked:
             sys.stdin = io.TextIOWrapper(io.BytesIO(self.same(text)))
         return super().prompt()
 
-    def load(self) -> "Ranked":
-        super().load()
+    def load(self, _: Any = None, *choose: Callable) -> "RankedJob":
+        super().load(Parallel, *choose)
         # All must decide by the same numbers.
         self.costs, self.costs_guessed = self.same((self.costs, self.costs_guessed))
         # To the rest of the command the model is the whole one, with the sizes of the whole.
@@ -191,13 +191,13 @@ def lost(why: str, status: int = 1) -> None:
     os._exit(status)
 
 
-def together(work: Callable[[type], int], job: type) -> int:
-    """Run the command as one rank: `work` is handed the kind of `job` to make."""
+def together(work: Callable[[type[Job]], int]) -> int:
+    """Run the command as one rank: `work` is handed the kind of Job to make."""
     first, err = os.environ["RANK"] == "0", sys.stderr
     if not first:
         sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")
     try:
-        status = work(type("RankedJob", (Ranked, job), {}))
+        status = work(RankedJob)
         dist.destroy_process_group()
         return status
     except UsageError:                                 # all were asked for the same

@@ -20,7 +20,6 @@ import pytest
 import torch.distributed.tensor  # noqa: F401  which else every rank would import for itself
 
 import clasp_mini
-import command.job
 import llama
 import speculative
 from command.flags import parser
@@ -215,7 +214,7 @@ def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):
         assert any(r[3] for r in got) and any(r[1] for r in got)
         assert (job.costs["draft"][0], job.costs["verify"][5]) == (1, 1)
         return 0
-    assert_all_well(start(2, lambda _: ranks.together(check, clasp_mini.Job), tmp_path))
+    assert_all_well(start(2, lambda _: ranks.together(check), tmp_path))
 
 
 def test_only_rank_0_prints_and_its_trace_checks_clean_against_the_whole_model(tmp_path):
@@ -257,7 +256,7 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.device)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **how: iter([(None, 0, 0)]))
     monkeypatch.setattr(dist, "init_process_group", taken.group)
-    job = job_of(type("RankedJob", (ranks.Ranked, clasp_mini.Job), {}), "--device", "cuda")
+    job = job_of(ranks.RankedJob, "--device", "cuda")
     assert job.device == torch.device("cuda:1")
     taken.device.assert_called_once_with(job.device)
     assert taken.group.call_args.args == ("nccl",) and taken.group.call_args.kwargs["rank"] == 3
@@ -312,7 +311,7 @@ def hangs(rank):
 
 def chooses_otherwise(rank):                           # the text is the same
     if rank == 1:
-        command.job.choose_skip = lambda h, f, M: choose_skip(h.flip(0), f, M)
+        clasp_mini.choose_skip = lambda h, f, M: choose_skip(h.flip(0), f, M)
 
 
 def cannot_load(rank):
@@ -368,6 +367,6 @@ def test_the_alarm_of_a_round_is_off_while_the_text_is_shown(monkeypatch):
     monkeypatch.setattr(ranks.threading, "Timer", timer)
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
     alarm = timer.return_value
-    for n, _ in enumerate(ranks.Ranked.guarded(Mock(device="cpu"), iter([Mock()] * 3)), 1):
+    for n, _ in enumerate(ranks.RankedJob.guarded(Mock(device="cpu"), iter([Mock()] * 3)), 1):
         assert alarm.start.call_count == alarm.cancel.call_count == n
     assert n == 3 and alarm.start.call_count == alarm.cancel.call_count == 4
