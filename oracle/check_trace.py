@@ -502,9 +502,10 @@ def prepare(lines: list[dict], a: argparse.Namespace) -> Check:
     if cfg.L * cfg.D * cfg.ffn < 1e7:
         torch.set_num_threads(1)                       # as the command: a second one costs more
     model = Llama.load(a.model, a.device, DTYPES[dtype])
+    theirs = h["model"]
     ours = trace.fingerprint(a.model)
-    if h["model"] != ours:
-        differ = [name for name in ours if h["model"].get(name) != ours[name]]
+    differ = [short(name) for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if differ:
         raise UsageError(f"line 1: a trace of another model than {a.model}, which --model names: "
                          f"SHA-256 of {', '.join(differ)}")
     return Check(lines, model, X, a.rounds)

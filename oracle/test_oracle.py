@@ -550,6 +550,7 @@ NO_TRACES = [                          # what is in the file, what is said
     (lambda x: jsonl(*x[1:]), "whose event is one of header"),
     (lambda x: with_line(x, 0, version=4), "version is 4; (5,) wanted"),
     (lambda x: with_line(x, 0, prompt_ids=[80]), "prompt_ids"),
+    (lambda x: with_line(x, 0, model=x[0]["model"] | {"\n": ""}), "SHA-256 of '\\n'"),
     (lambda x: with_settings(x, N=10 ** 8), "the model's context of 256"),
     (lambda x: with_settings(x, M=7), "M is 7; the model has 6 layers"),
     (lambda x: with_settings(x, K=1.0), "K is 1.0"), (lambda x: with_settings(x, r=0), "r is 0"),
