@@ -356,7 +356,7 @@ class Given(Chance):
 
 
 @rejects("accepts at u = a", "draws at u = the running sum", "the running sum is float32",
-         "a token behind a rejected one is kept")
+         "a token after a rejected one is kept")
 def test_a_token_of_probability_zero_never_passes_and_one_above_zero_can():
     """Rejects u <= a in the acceptance test, what follows a rejected token, >= for > in the
     draw, and a running sum in float32, in which a token of probability 2^-25 after a likely
@@ -451,7 +451,7 @@ def test_no_answer_of_a_policy_changes_the_distribution():
     assert distance(tiny_llama(seed=3), s, loop) < 1e-12
 
 
-@rejects("drafting goes on behind a stop token", "the text goes on after an accepted stop",
+@rejects("drafting goes on after a stop token", "the text goes on after an accepted stop",
          "a stop in a draft is told twice")
 def test_nothing_follows_a_stop_token_wherever_it_stands():
     """Rejects a stop that is seen only as the full model's own token, or only when drafted;

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if "expected one argument" in message:
-            message += "; one that begins with - is written behind =, as in --prompt=-x"
+            message += "; one that begins with - is written after =, as in --prompt=-x"
         if message.startswith("unrecognized"):
             message += self.meant(message.split()[2].partition("=")[0])
         raise UsageError(message.removeprefix("argument ") + " (--help lists the flags)")
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         """A hint at the flag that was meant by an unknown word."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         if not word.startswith("-"):
-            return "; a prompt stands behind --prompt, in quotes" if "--prompt" in flags else ""
+            return "; a prompt stands after --prompt, in quotes" if "--prompt" in flags else ""
         near = [flag for flag in flags if flag.startswith(word)]
         near += difflib.get_close_matches(word, flags, 1)
         return f"; did you mean {near[0]}?" if near else ""

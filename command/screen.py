@@ -80,7 +80,7 @@ class Terminal:
             ("", f"  {run} layer run, {left_out} left out  * chosen anew")], self.width))
 
     def round(self, n: int, r: Round, spelled: Callable, anew: bool = False) -> str:
-        """Round n: a cell per layer, light where left out, behind a * where they were chosen anew;
+        """Round n: a cell per layer, light where left out, after a * where they were chosen anew;
         kept/drafted; the tokens. What does not fit goes on below."""
         bar = "".join(self.cells[left_out] for left_out in r.skip)
         tokens = [(kind, spelled(ids)) for kind, ids in fates(r).items() if ids]

@@ -313,7 +313,7 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     assert type(Screen(job(*how, "--verbose"), [1]).chance(7)) is speculative.Chance
     for line, end in list(zip(lines, re.findall(r" \d+/(\d+) +", "\n".join(lines))))[1:]:
         drawn = [re.sub(CODE, "", words) for words in stood if words.startswith(f"{line[:4]}  ")]
-        assert len(drawn) == int(end) + 1              # the model's own is drawn behind them
+        assert len(drawn) == int(end) + 1              # the model's own is drawn after them
         assert all(line[44:].startswith(words[44:].rstrip()) for words in drawn)
         assert sorted(drawn, key=len) == drawn and drawn[-1][44:].rstrip() == line[44:].rstrip()
 
@@ -410,7 +410,7 @@ def test_ctrl_c_ends_with_the_account_so_far(tmp_path):
 @pytest.mark.parametrize("stop, status", [(KeyboardInterrupt, 130), (FloatingPointError, 1)])
 def test_what_was_drawn_in_a_round_that_never_ends_is_taken_away(terminal, monkeypatch, stop,
                                                                  status):
-    """Rejects an account or a complaint behind tokens that were never judged."""
+    """Rejects an account or a complaint after tokens that were never judged."""
     def run(job, ids, seed, chance):
         yield a_round([], 0, [9])
         chance(seed).draw(torch.eye(V)[97])
@@ -495,7 +495,7 @@ def test_streams_may_be_missing_full_or_a_notebooks(run, monkeypatch, name, stre
 
 def test_a_file_gets_utf_8_and_a_terminal_what_it_can_show(run, monkeypatch):
     """Rejects a UnicodeEncodeError in the middle of a text, and characters that are lost in a file,
-    or on a terminal without a word; behind a text that has ended its line, an empty one."""
+    or on a terminal without a word; after a text that has ended its line, an empty one."""
     monkeypatch.setattr(clasp_mini, "run", lambda *_: [a_round([], 0, TOK.encode("a日b\n"))])
     for tty, seen, said in ((False, "a日b\n", "clasp: "), (True, "a?b\n", "clasp_mini.py: note: ")):
         out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -591,11 +591,11 @@ def test_every_flag_takes_what_it_can_and_nothing_else(complaint, tiny):
 TINY = ("--model", "TINY", "--device", "cpu", "--max-new-tokens")
 WRONG_INPUTS = [        # arguments, exit status, what is said
     (["--prompt", ""], 2, "--prompt is missing or empty"), (["--prompt", b""], 2, "is missing"),
-    (["--prompt"], 2, "--prompt: expected one argument; one that begins with - is written behind"),
+    (["--prompt"], 2, "--prompt: expected one argument; one that begins with - is written after"),
     (["--max=3"], 2, "--max=3; did you mean --max-new-tokens?"),
     (["--max-tokens", "3"], 2, "--max-tokens 3; did you mean --max-new-tokens?"),
     (["--zzz"], 2, "unrecognized arguments: --zzz (--help"),
-    (["hello"], 2, "hello; a prompt stands behind --prompt, in quotes"),
+    (["hello"], 2, "hello; a prompt stands after --prompt, in quotes"),
     (["--prompt", "\udc80"], 2, "not valid UTF-8"), (["--prompt", b"\xff"], 2, "not valid UTF-8"),
     (["--prompt-ids", V], 2, f"token {V} is not in the model's vocabulary of {V}"),
     (["--prompt-ids", "1", "--prompt", "x"], 2, "--prompt-ids goes without --prompt and --chat"),

@@ -6,7 +6,7 @@
 The replay is *teacher-forced*: every pass reads the tokens that the trace names, skips the layers
 that it names and hands on the states that its table names. So one step at a time is compared, and
 the first departure reported is the first error, not what an earlier rounding made of the rest. It
-goes on behind departures in numbers, since their pattern tells where to look. TRACE.md says what
+goes on after departures in numbers, since their pattern tells where to look. TRACE.md says what
 each line must hold; `RULES` names what is checked, and each method of `Check` checks one kind
 of line, in the order in which they come.
 
@@ -84,7 +84,7 @@ class Check:
         said = self.header["settings"]
         self.lines = iter(rest)
         self.number = 1                                # of the line looked at
-        self.now = self.header                         # ... which is {} behind the last,
+        self.now = self.header                         # ... which is {} after the last,
         self.event = "header"                          # ... and of this kind, or ""
         self.model = model
         self.rounds = rounds                           # those to check

@@ -49,7 +49,7 @@ class Departure:
     rule: str
     field: str
     number: int                                        # of the line in the file
-    line: dict                                         # ... or {} behind the last
+    line: dict                                         # ... or {} after the last
     said: str
     hint: str                                          # where to look, if the place itself tells
 
@@ -77,7 +77,7 @@ def look_at(departures: Sequence[Departure], checked: Counter[str], sampled: boo
     if rule == "q":
         return FILTERS + ("" if "p" in fields else "; those of the draft alone")
     if rule == "own" and not rules & {"p", "confidence"}:
-        return f"the {first.line['kind']} token: the verify's row behind the accepted ones"
+        return f"the {first.line['kind']} token: the verify's row after the accepted ones"
     if rule == "p" and first.line["step"] > 0:
         return "the verify's rows: which judges which token, what each may read, its position"
     return (f"the cache: all is right before round {r}: slots, positions and mask of its passes, "

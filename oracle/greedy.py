@@ -1,5 +1,5 @@
 """Two greedy texts part: is it a bug, or rounding? The model is asked, in a wider type, how far the
-tokens where they part, and all behind them, lie below the highest logit.
+tokens where they part, and all after them, lie below the highest logit.
 
     python oracle/greedy.py A B [--model DIR] [--dtype TYPE] [--device DEVICE]
 
@@ -77,14 +77,14 @@ def compare(paths: Sequence[str], folder: str, dtype: str | None, device: str) -
     model = Llama.load(folder, device, DTYPES[WIDER[made]])
     if max(max(text) for text in texts) >= model.cfg.V or n > model.cfg.context:
         raise UsageError(f"{folder}: not the model of these texts, by its vocabulary or context")
-    said = [f"the texts part at token {t}, behind {t} equal ones"]
+    said = [f"the texts part at token {t}, after {t} equal ones"]
     good = True
     for path, ids in zip(paths, texts):
         below = gaps(model, ids, t)
         wrong = [i for i, gap in enumerate(below) if not gap <= limit]
         good = good and not wrong
         place = "the highest logit" if below[0] == 0 else f"{below[0]:.3g} below the highest logit"
-        rest = f"all {len(below) - 1} behind it are at most {max(below[1:], default=0):.3g} below"
+        rest = f"all {len(below) - 1} after it are at most {max(below[1:], default=0):.3g} below"
         if wrong and wrong[0] > 0:
             rest = f"but token {t + wrong[0]} is {below[wrong[0]]:.3g} below"
         said.append(f"  {path}: token {ids[t]}, {place}; {rest}")

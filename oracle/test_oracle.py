@@ -86,7 +86,7 @@ def find(lines, event, n=0, **want):
 
 
 def confidences(lines, event):
-    """Of the drafts behind which such a line stands."""
+    """Of the drafts after which such a line stands."""
     return [line["confidence"] for line, then in zip(lines, lines[1:])
             if line["event"] == "draft" and then["event"] == event]
 
@@ -808,7 +808,7 @@ LEVELS = [         # level, of which cases, what does not reach it
 @pytest.mark.parametrize("level, cases, wrong", LEVELS)
 def test_our_own_program_reaches_a_level_and_a_wrong_one_does_not(level, cases, wrong, tmp_path):
     """Rejects an example, ours.py, that does not answer what it is asked; tables and vectors too
-    tame to tell; a level that does not look, at lines behind the end for instance."""
+    tame to tell; a level that does not look, at lines after the end for instance."""
     def answer(request):
         asked = request["case"].startswith(cases)
         return ours.ANSWERS[level](request) if asked else dict(skip="not asked")

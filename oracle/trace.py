@@ -176,7 +176,7 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     return out
 
 
-# What may stand in a field. With ? behind it also null, with s a list of such. A JSON true is no
+# What may stand in a field. With ? after it also null, with s a list of such. A JSON true is no
 # number, though Python's True is an int.
 KINDS: dict[str, Callable[[Any], bool]] = dict(
     text=lambda v: type(v) is str,

@@ -62,7 +62,7 @@ def full_model(model, text):
 
 def having_read(model, text, spare):
     """(h, cache) after a pass over `text`: the states of its last token, (L+1, D), and a cache with
-    so many spare slots behind."""
+    so many spare slots after."""
     cache = model.cache(len(text) + spare)
     ids = torch.tensor(text, device=model.device)
     h = model.forward(ids, cache.sequence(0, len(text)), cache)

@@ -179,7 +179,7 @@ SAMPLER_AND_LOOP = {
     "the running sum is float32": edit(Chance, "draw", ("torch.float64", "torch.float32")),
     "uniforms of 24 bits": put(
         Chance, "uniform", lambda self: torch.rand((), generator=self.generator).item()),
-    "a token behind a rejected one is kept": edit(Chance, "accept", (".cumprod(0)", "")),
+    "a token after a rejected one is kept": edit(Chance, "accept", (".cumprod(0)", "")),
     "the correction is drawn with the number that rejected": put(Chance, "accept", used_again),
     "argmax draft scored with a softmax q": drafting(
         ("chance.draw(q[-1])", "q[-1].argmax(0, True)")),
@@ -207,7 +207,7 @@ SAMPLER_AND_LOOP = {
         "if q[-1][int(token)] < s.exit_threshold:\n            q.pop()\n            break\n"
         "        drafted.append(int(token))")),
     "a policy can reach into the text": loop(("text[:cached], probe", "text, probe")),
-    "drafting goes on behind a stop token": drafting(("drafted[-1] in s.stop_ids", "False")),
+    "drafting goes on after a stop token": drafting(("drafted[-1] in s.stop_ids", "False")),
     "drafting ends at the threshold": edit(Paper, "goes_on", (">= self.s", "> self.s")),
     "the drafts' keys stay after a verify": loop(
         ("h = read(model, text[cached:] + drafted, cached, cache)",

@@ -53,7 +53,7 @@ def specials(names=NAMED):
 
 
 def words(*names, **options):
-    """The special tokens, and behind them words that stay text."""
+    """The special tokens, and after them words that stay text."""
     return [*specials(), *(token(name, V + 256 + n, **options) for n, name in enumerate(names))]
 
 
@@ -88,7 +88,7 @@ FOLDERS = {                     # what `write` is told
         added=[*words("<think>more"), token("think", V + 257, normalized=False)]),
     "a word alone": dict(added=words("Bác", "think", single_word=True)),
     "a word and the blanks before it": dict(added=words("<think>", lstrip=True)),
-    "a word and the blanks behind it": dict(added=words("<think>", rstrip=True)),
+    "a word and the blanks after it": dict(added=words("<think>", rstrip=True)),
     "a word that is a token already": dict(added=[*words(), token("return", RANKS[b"return"])]),
     "added tokens in the vocabulary": dict(
         added=words("<think>"), vocab={a["content"]: a["id"] for a in words("<think>")}),

@@ -1,14 +1,14 @@
 """Speculative sampling done right, and the exact law of what a sampler emits: chance is asked, and
 every answer that it can give is followed. No model and no PyTorch.
 
-p, the full model, and q, the draft, are tables whose row c is the distribution behind a token c.
+p, the full model, and q, the draft, are tables whose row c is the distribution after a token c.
 
 Glossary
     case          what a program is asked for: an object of cases.json (../README.md has its fields)
     last, room    the token that is continued; how many tokens the text may still have
     rows          of a batch, (last, room) each
     d, k          the drafted tokens of a round; their number
-    p, q          in a rule k+1 rows: where d1 stands, ..., where dk stands, and behind
+    p, q          in a rule k+1 rows: where d1 stands, ..., where dk stands, and after
     s, x          a step of the draft, from 0; a token
     chance        answers "accept with probability a?" and "draw a token by these weights"
 """
@@ -109,7 +109,7 @@ def greedy(row: Row, case: dict) -> Row:
 
 def drafts(case: dict, q: list[Row], last: int, room: int, chance: Any) -> list[int]:
     """A stop token ends a draft, and so does a doubtful one, which is judged like any other: only
-    none is drafted behind it."""
+    none is drafted after it."""
     d = []
     sure = True
     while len(d) < min(case["K"], room - 1) and last not in case["stop"] and sure:

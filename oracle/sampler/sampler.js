@@ -47,7 +47,7 @@ function round(c, p, q, last, room, uniform) {
     read.push(last);
   }
   const d = read.slice(1);
-  const verdicts = d.map(uniform);                     // all of them, also behind a rejection
+  const verdicts = d.map(uniform);                     // all of them, also after a rejection
   for (let s = 0; s < d.length; s++) {
     const now = p[read[s]], was = q[read[s]];
     if (verdicts[s] < Math.min(1, now[d[s]] / was[d[s]])) continue;
