@@ -152,8 +152,8 @@ def table(found: Found) -> str:
     for who in dict.fromkeys(who for who, _ in found):
         cells = ""
         for kind in kinds:
-            every = found.get((who, kind), {}).values()
-            cell = " / ".join(f"{statistics.mean(values):.3f}" for values in every) or "-"
+            of = sorted(found.get((who, kind), {}).items())     # temperatures, values
+            cell = " / ".join(f"{statistics.mean(values):.3f}" for _, values in of) or "-"
             cells += f"{cell:>16}"
         lines.append(f"{who:<26}{cells}")
     return "\n".join(lines)
