@@ -62,7 +62,7 @@ def written(job: Job, ids: list[int], s: Settings) -> tuple[list[int], int]:
 def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Settings,
            probes: Sequence[int] = ()) -> Iterator[Piece]:
     """A text from `start` on, as the full model reads it, n tokens at a time; before each so many
-    tokens choose. Use it before the next is read: what is tried takes the slots behind it."""
+    tokens choose. Use it before the next is read: what is tried takes the slots after it."""
     cache = model.cache(len(text) + max(n, (M + 1) * max(PROBES)) + 1)
     h = read(model, text[:start], 0, cache)
     for at in range(start, len(text), n):
@@ -77,7 +77,7 @@ def pieces(model: Llama, text: list[int], start: int, n: int, M: int, s: Setting
 
 
 def kept(model: Llama, piece: Piece, skip: Skip, s: Settings) -> list[float]:
-    """At each of these tokens, the chance that what is drafted behind it is kept. Each begins a
+    """At each of these tokens, the chance that what is drafted after it is kept. Each begins a
     draft of its own: it reads the full model's entries of the tokens before, and its own of this
     one, as the one candidate for its state would."""
     n = len(piece.ids)
@@ -125,7 +125,7 @@ def trained(job: Job, kind: str) -> Sets:
 
 @torch.inference_mode()
 def measured(job: Job, questions: Sequence[tuple[str, list[int]]]) -> Found:
-    """What every chooser's sets are worth on the texts behind (category, prompt)."""
+    """What every chooser's sets are worth on the texts after (category, prompt)."""
     L = job.cfg.L
     settings = [replace(job.plain, temperature=temperature) for temperature in (0.0, 1.0)]
     apart = [written(job, ids, settings[1])

@@ -300,7 +300,7 @@ def test_a_set_is_judged_on_the_tokens_behind_those_that_chose_it(monkeypatch):
                 r, choose_skip, model, cache, ids[:at], h, 4)[0].skip() for r in (1, 3)}
             for who, skip in (sets | dict(x=own)).items():
                 values = []
-                for t in range(at, min(at + 4, 12)):   # a draft of one token behind t of the text
+                for t in range(at, min(at + 4, 12)):   # a draft of one token after t of the text
                     _, cache = having_read(model, ids[:t], 1)
                     h = model.forward(torch.tensor(ids[t:t + 1]), cache.sequence(t, 1), cache, skip)
                     q = model.head(h[-1])[0].softmax(-1)

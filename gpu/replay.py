@@ -170,7 +170,7 @@ class Replay:
         # subtle: replays come in another order than the recordings, and share one memory. What a
         # recording returns may lie where an earlier one works, but not where a later one does, as
         # long as it is kept. So the head, which is replayed before a verify's states are read, is
-        # recorded behind it. x, before, last, h, t and ids lie outside; rows is kept to the end.
+        # recorded after it. x, before, last, h, t and ids lie outside; rows is kept to the end.
         rows, self.begin = self.record(begin)
         self.layers = [self.record(lambda i=i: layer(i))[1] for i in range(self.cfg.L)]
         if self.P > 1:

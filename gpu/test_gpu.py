@@ -49,7 +49,7 @@ def test_a_replayed_pass_is_the_plain_one_for_a_draft_a_verify_and_the_dynamic_p
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
     def both(T, skip=()):
-        """T rows behind the text by either way: -> states (L+1, T, D). The head is replayed before
+        """T rows after the text by either way: -> states (L+1, T, D). The head is replayed before
         the states are looked at, as `generate` does it."""
         ids = torch.randint(11, (T,), generator=gen).to(device)
         out = []
@@ -94,7 +94,7 @@ def test_a_cache_has_room_for_what_is_recorded_and_is_kept_while_it_has():
     recordings are gone."""
     model = tiny_llama(L=1)
     left = replayed(model, 5, 0)
-    for S in range(490, 516):                          # tokens of a text, and slots behind it:
+    for S in range(490, 516):                          # tokens of a text, and slots after it:
         for M, r in ((0, 1), (1, 8)):
             fast = replayed(model, 5, M, r)
             small = fast.cache(S + 1)

@@ -93,10 +93,10 @@ class Played(Replay):
         mine = tensors(out)
         spoil(mine)
         self.results += mine
-        behind = len(self.results)
+        end = len(self.results)
 
         def again() -> None:
-            spoil(self.results[behind:])
+            spoil(self.results[end:])
             for old, new in zip(mine, tensors(f())):
                 old.copy_(new)
         again()

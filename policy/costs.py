@@ -40,7 +40,7 @@ def guess(c: Config, K: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(model: Any, cache: Any, text: list[int], K: int) -> list[float]:
-    """The true cost of verifies of 0 .. K+1 rows behind `text`, in its cache: of a few sizes the
+    """The true cost of verifies of 0 .. K+1 rows after `text`, in its cache: of a few sizes the
     least of three runs. What they write there is overwritten like a rejected draft."""
     t = len(text)
     places = sorted({1, min(4, K + 1), K + 1})

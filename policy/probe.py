@@ -32,8 +32,8 @@ def nearness(end: Tensor) -> Near:
 
 def candidates(cache: Cache, t: int, J: int, r: int) -> Rows:
     """J candidates of the r tokens up to position t, the tokens of one beside one another; as
-    Cache.candidates, each in a scratch slot behind t."""
-    assert r <= t + 1 and t + J * r < cache.S, f"{J} x {r} slots behind {t} in a cache of {cache.S}"
+    Cache.candidates, each in a scratch slot after t."""
+    assert r <= t + 1 and t + J * r < cache.S, f"{J} x {r} slots after {t} in a cache of {cache.S}"
     return cache.rows(*places(cache.slot[:t + 1 + J * r], t, J, r))
 
 

@@ -101,7 +101,7 @@ def test_the_risk_of_each_budget_is_the_mean_of_the_prior_and_of_all_that_was_sh
 
 @mark.parametrize("accepted, counted", [(0, 1), (1, 2), (2, 3), (3, 3)])
 def test_risks_are_corrected_by_what_was_judged_since_the_look(accepted, counted):
-    """Rejects drafts behind a rejection that are counted, and what a look does not set back."""
+    """Rejects drafts after a rejection that are counted, and what a look does not set back."""
     xs = [0.9, 0.4, 0.2]
     policy = policy_of(FREE, CHEAP, risk=[0, 0.2])
     look(policy, 0.6)
@@ -128,7 +128,7 @@ def test_after_every_verify_the_budget_is_the_one_of_the_largest_gain():
 
 
 def assert_dearest(policy, confidence, price):
-    """So much, and no more, one more token behind those may cost."""
+    """So much, and no more, one more token after those may cost."""
     k = len(confidence)
     for factor, answer in ((0.999, True), (1.001, False)):
         policy.v[k + 2] = policy.v[k + 1] + factor * price - policy.c[policy.j]
@@ -285,7 +285,7 @@ def start(a, *deviations):
 
 
 def steps(policy, curve, table, error, level, greedy, rng):
-    """Plain steps behind the prefill; the policy is asked as by speculative.generate."""
+    """Plain steps after the prefill; the policy is asked as by speculative.generate."""
     total = 0.0
     verified(policy)
     for n in itertools.count():
@@ -349,7 +349,7 @@ def test_the_guess_is_by_the_bytes_that_a_pass_reads():
 def test_verifies_are_timed_where_they_will_run_and_the_least_of_three_counts(
         monkeypatch, S, per_row, sizes, want):
     """Rejects a warm-up that counts, a mean, the last of three, seconds for plain steps, one row's
-    logits, another place than behind the text, slots that are not there, and a gain that is only
+    logits, another place than after the text, slots that are not there, and a gain that is only
     noise. A pass takes 110, then 10, then 20 seconds, and the head some for each row."""
     now = [0.0]
     passes = []
