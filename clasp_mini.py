@@ -1,6 +1,6 @@
 """clasp-mini: self-speculative decoding with layers chosen in context (CLaSp, Chen et al., ACL
-2025). The command. It joins the others in one direction: config and weights (llama.py) -> rounds
-(speculative.py, which is handed the chooser of dp_layer_skip.py and a policy) -> text.
+2025). The command. It joins the others: llama.py loads the model; speculative.py makes rounds with
+it, given the chooser of dp_layer_skip.py and a policy; command/ checks flags and shows text.
 
     python clasp_mini.py                                      # the model and a prompt that ship
     python clasp_mini.py --verbose                            # round by round
@@ -9,28 +9,29 @@
 Who decides how much is drafted, by which layers, and when these are chosen anew?
 
     --strategy clasp   the default: our policy (policy/adaptive.py), by what passes cost and what
-                       was accepted. If flags name all four of the paper's numbers, nothing is left
-                       to decide, and it equals `paper`
+                       was accepted. What a flag names of the paper's four numbers is fixed; with
+                       all four it equals `paper`
     --strategy paper   speculative.Paper, by four fixed numbers: K, M, exit threshold and interval
     --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
-    --probe r          beside any of them: the last r tokens choose the layers, not one
+    --probe r          with clasp or paper: the last r tokens choose the layers, not one
 
-A Job (command/job.py) is what the flags ask for:
+A Job (command/job.py) is what the flags ask for, checked. Here are used
 
-    job.a          the flags themselves, checked
-    job.settings   of speculative.py; job.numbers: the paper's four, None where a policy decides
-    job.costs      of passes, in plain steps; guessed, as long as nobody has measured them
-    job.model      the Llama, once it is loaded, and job.choose, which is choose_skip; on a GPU
-                   recordings of both (gpu/replay.py)
-    job.guarded    hands rounds on, and makes one line of it if memory is short or GPUs disagree
+    job.a              the flags themselves
+    job.strategy, job.probe, job.settings, job.cfg     what follows from them and from config.json
+    job.numbers        the paper's four; None where our policy decides
+    job.costs          of a draft step, a verify, an optimisation, in plain steps: known, or guessed
+                       (job.costs_guessed); then job.measure(...) times what a verify costs
+    job.model, job.choose      once loaded: Llama and choose_skip, on a GPU recordings of them
+    job.guarded        hands rounds on; makes one line of "out of memory" and of "GPUs disagree"
 """
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
+# Before the slow imports: it starts the clock, and lets Ctrl-C end them quietly.
 if __name__ == "__main__":
-    import command.start  # noqa: F401  first: starts the clock, and lets Ctrl-C end imports quietly
+    import command.start  # noqa: F401
 from command.cli import answer
 from command.compare import compare
 from command.flags import parsed
@@ -56,15 +57,14 @@ def policy_of(job: Job) -> Paper | Adaptive:
     return Paper(job.settings, job.cfg.L)
 
 
-def run(job: Job, ids: list[int], seed: int, chance: Callable = Chance) -> Iterator[Round]:
-    """The method, joined: rounds of drafting, verifying and, now and then, choosing layers.
-    chance(seed) makes the random numbers; the screen's also shows each token when it is drawn."""
+def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
+    """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
     method = generate
     if job.a.trace:                                    # the same, and each round is written down
         from oracle.trace import traced
-        method = traced(job, seed)
+        method = traced(job)
     policy = policy_of(job)
-    return job.guarded(method(job.model, ids, job.settings, chance(seed), job.choose, policy))
+    return job.guarded(method(job.model, ids, job.settings, chance, job.choose, policy))
 
 
 def write(job: Job, ids: list[int]) -> int:
@@ -72,7 +72,7 @@ def write(job: Job, ids: list[int]) -> int:
     screen = Screen(job, ids)
     status = 0
     try:
-        for r in run(job, ids, job.a.seed, screen.chance):
+        for r in run(job, ids, screen.chance()):       # of job.a.seed; it may show what is drawn
             screen.show(r)
     except KeyboardInterrupt:
         status = 130
@@ -93,11 +93,13 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer` makes
     one line of what goes wrong."""
-    task = partial(work, argv)                         # wants the kind of Job
-    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU:
-        from gpu.ranks import together                 # each Job has a part of the model
-        return answer(partial(together, task))
-    return answer(partial(task, Job))
+    def task(job_class: type[Job]) -> int:
+        return work(argv, job_class)
+    # torchrun runs this once for each GPU; then a Job has a part of the model.
+    if "LOCAL_RANK" in os.environ:
+        from gpu.ranks import together
+        return answer(lambda: together(task))
+    return answer(lambda: task(Job))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Glossary
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (M+1, width) the states of one row, g[i, 0 .. M]; where j > i they are filler
+    g        (M+1, width) in the code the states of one row i alone; where j > i they are filler
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
 Why compared at depth i and not at the end: running the remaining layers for every cell would cost
@@ -81,7 +81,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
         for j in range(min(i, M) + 1):
             near_run = -inf
             near_skip = -inf
-            if j < i:                                  # at j = i all are skipped, this one too
+            if j < i:                                  # else all are skipped, this one too
                 after = run_layer(i - 1, g[i - 1, j][None])                 # (1, width)
                 near_run = near(after, h[i]).item()
             if j > 0:
@@ -90,7 +90,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
             skipped[i][j] = not run_wins
             D[i][j] = near_run if run_wins else near_skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
-        g[i, 0] = h[i]                                 # column 0 goes on from the full model's own
+        g[i, 0] = h[i]                                 # column 0: the full model's state
     return Choice(D, skipped, torch.stack([g[L, j] for j in range(M + 1)]))
 
 
@@ -102,8 +102,8 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i of the table needs only row i-1, and all of that goes through layer i-1 in one call
-    (§3.6). Row i has cells 0 .. i; the rest of g, near_run and near_skip is filler. -> D and
+    """Row i of the table needs only row i-1, whose cells go through layer i-1 in one call (§3.6).
+    Row i has cells 0 .. i; what lies beyond them in g, near_run and near_skip is filler. -> D and
     skipped, (L+1, M+1) each, and g[L]. No number reaches the host, so a CUDA graph can record it.
     """
     L = len(h) - 1
@@ -117,15 +117,15 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     for i in range(1, L + 1):
         J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        near_run[:J] = near(after, h[i])               # cell i, where all are skipped, keeps -inf
-        near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1; 0 gets filler
+        near_run[:J] = near(after, h[i])               # cell i has nothing to run: its -inf loses
+        near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1
         run_wins = near_run > near_skip                # strict: a tie skips
-        run_wins[0] = True                             # cell 0 skips nothing, even if it ran to nan
+        run_wins[0] = True                             # cell 0 has nothing to skip: that is filler
         D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
-        g = g.roll(1, 0)                               # as if all cells had skipped it,
-        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # but some have run it
-        g[0] = h[i]                                    # column 0 goes on from the full model's own
+        g = g.roll(1, 0)                               # every cell as if it had skipped;
+        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # then those that ran
+        g[0] = h[i]                                    # column 0: the full model's state
     return D, skipped, g
 
 

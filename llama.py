@@ -12,14 +12,14 @@ pass of the method (`python llama.py` draws them):
 The third line is the interesting one: J candidates for the state of the *same* token, none of which
 may see another, nor the entry that the full model wrote for that token at slot t (CLaSp §3.6).
 
-Glossary, beside the sizes that `Config` has
+Glossary (sizes are in `Config`)
     T, t  rows of a pass; the position of the first
     S, W  slots of the cache; how many of them, from slot 0 on, a pass looks at
     R     query heads that share a key/value head, H / G
     h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
-The model owns weights and nothing else; `Cache` stores; the caller counts positions. So to roll
-back a rejected draft is arithmetic: later slots are overwritten before anyone may read them.
+The model owns weights and nothing else; `Cache` stores; the caller counts positions. So rolling
+back a rejected draft is mere arithmetic: later slots are overwritten before anyone may read them.
 """
 from __future__ import annotations
 
@@ -87,10 +87,11 @@ class Cache:
     def sequence(self, t: int, T: int) -> Rows:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
-        slots = self.slot[t:t + T]
-        # Positions in the text, not in the pass. Confusing the two still works in prefill and is
-        # wrong in every later pass; nothing crashes then, the text just gets worse.
-        may_read = self.slot[:t + T] <= slots[:, None]                          # (T, W)
+        every = self.slot[:t + T]
+        # From t on, not from 0: that would still work in prefill and be wrong in every later pass.
+        # Nothing would crash, the text would just get worse.
+        slots = every[t:]
+        may_read = every <= slots[:, None]                                      # (T, W)
         return self.rows(slots, slots, may_read)
 
     def candidates(self, t: int, J: int) -> Rows:
@@ -112,10 +113,10 @@ class Cache:
 
 
 def rope_frequencies(cfg: Config) -> Tensor:
-    """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. From LLaMA-3.1 on
-    scaling = (factor, low, high, original): of these, frequencies that turn less than `low` times
-    in `original` positions are divided by `factor`, those that turn more than `high` times are
-    kept, and between the two it is blended linearly."""
+    """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. With scaling = (factor,
+    low, high, original), from LLaMA-3.1 on, a frequency that turns less than `low` times in
+    `original` positions is divided by `factor`, one that turns more than `high` times is kept, and
+    between the two it is blended linearly."""
     f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)           # (hd/2,)
     if cfg.scaling:
         factor, low, high, original = cfg.scaling
@@ -137,8 +138,8 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) in the dtype of eps, float32 or wider; then * weight in that of x.
-    eps is a tensor (), since a Python number makes small calls on a CPU take twice as long."""
+    """x / sqrt(mean(x^2) + eps) in eps.dtype, float32 or wider; then * weight in that of x. eps is
+    a tensor (), since a Python number makes small calls on a CPU take twice as long."""
     x_wide = x.type(eps.dtype)                         # as .to, in half the time
     total = x_wide.square().sum(-1, keepdim=True)
     under_root = torch.add(eps, total, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
@@ -170,7 +171,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     q = rotated[:, :c.H].reshape(T, c.G, R, c.hd).transpose(0, 1)           # (G, T, R, hd)
     q = q.reshape(c.G, T * R, c.hd)
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
-    # bias + q.k / sqrt(hd); the bias (T, 1, W) is that of all heads
+    # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
     weight = score.softmax(-1, dtype=wide).type(x.dtype)
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
@@ -204,7 +205,7 @@ class Llama:
         self.lm_head = head                            # (V, D)
         self.device = embed.device
         self.dtype = embed.dtype
-        # Its dtype is also that of the inside of norms and softmax, and of the logits.
+        # eps.dtype is that in which norms, softmax and logits are computed.
         wide = torch.promote_types(self.dtype, torch.float32)
         self.eps = torch.tensor(cfg.eps, device=self.device, dtype=wide)
         self.block = decoder_layer                     # gpu/ may put another in its place
@@ -220,8 +221,8 @@ class Llama:
         h = [F.embedding(ids, self.embed)]                                  # (T, D)
         for i in range(self.cfg.L):
             if skip and skip[i]:
-                # The residual stream flows past. Nobody reads the hole that stays in this layer's
-                # cache: a whole draft skips the same layers, and the verify fills it.
+                # h passes unchanged. The hole in this layer's cache is never read: a whole draft
+                # skips the same layers, and the verify fills it.
                 h.append(h[i])
             else:
                 h.append(self.layer(i, h[i], rows, cache))
@@ -241,8 +242,8 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
-        on a GPU, else float32). part(name, tensor) is what to keep of a tensor: all, or one GPU's
-        share (gpu/ranks.py, which has layers of its own). Raises ModelError."""
+        on a GPU, else float32). part(name, tensor) is what to keep of a tensor: all of it, or one
+        GPU's share (gpu/ranks.py). Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -260,7 +261,7 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     """Embedding, layers, norm and head, as `Llama.load` was told. Every tensor of the files is used
     exactly once. Raises ModelError."""
     unused = tensors(folder)
-    if c.tied and "lm_head.weight" in unused:          # a tied table may have either name, or both
+    if c.tied and "lm_head.weight" in unused:          # either name, or both: then they are equal
         other = unused.pop("lm_head.weight")
         table = unused.setdefault("model.embed_tokens.weight", other)
         if not table.equal(other):
@@ -275,12 +276,12 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         if got.shape != shape or not got.is_floating_point():
             raise ModelError(f"{folder}: {name} has {got.dtype}, shape {list(got.shape)}; by "
                              f"config.json these are floats of shape {list(shape)}")
-        return part(name, got).to(device, dtype, copy=True)            # away from the memory map
+        return part(name, got).to(device, dtype, copy=True)     # a copy, not a view of the file
 
     def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
-        """matrix("x", D, k=a, v=b): x.k_proj (a, D) and x.v_proj (b, D) as one (D, a + b)."""
+        """matrix("x", D, k=a, v=b): x.k_proj (a, D) and x.v_proj (b, D), as one (D, a + b)."""
         w = torch.cat([take(f"{prefix}.{proj}_proj", n, n_in) for proj, n in n_out.items()])
-        # In float32 on a CPU this order is read faster when it is copied, elsewhere not.
+        # w.t() is a view. In float32 on a CPU x @ W is faster with a copy, elsewhere not.
         return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
 
     def layer_weights(at: str) -> Layer:
@@ -314,10 +315,10 @@ def read_config(folder: str | Path) -> Config:
         if not isinstance(rope, dict):
             raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
         given.update(rope)
-    # Older files say "type". A factor without either stretches in a way that is not known.
-    unnamed = "unnamed" if "factor" in given else "default"
-    given.setdefault("rope_type", given.get("type", unnamed))
-    supported = dict(                                  # a key may be missing; []: it must be
+    # Older files say "type". A factor with neither is refused: what it scales is not known.
+    otherwise = "unnamed" if "factor" in given else "default"
+    given.setdefault("rope_type", given.get("type", otherwise))
+    supported = dict(                                  # values, where a key is given; []: none
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
         rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
@@ -364,15 +365,15 @@ def read_json(path: Path) -> dict:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """The weights by name, of model.safetensors or, without one, of the shards that an index names.
-    The files are mapped into memory: they are read where a tensor is used. Raises ModelError."""
+    The files are mapped into memory, and read when a tensor is used. Raises ModelError."""
     files = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    home = {}                                          # of a tensor: its shard, as the index says
+    shard_of = {}                                      # by tensor name; empty without an index
     if index.exists() and not (folder / files[0]).exists():
-        home = read_json(index).get("weight_map", {})
-        if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
+        shard_of = read_json(index).get("weight_map", {})
+        if not isinstance(shard_of, dict) or any(type(f) is not str for f in shard_of.values()):
             raise ModelError(f"{index}: weight_map does not say where tensors are")
-        files = sorted(set(home.values()))
+        files = sorted(set(shard_of.values()))
     found = {}
     for file in files:
         try:
@@ -380,9 +381,9 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # A tensor may lie in another shard too, where it does not count. Old checkpoints carry
-            # the rotary frequencies, which config.json implies.
-            if home.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
+            # Of a tensor in two shards only the index's counts. Old files carry inv_freq, which is
+            # implied.
+            if shard_of.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found
 

@@ -13,14 +13,14 @@ Together that is p, whatever q was: a bad draft costs time, never truth. Three t
 
     - one function (`probabilities`) turns logits into p and into q;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, because it or a later one is doubtful, makes it too rare;
+      harmless. To drop one unjudged, for its own doubtfulness or a later one's, makes it too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
-    L, D       layers of the model; width of its states h[0..L] (not the table of dp_layer_skip)
+    L, D       layers; width of the states h[0..L] (here D is not dp_layer_skip's table)
     own        the token that the full model adds after the accepted ones: a correction or a bonus
     probe      the token whose states choose the layers: the last accepted one or, if none was, the
                one before the draft. (`own` has not been read yet.)
@@ -47,13 +47,15 @@ NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses: the first five decide the distribution, the others only the speed."""
+    """What a user chooses: the first five decide what may come out, the others only the speed.
+    """
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    K: int = 0                  # 0 is plain decoding. These four are Paper's alone
+    # For `Paper` alone:
+    K: int = 0                  # 0 is plain decoding
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
     interval: int = 16          # verifications from one layer optimisation to the next
@@ -65,8 +67,8 @@ class Settings:
 
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
     """The one way from logits to the distribution that is sampled: top-k, temperature, top-p, in
-    float64, where no temperature overflows. Greedy is one-hot and needs no rule of its own. All
-    that tie with the k-th logit are kept; of equals at the edge of top_p, the smaller ids."""
+    float64. Greedy is one-hot and needs no rule of its own. Logits that tie with the k-th are all
+    kept; of a tie at the edge of top_p the smaller ids."""
     logits = logits.double()
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -74,7 +76,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     highest = logits.amax(-1, keepdim=True)
-    p = ((logits - highest) / s.temperature).softmax(-1)
+    p = ((logits - highest) / s.temperature).softmax(-1)   # at most 0, so that none becomes +inf
     if s.top_p < 1:
         likely, order = p.sort(dim=-1, descending=True, stable=True)
         before = likely.cumsum(-1) - likely            # the mass of all that are likelier
@@ -120,7 +122,7 @@ class Chance:
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # A sum made in parallel may rise by rounding, even at a token of probability 0.
+        # Rounding may let a parallel sum rise at a token of probability 0, and fall at others.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
@@ -130,12 +132,12 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tup
     """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i < k is the full model's distribution at
     the place of drafted[i], row k that of the place after them all; q: k times (V,). -> how many
     are accepted, from the first on, and the full model's own token after them; both (1,), on p's
-    device. Nothing here waits for a GPU; who reads the two does."""
+    device. Nothing here waits for a GPU; reading the two will."""
     if not drafted:                                    # plain decoding, and the prefill
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
     token = torch.tensor(drafted).to(p.device, non_blocking=True)
-    # In row k q is 0, for nothing was drafted there: all of p is owed.
+    # Nothing was drafted at row k, so q = 0 there and all of p is owed.
     q_rows = torch.stack([*q, torch.zeros_like(p[0])])                      # (k+1, V)
     accepted = chance.accept(acceptance(p[step, token], q_rows[step, token]))
     own = chance.draw(residual(p[accepted], q_rows[accepted])[0])
@@ -175,7 +177,8 @@ class Paper:
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
-        """§3.4 to 3.6. `text` ends with the probe; h (L+1, D) are its states."""
+        """§3.4 to 3.6. `text` ends with the probe (here its position counts); h (L+1, D) are the
+        probe's states."""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
         def run_layer(i: int, g: Tensor) -> Tensor:                         # (J, D) -> (J, D)
@@ -191,8 +194,8 @@ class Round:
     start: int                  # tokens of text before it
     skip: tuple[bool, ...]      # layers that the draft left out
     drafted: list[int]          # d1..dk
-    confidence: list[float]     # at each
-    accepted: int               # how many of them
+    confidence: list[float]     # one per drafted token
+    accepted: int               # how many drafted tokens
     emitted: list[int]          # the accepted ones and own; no own after an accepted stop token
     choice: Any                 # what the chooser returned, if it was asked after this round
     seconds: tuple[float, float, float]     # draft, verify, optimise
@@ -203,8 +206,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
              policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
     The full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`) decide:
-    exactly, but for rounding, as passes of one row and of several differ in the last bits. Raises
-    FloatingPointError where logits are not finite numbers."""
+    exactly but for rounding, as a pass of several rows differs in the last bits from those of one.
+    Raises FloatingPointError where logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
     text = list(prompt)
@@ -219,8 +222,9 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        most = 0 if n == 0 else min(end - start, CHUNK) - 1     # own needs a place, and a row
-        drafted, q, confidence = draft(model, cache, text, most, skip, s, policy, chance)
+        #    They and own must fit into the text, they and the last token into one part of `read`.
+        most = 0 if n == 0 else min(end - start, CHUNK) - 1
+        drafted, q, confidence = draft(model, cache, text, most, skip, s, policy.goes_on, chance)
         k = len(drafted)
         drafting = _clock(model)
 
@@ -232,7 +236,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, all_finite = torch.cat((*verdict, finite)).tolist()  # waits for a GPU
+        accepted, own, all_finite = torch.cat((*verdict, finite)).tolist()  # a GPU is waited for
         if not all_finite:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
@@ -241,8 +245,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
             emitted.pop()                              # nothing follows a stop token
         text += emitted
         done = len(text) == end or text[-1] in s.stop_ids
-        # The whole rollback: entries from this slot on are overwritten before anyone reads them.
-        cached = len(text) - 1                         # the last token has not been read
+        # The whole rollback: entries from slot `cached` on are overwritten before any row may look.
+        cached = len(text) - 1                         # no pass has had the last token
         verifying = _clock(model)
 
         # 3. Optimise layers, for the next drafts, by the states that the verify has computed for
@@ -258,13 +262,13 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
 
 
 def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
-          policy: Any, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
+          goes_on: Callable, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
     """Up to `most` tokens drafted after `text`, their q (V,) and confidences. A stop token ends the
     draft. Where the paper is silent: confidence is taken before temperature and filters, and a
     doubtful token is judged like any other; it is only the last that is drafted."""
     drafted, q, confidence = [], [], []
     last = torch.tensor(text[-1:], device=model.device)                     # (1,)
-    while len(drafted) < most and policy.goes_on(confidence):
+    while len(drafted) < most and goes_on(confidence):
         rows = cache.sequence(len(text) - 1 + len(drafted), 1)
         h = model.forward(last, rows, cache, skip)
         logits = model.head(h[-1])[0]                                       # (V,)
@@ -273,7 +277,7 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         sure = logits.softmax(-1).amax(0, keepdim=True)
         # One fetch, as each waits for a GPU. In float32 an id below 2^24 is exact.
         token, top = torch.cat((last, sure)).tolist()
-        if math.isnan(top):                            # of infinite logits too
+        if math.isnan(top):                            # softmax makes it of infinite logits too
             raise FloatingPointError(NOT_FINITE)
         drafted.append(int(token))
         confidence.append(top)

@@ -16,7 +16,7 @@ from command.flags import parsed  # noqa: E402
 from command.job import Job  # noqa: E402
 from command.report import fates  # noqa: E402
 from command.screen import Text  # noqa: E402
-from speculative import Round  # noqa: E402
+from speculative import Chance, Round  # noqa: E402
 
 CELL = 9                                               # width of a layer
 LINE = 20                                              # height of a round
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("a picture is of one run: without --compare, --verbose, --json")
     job = Job(a)
     ids = job.prompt()
-    rounds = list(run(job.load(), ids, job.a.seed))
+    rounds = list(run(job.load(), ids, Chance(job.a.seed)))
     words = sys.argv[1:] if argv is None else argv
     title = shlex.join(["python", "clasp_mini.py", *words])
     print(draw(rounds, Text(job.tokenizer, job.stops).spelled, title))

@@ -17,7 +17,7 @@ from command.report import ids_of
 from command.test_report import IDS, a_round, clasp_run, plain_run
 from dp_layer_skip import choose_skip, torch
 from policy.probe import choose_by
-from speculative import Settings
+from speculative import Chance, Settings
 from tests.helpers import DEMO, ROOT, full_model, having_read, tiny_llama
 from tests.slow_llama import random_checkpoint
 
@@ -276,7 +276,7 @@ def test_the_demo_decodes_faster_than_plainly():
     """Rejects a policy that never drafts or that drafts what does not pay: counted by the demo's
     own costs, on its own prompt."""
     job = job_of().load()
-    rounds = list(clasp_mini.run(job, job.prompt(), job.a.seed))
+    rounds = list(clasp_mini.run(job, job.prompt(), Chance(job.a.seed)))
     decoded = len(ids_of(rounds)) - 1
     assert decoded / spec_bench.plain_steps(rounds, job.costs) > 1.3
 
@@ -335,7 +335,7 @@ def test_a_picture_is_the_run_that_its_title_names(run):
     assert svg.find(".//{*}tspan").text == (
         "python clasp_mini.py --device cpu --prompt 'def f(x):' --max-new-tokens 20")
     job = job_of(*how).load()
-    _, *rounds = clasp_mini.run(job, job.prompt(), job.a.seed)
+    _, *rounds = clasp_mini.run(job, job.prompt(), Chance(job.a.seed))
     fills = [cell.get("fill") for cell in svg.iter() if cell.tag.endswith("rect")][1:]
     assert [fill == "#e6e9ec" for fill in fills] == [out for r in rounds for out in r.skip]
     lines = [[(s.get("fill"), s.text) for s in text] for text in svg if text.tag.endswith("text")]

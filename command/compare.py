@@ -9,13 +9,13 @@ from command.report import brief, figures, ideal_speedup, ids_of, median
 from speculative import Chance, Round, generate
 
 Pair = tuple[list[Round], list[Round]]                 # the plain run, and CLaSp's
-Run = Callable[[Job, list[int], int], Iterable[Round]]     # clasp_mini.run
+Run = Callable[[Job, list[int], Chance], Iterable[Round]]  # clasp_mini.run
 
 
 def pair(job: Job, ids: list[int], seed: int, run: Run) -> Pair:
     """The prompt plainly, then with CLaSp."""
     plain = generate(job.model, ids, job.plain, Chance(seed), job.choose)
-    return list(job.guarded(plain)), list(run(job, ids, seed))
+    return list(job.guarded(plain)), list(run(job, ids, Chance(seed)))
 
 
 def compare(job: Job, ids: list[int], run: Run) -> int:

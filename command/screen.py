@@ -137,11 +137,11 @@ class Screen:
         self.one = sys.stdout.isatty() and sys.stderr.isatty()      # text and rounds on one screen
         waiting(f"reading {len(ids)} tokens")
 
-    def chance(self, seed: int) -> Chance:
+    def chance(self) -> Chance:
         """The run's Chance. Where rounds are watched, what is drawn is seen at once."""
         if self.job.a.verbose and self.err.is_screen:
-            return Watched(seed, self.draw)
-        return Chance(seed)
+            return Watched(self.job.a.seed, self.draw)
+        return Chance(self.job.a.seed)
 
     def draw(self, token: int) -> None:
         """A token was drawn. It stands there until its round has ended and its fate is known."""

@@ -310,7 +310,7 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     rounds = painted.splitlines()[2:-2]
     assert "".join(re.sub(f"{REJECTED}|{CODE}", "", line)[44:] for line in rounds) == "".join(
         c if c.isprintable() else repr(c)[1:-1] for c in r["text"])
-    assert type(Screen(job(*how, "--verbose"), [1]).chance(7)) is speculative.Chance
+    assert type(Screen(job(*how, "--verbose"), [1]).chance()) is speculative.Chance
     for line, end in list(zip(lines, re.findall(r" \d+/(\d+) +", "\n".join(lines))))[1:]:
         drawn = [re.sub(CODE, "", words) for words in stood if words.startswith(f"{line[:4]}  ")]
         assert len(drawn) == int(end) + 1              # the model's own is drawn after them
@@ -411,9 +411,9 @@ def test_ctrl_c_ends_with_the_account_so_far(tmp_path):
 def test_what_was_drawn_in_a_round_that_never_ends_is_taken_away(terminal, monkeypatch, stop,
                                                                  status):
     """Rejects an account or a complaint after tokens that were never judged."""
-    def run(job, ids, seed, chance):
+    def run(job, ids, chance):
         yield a_round([], 0, [9])
-        chance(seed).draw(torch.eye(V)[97])
+        chance.draw(torch.eye(V)[97])
         raise stop("not finite")
     monkeypatch.setattr(clasp_mini, "run", run)
     stays, stood = terminal("--prompt", "x", "--verbose", status=status)

@@ -29,7 +29,7 @@ from gpu.trial import replaying
 from oracle import check_trace
 from policy import costs
 from policy.probe import choose_by
-from speculative import Settings
+from speculative import Chance, Settings
 from tests.helpers import DEMO, ROOT, assert_same_choice, decode
 from tests.slow_llama import AS_5, IDS, random_checkpoint
 
@@ -192,7 +192,7 @@ def job_of(kind, *flags):
 
 
 def decisions(job):
-    return decided(clasp_mini.run(job, job.prompt(), job.a.seed))
+    return decided(clasp_mini.run(job, job.prompt(), Chance(job.a.seed)))
 
 
 def test_two_ranks_draft_choose_and_write_what_one_process_does(tmp_path):

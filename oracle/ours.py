@@ -43,7 +43,8 @@ def run(case: dict, chance: Chance | None = None) -> list[int]:
                             forward=lambda ids, rows, cache, skip: q_of[ids][None])     # (1, 1, V)
     text = [case["prompt"]]
     while len(text) <= s.N and text[-1] not in s.stop_ids:
-        d, q, _ = draft(model, model, text, s.N - len(text), (True,), s, Paper(s, 1), chance)
+        d, q, _ = draft(model, model, text, s.N - len(text), (True,), s, Paper(s, 1).goes_on,
+                        chance)
         accepted, own = judge(probabilities(p_of[[text[-1], *d]], s), q, d, chance)
         text += cut([*d[:int(accepted)], int(own)], case["stop"])
     return text[1:]

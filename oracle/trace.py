@@ -65,10 +65,10 @@ class Witness:
         self.policy.judged(confidence, p, q, accepted)
 
 
-def traced(job: Any, seed: int) -> Callable[..., Iterator[Round]]:
+def traced(job: Any) -> Callable[..., Iterator[Round]]:
     """`generate` for a job of the command, which writes each round to its --trace as well. Of the
     chance that it is given it takes the uniform numbers alone."""
-    said = job.numbers | dict(r=job.probe, seed=seed)
+    said = job.numbers | dict(r=job.probe, seed=job.a.seed)
 
     def rounds(model: Any, ids: Sequence[int], s: Settings, chance: Chance, choose: Callable,
                policy: Any) -> Iterator[Round]:
