@@ -420,7 +420,7 @@ def test_the_enumeration_sees_rejections_acceptance_changing_layers_and_stops_in
         if len({r.skip for r in rounds}) > 1:
             seen.add("layers changed")
 
-    assert math.isclose(sum(w for _, w in every_outcome(run)), 1, abs_tol=1e-12)
+    assert math.isclose(sum(w for w, _ in every_outcome(run)), 1, abs_tol=1e-12)
     assert seen >= {("rejected", 0), ("rejected", 1), ("all", 2), "layers changed", "drafted stop"}
 
 

@@ -16,6 +16,7 @@ from dp_layer_skip import choose_skip, torch
 from gpu import check, replay, trial
 from gpu.trial import replayed, replaying, tensors
 from oracle import check_trace
+from oracle.sampler.law import Branch
 from policy.adaptive import Adaptive
 from policy.costs import layer_weights
 from policy.probe import choose_by
@@ -215,7 +216,7 @@ def test_chance_that_is_enumerated_answers_where_it_is_asked():
     s = Settings(temperature=1.0, K=2, M=1, N=4)
     with Far():
         model = tiny_llama(V=9, device="meta")
-        assert list(generate(model, [1, 2], s, Enumerating([]), choose_skip))
+        assert list(generate(model, [1, 2], s, Enumerating(Branch([])), choose_skip))
 
 
 # ------------------------------------------------------------------------------ runs

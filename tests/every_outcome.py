@@ -4,62 +4,39 @@ distribution is computed, not sampled; and the distribution that it should be, b
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oracle.sampler.law import Branch, every
 from speculative import Chance
 from tests.helpers import decode, full_model, tokens
 
 
 class Enumerating(Chance):
-    """It follows a script of answers, then gives the first possible one, and notes the scripts of
-    those not given. `weight` is the probability of all that it answered."""
+    """It answers by the branch that is followed. A branch is asked once for all verdicts."""
 
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script = script
-        self.taken: list[int] = []
-        self.untaken: list[list[int]] = []
-        self.weight = 1.0
-
-    def answer(self, options: dict[Any, float]) -> Any:
-        """One of these answers; their probabilities are given."""
-        possible = [(value, w) for value, w in options.items() if w > 0]
-        n = len(self.taken)
-        pick = 0
-        if n < len(self.script):
-            pick = self.script[n]
-        else:
-            self.untaken += [[*self.taken, other] for other in range(1, len(possible))]
-        value, w = possible[pick]
-        self.taken.append(pick)
-        self.weight *= w
-        return value
+    def __init__(self, branch: Branch) -> None:
+        self.branch = branch
 
     def accept(self, a: Tensor) -> Tensor:
-        options = {}                                   # how many are accepted: how likely
+        likely = []                                    # ... that so many are accepted
         left = 1.0
-        for n, each in enumerate(a.tolist()):
-            options[n] = left * (1 - each)
+        for each in a.tolist():
+            likely.append(left * (1 - each))
             left *= each
-        return torch.tensor([self.answer(options | {len(a): left})], device=a.device)
+        return torch.tensor([self.branch.draw([*likely, left])], device=a.device)
 
     def draw(self, p: Tensor) -> Tensor:
-        token = self.answer(dict(enumerate((p / p.sum()).tolist())))
-        return torch.tensor([token], device=p.device)
+        return torch.tensor([self.branch.draw(p.tolist())], device=p.device)
 
 
-def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[Any, float]]:
-    """Run `run` down every branch that chance can take: (its result, the branch's probability). The
-    weights of equal results sum to the result's exact probability."""
-    scripts: list[list[int]] = [[]]
-    while scripts:
-        chance = Enumerating(scripts.pop())
-        result = run(chance)
-        scripts += chance.untaken
-        yield result, chance.weight
+def every_outcome(run: Callable[[Chance], Any]) -> Iterator[tuple[float, Any]]:
+    """Run `run` down every branch that chance can take: (the branch's probability, its result). The
+    probabilities of equal results sum to the result's exact one."""
+    return every(lambda branch: run(Enumerating(branch)))
 
 
 def filtered(logits, s):
@@ -101,6 +78,6 @@ def distance(model, s, loop=None, prompt=(0, 1)):
     program, down every branch of chance) and the product of conditionals."""
     want = target_distribution(model, prompt, s)
     got = defaultdict(float)
-    for text, weight in every_outcome(lambda c: tuple(tokens(decode(model, prompt, s, c, loop)))):
+    for weight, text in every_outcome(lambda c: tuple(tokens(decode(model, prompt, s, c, loop)))):
         got[text] += weight
     return max(abs(want.get(text, 0.0) - got.get(text, 0.0)) for text in want | got)
