@@ -9,27 +9,28 @@ it, given the chooser of dp_layer_skip.py and a policy; command/ checks flags an
 Who decides how much is drafted, by which layers, and when these are chosen anew?
 
     --strategy clasp   the default: our policy (policy/adaptive.py), by what passes cost and what
-                       was accepted. What a flag names of the paper's four numbers is fixed; with
-                       all four it equals `paper`
+                       was accepted. Of the paper's four numbers those that flags give are fixed; if
+                       all four are, it does the same as `paper`
     --strategy paper   speculative.Paper, by four fixed numbers: K, M, exit threshold and interval
-    --strategy ar      nobody: plain decoding, a token per pass, the paper's loop with K = 0
+    --strategy ar      nobody: plain decoding, one token per pass; it is `paper` with K = 0
     --probe r          with clasp or paper: the last r tokens choose the layers, not one
 
-A Job (command/job.py) is what the flags ask for, checked. Here are used
+A Job (command/job.py) holds the flags, checked, what follows from them, and the model. Used here:
 
-    job.a              the flags themselves
-    job.strategy, job.probe, job.settings, job.cfg     what follows from them and from config.json
-    job.numbers        the paper's four; None where our policy decides
-    job.costs          of a draft step, a verify, an optimisation, in plain steps: known, or guessed
-                       (job.costs_guessed); then job.measure(...) times what a verify costs
-    job.model, job.choose      once loaded: Llama and choose_skip, on a GPU recordings of them
-    job.guarded        hands rounds on; makes one line of "out of memory" and of "GPUs disagree"
+    job.flags          as the user gave them
+    job.numbers        a dict of the paper's four; a value is None where our policy decides it
+    job.costs          a dict: what a draft step, a verify and an optimisation take, in plain steps
+    job.measure        times a verify, when the policy calls it; None if nothing of this is a guess
+    job.model          a Llama, and
+    job.choose         choose_skip; on a GPU job.load takes CUDA graphs of both (gpu/replay.py)
+    job.guarded        yields the same rounds; makes one line of "out of memory" or "GPUs disagree"
 """
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-# Before the slow imports: it starts the clock, and lets Ctrl-C end them quietly.
+# First, as the other imports are slow: starts the clock, and makes Ctrl-C quiet meanwhile.
 if __name__ == "__main__":
     import command.start  # noqa: F401
 from command.cli import answer
@@ -51,7 +52,7 @@ def policy_of(job: Job) -> Paper | Adaptive:
                         **job.costs,                   # draft=, verify=, optimise=
                         **job.numbers,                 # K=, M=, exit_threshold=, interval=
                         probe=job.probe,
-                        measure=job.measure if job.costs_guessed else None)
+                        measure=job.measure)
     if job.probe > 1:
         return PaperByProbe(job.settings, job.cfg.L, job.probe)
     return Paper(job.settings, job.cfg.L)
@@ -60,7 +61,7 @@ def policy_of(job: Job) -> Paper | Adaptive:
 def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
     """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
     method = generate
-    if job.a.trace:                                    # the same, and each round is written down
+    if job.flags.trace:                                # generate, which also writes to a file
         from oracle.trace import traced
         method = traced(job)
     policy = policy_of(job)
@@ -70,9 +71,10 @@ def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
 def write(job: Job, ids: list[int]) -> int:
     """Text as it is made; the exit status."""
     screen = Screen(job, ids)
+    chance = screen.watched(Chance(job.flags.seed))    # may show what is drawn
     status = 0
     try:
-        for r in run(job, ids, screen.chance()):       # of job.a.seed; it may show what is drawn
+        for r in run(job, ids, chance):
             screen.show(r)
     except KeyboardInterrupt:
         status = 130
@@ -85,16 +87,15 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
     job = job_class(parsed(argv))
     ids = job.prompt()
     job.load(Llama, choose_skip)
-    if job.a.compare:
-        return compare(job, ids, run)                  # each pair: plain decoding, then `run`
+    if job.flags.compare:
+        return compare(job, ids, run)                  # in turn, timed: plain decoding, `run`
     return write(job, ids)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer` makes
     one line of what goes wrong."""
-    def task(job_class: type[Job]) -> int:
-        return work(argv, job_class)
+    task = partial(work, argv)                         # task(the kind of Job)
     # torchrun runs this once for each GPU; then a Job has a part of the model.
     if "LOCAL_RANK" in os.environ:
         from gpu.ranks import together

@@ -14,16 +14,16 @@ Glossary
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (M+1, width) in the code the states of one row i alone; where j > i they are filler
+    g        (M+1, width): in `table` the states of the current row i; where j > i they are filler
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
 Why compared at depth i and not at the end: running the remaining layers for every cell would cost
 too much, and a state near h[i] mostly ends near h[L]. Why approximate (§3.5): a cell keeps one
 state, the nearest so far, although a farther one might come out nearer in the end.
 
-The cost is L calls of f with at most M+1 states; h costs nothing, the verify has computed it.
+The cost is L calls of f with at most M+1 states; h the pass that checks drafts has computed.
 Column 0 is a check for the caller: D[i,0] is how near layer i-1, run on the full model's own
-h[i-1], comes to h[i]. If it is not 1, f (its cache, its mask) does not see what the verify saw.
+h[i-1], comes to h[i]. If it is not 1, up to rounding, f (its cache, its mask) sees something else.
 """
 import itertools
 import signal
@@ -48,16 +48,15 @@ class Choice:
     g: Tensor                   # (M+1, width) g[L], the state that each budget leads to
 
     def skip(self, j: int | None = None) -> tuple[bool, ...]:
-        """The set for a budget of j layers (default M), one flag per layer: the way back."""
+        """The set for a budget of j layers (default M), a flag per layer: by the way back."""
         L = len(self.D) - 1
-        if j is None:
-            j = len(self.D[0]) - 1
-        flags = [False] * L
+        j = len(self.D[0]) - 1 if j is None else j
+        skip = [False] * L
         for i in range(L, 0, -1):
             if self.skipped[i][j]:
-                flags[i - 1] = True
+                skip[i - 1] = True
                 j -= 1                                 # there were j-1 skips before it
-        return tuple(flags)
+        return tuple(skip)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (..., width) -> (...)
@@ -81,7 +80,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
         for j in range(min(i, M) + 1):
             near_run = -inf
             near_skip = -inf
-            if j < i:                                  # else all are skipped, this one too
+            if j < i:                                  # at j = i all are skipped: none can run
                 after = run_layer(i - 1, g[i - 1, j][None])                 # (1, width)
                 near_run = near(after, h[i]).item()
             if j > 0:
@@ -95,17 +94,16 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
 
 
 def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> Choice:
-    """The set for a budget of M, 0 <= M <= L, and for every smaller one: by rows of the table."""
+    """As choose_skip_plain, but a row of the table at a time; 0 <= M <= L."""
     D, skipped, g = table(h, run_layer, M, near)
     return Choice(D.tolist(), skipped.tolist(), g)
 
 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i of the table needs only row i-1, whose cells go through layer i-1 in one call (§3.6).
-    Row i has cells 0 .. i; what lies beyond them in g, near_run and near_skip is filler. -> D and
-    skipped, (L+1, M+1) each, and g[L]. No number reaches the host, so a CUDA graph can record it.
-    """
+    """-> D and skipped, (L+1, M+1) each, and g[L]. Row i needs only row i-1, whose cells go through
+    layer i-1 in one call (§3.6). It has cells 0 .. i; what lies beyond them in g, near_run and
+    near_skip is filler. No number reaches the host, so a CUDA graph can record it."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -120,7 +118,7 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
         near_run[:J] = near(after, h[i])               # cell i has nothing to run: its -inf loses
         near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1
         run_wins = near_run > near_skip                # strict: a tie skips
-        run_wins[0] = True                             # cell 0 has nothing to skip: that is filler
+        run_wins[0] = True                             # cell 0 cannot skip: it got the last one's
         D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # every cell as if it had skipped;
@@ -173,8 +171,8 @@ def main() -> None:
     add = torch.tensor([(0, 3), (-1, 1), (1, -4)], dtype=torch.float64)
     h = torch.tensor([(4, 0), (4, 3), (3, 4), (4, 0)], dtype=torch.float64)
     print(show(choose_skip(h, lambda i, x: x + add[i], 2)))
-    print("\nHere it shows that it is approximate: without layers 0 and 2 it would end at 0.949,\n"
-          "not at 0.800.\n\nA toy of 9 layers, of which 1, 4 and 7 do little; leave out 3:\n")
+    print("\nThe program is approximate, as one sees: without layers 0 and 2 it would end at\n"
+          "0.949, not at 0.8.\n\nA toy of 9 layers, of which 1, 4 and 7 do little; leave out 3:\n")
     choice = choose_skip(*toy(9, 16, seed=3), 3)
     print(show(choice))
     print(f"\nLeft out: {[i for i, left_out in enumerate(choice.skip()) if left_out]}. "
@@ -187,7 +185,9 @@ def main() -> None:
     sets = [tuple(i in s for i in range(L)) for s in itertools.combinations(range(L), M)]
     for seed in range(6):
         h, run_layer = toy(L, 24, seed)
-        chosen = run_set(h, run_layer, choose_skip(h, run_layer, M).skip())
+        choice = choose_skip(h, run_layer, M)
+        assert choice.skip() == choose_skip_plain(h, run_layer, M).skip()
+        chosen = run_set(h, run_layer, choice.skip())
         every = [run_set(h, run_layer, skip) for skip in sets]
         rank = 1 + sum(v > chosen + 1e-12 for v in every)
         print(f"  {seed:3} {L:4} {M:3}  {chosen:8.4f} {max(every):8.4f} "

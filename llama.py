@@ -14,7 +14,8 @@ may see another, nor the entry that the full model wrote for that token at slot 
 
 Glossary (sizes are in `Config`)
     T, t  rows of a pass; the position of the first
-    S, W  slots of the cache; how many of them, from slot 0 on, a pass looks at
+    S     slots of the cache
+    W     of these a pass looks at slots 0 .. W-1
     R     query heads that share a key/value head, H / G
     h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
@@ -74,7 +75,7 @@ class Cache:
         # Zeros, not `empty`: a masked slot gets weight 0, and 0 * NaN would still be NaN.
         self.k = torch.zeros(cfg.L, cfg.G, S, cfg.hd, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.layers = list(zip(self.k, self.v))                     # L times (G, S, hd), (G, S, hd)
+        self.layers = list(zip(self.k, self.v))        # the same, by layers: (G, S, hd), (G, S, hd)
         self.S = S
         self.slot = torch.arange(S, device=device)
         angle = torch.outer(torch.arange(S, dtype=torch.float64), rope_frequencies(cfg))
@@ -88,9 +89,7 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         every = self.slot[:t + T]
-        # From t on, not from 0: that would still work in prefill and be wrong in every later pass.
-        # Nothing would crash, the text would just get worse.
-        slots = every[t:]
+        slots = every[t:]                              # not from 0: right in the prefill alone
         may_read = every <= slots[:, None]                                      # (T, W)
         return self.rows(slots, slots, may_read)
 
@@ -114,9 +113,9 @@ class Cache:
 
 def rope_frequencies(cfg: Config) -> Tensor:
     """theta^(-2k/hd) for k = 0 .. hd/2-1, in radians per position; float64. With scaling = (factor,
-    low, high, original), from LLaMA-3.1 on, a frequency that turns less than `low` times in
-    `original` positions is divided by `factor`, one that turns more than `high` times is kept, and
-    between the two it is blended linearly."""
+    low, high, original), from LLaMA-3.1 on, a frequency with fewer than `low` turns in `original`
+    positions is divided by `factor`, one with more than `high` is kept, one between is blended
+    linearly."""
     f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)           # (hd/2,)
     if cfg.scaling:
         factor, low, high, original = cfg.scaling
@@ -128,19 +127,20 @@ def rope_frequencies(cfg: Config) -> Tensor:
 
 class Layer(NamedTuple):
     """One decoder layer's weights; matrices map rows, x @ W. Projections that read the same input
-    are one matrix: in a pass of few rows it is the calls that cost, and this saves three."""
+    are one matrix: in a pass of few rows it is the calls that cost; this saves three of seven."""
     attn_norm: Tensor           # (D,)
     qkv: Tensor                 # (D, (H + 2G) * hd): queries, keys, values
     out: Tensor                 # (H * hd, D)
     mlp_norm: Tensor            # (D,)
     gate_up: Tensor             # (D, 2 * ffn)
     down: Tensor                # (ffn, D)
+    eps: Tensor                 # (), of norms; its dtype is that of norms, softmax and logits
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) in eps.dtype, float32 or wider; then * weight in that of x. eps is
-    a tensor (), since a Python number makes small calls on a CPU take twice as long."""
-    x_wide = x.type(eps.dtype)                         # as .to, in half the time
+    """x / sqrt(mean(x^2) + eps) in eps.dtype, float32 or wider; times weight in the dtype of x. eps
+    is a tensor, since with a Python number small calls on a CPU take twice as long."""
+    x_wide = x.type(eps.dtype)                         # .to would do, in twice the time
     total = x_wide.square().sum(-1, keepdim=True)
     under_root = torch.add(eps, total, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
     return (x_wide * under_root.rsqrt()).type(x.dtype) * weight
@@ -154,47 +154,46 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
     return (x * rows.cos + partner * rows.sin).type(x.dtype)
 
 
-def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config,
-              eps: Tensor) -> Tensor:                                       # (T, D) -> (T, D)
+def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config
+              ) -> Tensor:                                                  # (T, D) -> (T, D)
     """What attention adds to the residual stream. keys, values (G, S, hd) are the layer's part of
-    the cache: the rows write their slots, then read what they may. eps: as in rms_norm."""
-    wide = eps.dtype                                                        # float32 or wider
+    the cache: the rows write their slots, then read what they may."""
     T = len(x)
     W = rows.bias.shape[-1]
     R = c.H // c.G
-    heads = (rms_norm(x, w.attn_norm, eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
+    heads = (rms_norm(x, w.attn_norm, w.eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
     rotated = rotate(heads[:, :c.H + c.G], rows)                            # queries and keys
     keys.index_copy_(1, rows.slots, rotated[:, c.H:].transpose(0, 1))
     values.index_copy_(1, rows.slots, heads[:, c.H + c.G:].transpose(0, 1))
-    # The R query heads that share a kv head become rows of one product with it, so grouped queries
+    # The R query heads that share a kv head are stacked as rows of one product, so grouped queries
     # need neither copies of K and V nor a kernel that knows about them.
     q = rotated[:, :c.H].reshape(T, c.G, R, c.hd).transpose(0, 1)           # (G, T, R, hd)
     q = q.reshape(c.G, T * R, c.hd)
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
     # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
-    weight = score.softmax(-1, dtype=wide).type(x.dtype)
+    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
     mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
     return mixed @ w.out
 
 
-def feed_forward(w: Layer, x: Tensor, eps: Tensor) -> Tensor:                 # (T, D) -> (T, D)
+def feed_forward(w: Layer, x: Tensor) -> Tensor:                            # (T, D) -> (T, D)
     """What the feed-forward part (SwiGLU) adds to the residual stream."""
-    gate, up = (rms_norm(x, w.mlp_norm, eps) @ w.gate_up).chunk(2, -1)    # (T, ffn) each
+    gate, up = (rms_norm(x, w.mlp_norm, w.eps) @ w.gate_up).chunk(2, -1)    # (T, ffn) each
     return (F.silu(gate) * up) @ w.down
 
 
-def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor,
-                  c: Config, eps: Tensor) -> Tensor:                        # (T, D) -> (T, D)
+def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config
+                  ) -> Tensor:                                              # (T, D) -> (T, D)
     """f_i: the residual stream x, to which attention and then feed-forward add. A plain function
     of tensors, so that gpu/ can compile it."""
-    x = x + attention(w, x, rows, keys, values, c, eps)
-    return x + feed_forward(w, x, eps)
+    x = x + attention(w, x, rows, keys, values, c)
+    return x + feed_forward(w, x)
 
 
 class Llama:
-    """Weights and what uses them. Nothing changes after loading: one model serves many caches."""
+    """Weights and what uses them. No pass changes it, so that one model serves many caches."""
 
     def __init__(self, cfg: Config, embed: Tensor, layers: list[Layer], norm: Tensor,
                  head: Tensor) -> None:
@@ -205,9 +204,7 @@ class Llama:
         self.lm_head = head                            # (V, D)
         self.device = embed.device
         self.dtype = embed.dtype
-        # eps.dtype is that in which norms, softmax and logits are computed.
-        wide = torch.promote_types(self.dtype, torch.float32)
-        self.eps = torch.tensor(cfg.eps, device=self.device, dtype=wide)
+        self.eps = layers[0].eps                       # the same in all
         self.block = decoder_layer                     # gpu/ may put another in its place
 
     def cache(self, S: int) -> Cache:
@@ -231,7 +228,7 @@ class Llama:
     def layer(self, i: int, x: Tensor, rows: Rows, cache: Cache) -> Tensor:       # (T, D) -> (T, D)
         """The whole decoder layer i: h[i+1] = f_i(h[i]). Writes the rows' keys and values."""
         keys, values = cache.layers[i]
-        return self.block(self.layers[i], x, rows, keys, values, self.cfg, self.eps)
+        return self.block(self.layers[i], x, rows, keys, values, self.cfg)
 
     def head(self, x: Tensor) -> Tensor:                                    # (T, D) -> (T, V)
         """h[L] -> logits, computed in the model's dtype, then widened to float32 or more."""
@@ -242,8 +239,8 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
-        on a GPU, else float32). part(name, tensor) is what to keep of a tensor: all of it, or one
-        GPU's share (gpu/ranks.py). Raises ModelError."""
+        on a GPU, else float32). part(name, tensor) is what to keep of a tensor that was found to be
+        right: all of it, or one GPU's share (gpu/ranks.py). Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -261,10 +258,10 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     """Embedding, layers, norm and head, as `Llama.load` was told. Every tensor of the files is used
     exactly once. Raises ModelError."""
     unused = tensors(folder)
-    if c.tied and "lm_head.weight" in unused:          # either name, or both: then they are equal
+    if c.tied and "lm_head.weight" in unused:          # one may stand for both, or both be equal
         other = unused.pop("lm_head.weight")
-        table = unused.setdefault("model.embed_tokens.weight", other)
-        if not table.equal(other):
+        kept = unused.setdefault("model.embed_tokens.weight", other)
+        if not kept.equal(other):
             raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                              "though config.json ties them")
 
@@ -279,7 +276,7 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         return part(name, got).to(device, dtype, copy=True)     # a copy, not a view of the file
 
     def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
-        """matrix("x", D, k=a, v=b): x.k_proj (a, D) and x.v_proj (b, D), as one (D, a + b)."""
+        """matrix("x", D, k=a, v=b): x.k_proj (a, D) over x.v_proj (b, D), transposed (D, a + b)."""
         w = torch.cat([take(f"{prefix}.{proj}_proj", n, n_in) for proj, n in n_out.items()])
         # w.t() is a view. In float32 on a CPU x @ W is faster with a copy, elsewhere not.
         return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
@@ -292,8 +289,9 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
                      out=matrix(f"{at}.self_attn", heads, o=c.D),
                      mlp_norm=take(f"{at}.post_attention_layernorm", c.D),
                      gate_up=matrix(f"{at}.mlp", c.D, gate=c.ffn, up=c.ffn),
-                     down=matrix(f"{at}.mlp", c.ffn, down=c.D))
+                     down=matrix(f"{at}.mlp", c.ffn, down=c.D), eps=eps)
 
+    eps = torch.tensor(c.eps, device=device, dtype=torch.promote_types(dtype, torch.float32))
     embed = take("model.embed_tokens", c.V, c.D)
     layers = [layer_weights(f"model.layers.{i}") for i in range(c.L)]
     norm = take("model.norm", c.D)
@@ -315,10 +313,11 @@ def read_config(folder: str | Path) -> Config:
         if not isinstance(rope, dict):
             raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
         given.update(rope)
-    # Older files say "type". A factor with neither is refused: what it scales is not known.
+    # Older files say "type". A factor with neither is refused below, by a type that none has: what
+    # it scales is not known.
     otherwise = "unnamed" if "factor" in given else "default"
     given.setdefault("rope_type", given.get("type", otherwise))
-    supported = dict(                                  # values, where a key is given; []: none
+    supported = dict(                                  # if a key is given, it is one of these
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
         rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
@@ -381,8 +380,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # Of a tensor in two shards only the index's counts. Old files carry inv_freq, which is
-            # implied.
+            # A tensor in two shards is taken from that which the index names. Old files hold
+            # inv_freq, which is computed here.
             if shard_of.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found

@@ -13,14 +13,14 @@ Together that is p, whatever q was: a bad draft costs time, never truth. Three t
 
     - one function (`probabilities`) turns logits into p and into q;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, for its own doubtfulness or a later one's, makes it too rare;
+      harmless. To drop one unjudged, as it or a later one was doubtful, makes it too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
     K, M       most tokens drafted per round; layers that the draft leaves out
     k, t       tokens drafted in this round; a position in the text
     p, q       target (full model) and draft distributions over V tokens
-    L, D       layers; width of the states h[0..L] (here D is not dp_layer_skip's table)
+    L, width   layers; size of a state, h[0] to h[L]
     own        the token that the full model adds after the accepted ones: a correction or a bonus
     probe      the token whose states choose the layers: the last accepted one or, if none was, the
                one before the draft. (`own` has not been read yet.)
@@ -41,14 +41,13 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # no
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-CHUNK = 512                  # rows of one prefill pass: scores take rows x slots of memory per head
+CHUNK = 512                  # most rows of a prefill pass: each head's scores are rows x slots
 NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses: the first five decide what may come out, the others only the speed.
-    """
+    """What a user chooses. The first five decide what may come out, the others only the speed."""
     temperature: float = 0.0    # 0 is greedy
     top_k: int = 0              # 0 is off
     top_p: float = 1.0          # above 0; 1 is off
@@ -68,7 +67,7 @@ class Settings:
 def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (..., V) -> (..., V)
     """The one way from logits to the distribution that is sampled: top-k, temperature, top-p, in
     float64. Greedy is one-hot and needs no rule of its own. Logits that tie with the k-th are all
-    kept; of a tie at the edge of top_p the smaller ids."""
+    kept; of those that tie at the edge of top_p the smaller ids are kept first."""
     logits = logits.double()
     if s.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -109,7 +108,7 @@ class Chance:
         """u in [0, 1), 53 random bits."""
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
-    def accept(self, a: Tensor) -> Tensor:                                  # (k,) -> (1,)
+    def accept(self, a: Tensor) -> Tensor:             # (k,) -> (1,), which stays on the device
         """How many drafted tokens are accepted: each with its probability a, until one is not.
         u < a is strict: u <= a would pass a token of probability 0 at u = 0."""
         uniforms = [self.uniform() for _ in range(len(a))]
@@ -117,12 +116,13 @@ class Chance:
         kept = u < a
         return kept.cumprod(0).sum(0, keepdim=True)    # 1 1 0 1 -> 1 1 0 0 -> 2
 
-    def draw(self, p: Tensor) -> Tensor:                                    # (V,) -> (1,), an id
+    def draw(self, p: Tensor) -> Tensor:               # (V,) -> (1,), an id, likewise
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # Rounding may let a parallel sum rise at a token of probability 0, and fall at others.
+        # A parallel sum is rounded: it may rise where p is 0, so there it counts as 0, and fall, so
+        # that its total is not the last, but the largest.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
@@ -130,9 +130,9 @@ class Chance:
 
 def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tuple[Tensor, Tensor]:
     """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i < k is the full model's distribution at
-    the place of drafted[i], row k that of the place after them all; q: k times (V,). -> how many
-    are accepted, from the first on, and the full model's own token after them; both (1,), on p's
-    device. Nothing here waits for a GPU; reading the two will."""
+    the place of drafted[i], row k that of the place after them all; q: k times (V,). Returns how
+    many are accepted, from the first on, and the full model's own token after them, both (1,) on
+    p's device: to read them waits for a GPU, nothing here does."""
     if not drafted:                                    # plain decoding, and the prefill
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
@@ -145,7 +145,7 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tup
 
 
 class Paper:
-    """The policy of the paper: fixed numbers. Another may take its place (policy/). It is asked
+    """The paper's policy: fixed numbers. Another may take its place (policy/). What it is asked:
 
         slots         once: how many slots of the cache, after the text, may `optimise` write?
         skip          in each round: which layers does the draft leave out?
@@ -177,11 +177,11 @@ class Paper:
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
-        """§3.4 to 3.6. `text` ends with the probe (here its position counts); h (L+1, D) are the
-        probe's states."""
+        """§3.4 to 3.6. h (L+1, width) are the probe's states; `text` ends with the probe, and only
+        its length is used here."""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
-        def run_layer(i: int, g: Tensor) -> Tensor:                         # (J, D) -> (J, D)
+        def run_layer(i: int, g: Tensor) -> Tensor:    # (J, width) -> (J, width)
             return model.layer(i, g, rows.first(len(g)), cache)
         choice = choose(h, run_layer, self.s.M)
         self.skip = choice.skip()
@@ -201,13 +201,13 @@ class Round:
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
 
-@torch.inference_mode()
+@torch.inference_mode()                                # while it runs, not between its rounds
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
     """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
     The full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`) decide:
-    exactly but for rounding, as a pass of several rows differs in the last bits from those of one.
-    Raises FloatingPointError where logits are not finite numbers."""
+    exactly, but for rounding: a pass over several rows differs in the last bits from several over
+    one. Raises FloatingPointError where logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
     text = list(prompt)
@@ -222,7 +222,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        #    They and own must fit into the text, they and the last token into one part of `read`.
+        #    They and own must fit before `end`; the last token and they into one pass of `read`.
         most = 0 if n == 0 else min(end - start, CHUNK) - 1
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy.goes_on, chance)
         k = len(drafted)
@@ -231,12 +231,12 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 2. Verify: one full pass over what is not cached (the prompt, later the last token) and
         #    the draft. It overwrites the draft's entries, and fills those of skipped layers.
         h = read(model, text[cached:] + drafted, cached, cache)
-        h = [x[-(k + 1):] for x in h]                  # L+1 times (k+1, D): the last token, d1..dk
+        h = [x[-(k + 1):] for x in h]      # L+1 times (k+1, width): of the last token, d1 .. dk
         logits = model.head(h[-1])                                          # (k+1, V)
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, all_finite = torch.cat((*verdict, finite)).tolist()  # a GPU is waited for
+        accepted, own, all_finite = torch.cat((*verdict, finite)).tolist()  # waits for a GPU
         if not all_finite:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
@@ -246,14 +246,15 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         text += emitted
         done = len(text) == end or text[-1] in s.stop_ids
         # The whole rollback: entries from slot `cached` on are overwritten before any row may look.
-        cached = len(text) - 1                         # no pass has had the last token
+        cached = len(text) - 1                         # the last has not been through the model
         verifying = _clock(model)
 
         # 3. Optimise layers, for the next drafts, by the states that the verify has computed for
-        #    the probe: row 0 is the token before the draft, row `accepted` the last accepted one.
+        #    the probe, at position cached - 1: row 0 is the token before the draft, row `accepted`
+        #    the last accepted one.
         choice = None
         if not done and policy.due(n):
-            probe = torch.stack([x[accepted] for x in h])                   # (L+1, D)
+            probe = torch.stack([x[accepted] for x in h])                   # (L+1, width)
             choice = policy.optimise(choose, model, cache, text[:cached], probe)
         seconds = (drafting - began, verifying - drafting, _clock(model) - verifying)
         yield Round(start, skip, drafted, confidence, accepted, emitted, choice, seconds)
@@ -264,8 +265,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
 def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
           goes_on: Callable, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
     """Up to `most` tokens drafted after `text`, their q (V,) and confidences. A stop token ends the
-    draft. Where the paper is silent: confidence is taken before temperature and filters, and a
-    doubtful token is judged like any other; it is only the last that is drafted."""
+    draft; so does a doubtful one, which is judged like any other (the paper is silent on that)."""
     drafted, q, confidence = [], [], []
     last = torch.tensor(text[-1:], device=model.device)                     # (1,)
     while len(drafted) < most and goes_on(confidence):
@@ -274,10 +274,10 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         logits = model.head(h[-1])[0]                                       # (V,)
         q.append(probabilities(logits, s))
         last = chance.draw(q[-1])
-        sure = logits.softmax(-1).amax(0, keepdim=True)
+        highest = logits.softmax(-1).amax(0, keepdim=True)
         # One fetch, as each waits for a GPU. In float32 an id below 2^24 is exact.
-        token, top = torch.cat((last, sure)).tolist()
-        if math.isnan(top):                            # softmax makes it of infinite logits too
+        token, top = torch.cat((last, highest)).tolist()
+        if math.isnan(top):                            # infinite logits give nan too, by softmax
             raise FloatingPointError(NOT_FINITE)
         drafted.append(int(token))
         confidence.append(top)
@@ -287,8 +287,8 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
 
 
 def read(model: Any, tokens: Sequence[int], t: int, cache: Any) -> list[Tensor]:
-    """A full pass over `tokens`, the first at position t, in equal parts of at most CHUNK rows. ->
-    the states of the last part."""
+    """A full pass over `tokens`, the first at position t; if they are many, several passes of about
+    equal size. -> the states of the last one."""
     parts = -(-len(tokens) // CHUNK)                   # rounded up
     for ids in torch.tensor(tokens, device=model.device).tensor_split(parts):
         h = model.forward(ids, cache.sequence(t, len(ids)), cache)
@@ -311,8 +311,8 @@ def main() -> None:
     argmax = torch.eye(5, dtype=torch.float64)[q.argmax()]
     print("What comes out, token by token, where one is drafted: draft * a + P(rejection) * own\n")
     for name, drafts, accept, own in (
-            ("p, the full model", p, always, p),
-            ("q, the draft", q, always, p),
+            ("for comparison: p, the full model", p, always, p),
+            ("for comparison: q, the draft", q, always, p),
             ("right: a = min(1, p/q), own = residual", q, a, residual(p, q)),
             ("wrong: own = p", q, a, p),
             ("wrong: own = softmax(p - q)", q, a, (p - q).softmax(0)),

@@ -55,7 +55,7 @@ def flags(L: int, out: Sequence[int]) -> Skip:
 
 def written(job: Job, ids: list[int], s: Settings) -> tuple[list[int], int]:
     """A prompt and what the full model makes of it, and where that begins."""
-    rounds = generate(job.model, ids, s, Chance(job.a.seed), choose_skip)
+    rounds = generate(job.model, ids, s, Chance(job.flags.seed), choose_skip)
     return ids + ids_of(rounds), len(ids)
 
 

@@ -61,7 +61,7 @@ def measured(job: Job) -> dict[Key, float]:
     """The seconds of every pass."""
     timed = passes(job)
     turns = []
-    for _ in told(range(1 + job.a.repeats), "turn"):
+    for _ in told(range(1 + job.flags.repeats), "turn"):
         turn = {}
         for key, call in timed.items():
             began = time.perf_counter()
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.costs = tables(took, job.cfg.L, job.K)
     if prompts:
         job.costs["risk"] = risks(job, prompts)
-    print(json.dumps(dict(settings=job.report())) if job.a.json else table(took, job))
+    print(json.dumps(dict(settings=job.report())) if job.flags.json else table(took, job))
     return 0
 
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("a picture is of one run: without --compare, --verbose, --json")
     job = Job(a)
     ids = job.prompt()
-    rounds = list(run(job.load(), ids, Chance(job.a.seed)))
+    rounds = list(run(job.load(), ids, Chance(job.flags.seed)))
     words = sys.argv[1:] if argv is None else argv
     title = shlex.join(["python", "clasp_mini.py", *words])
     print(draw(rounds, Text(job.tokenizer, job.stops).spelled, title))

@@ -101,9 +101,9 @@ def answers(job: Job, questions: Questions) -> Iterator[tuple[str, list[Round], 
                 say(f"question {n} left out: {e}")
                 break
             if not warm:
-                pair(job, ids, job.a.seed, run)        # not counted
+                pair(job, ids, job.flags.seed, run)        # not counted
                 warm = True
-            plain, clasp = pair(job, ids, job.a.seed, run)
+            plain, clasp = pair(job, ids, job.flags.seed, run)
             yield category, plain, clasp
             if isinstance(turn, str):                  # ids are all of their question
                 said = job.tokenizer.decode([i for i in ids_of(plain) if i not in job.stops])
@@ -172,14 +172,17 @@ def bench(job: Job, questions: Questions) -> int:
         raise UsageError("no question fits")
     lines = {category: line(of) for category, of in pairs.items()}
     lines["overall"] = line([pair for of in pairs.values() for pair in of])
-    print(json.dumps(dict(settings=job.report(), categories=lines)) if job.a.json else table(lines))
+    if job.flags.json:
+        print(json.dumps(dict(settings=job.report(), categories=lines)))
+    else:
+        print(table(lines))
     return status
 
 
 @answered
 def main(argv: Sequence[str] | None = None) -> int:
     job, questions = opened(__doc__.partition(":")[0], argv)
-    if job.a.strategy == "ar":
+    if job.flags.strategy == "ar":
         raise UsageError("both kinds of decoding are run: without --strategy ar")
     return bench(job.load(), questions)
 

@@ -54,7 +54,7 @@ def fits(ids):
 
 # What the bench asks of a Job: a text's ids are its characters, and of 20 none fits.
 JOB = SimpleNamespace(
-    a=SimpleNamespace(seed=7, json=False), stops=(6,), fits=fits, K=3, costs_guessed=False,
+    flags=SimpleNamespace(seed=7, json=False), stops=(6,), fits=fits, K=3, costs_guessed=False,
     cfg=SimpleNamespace(L=2), costs=dict(draft=[1, 0.5, 0.2], verify=[9, 9, 9, 9, 1], optimise=0.4),
     tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(str, ids))),
     encode=lambda messages: [*"|".join(m["content"] for m in messages)])
@@ -276,7 +276,7 @@ def test_the_demo_decodes_faster_than_plainly():
     """Rejects a policy that never drafts or that drafts what does not pay: counted by the demo's
     own costs, on its own prompt."""
     job = job_of().load()
-    rounds = list(clasp_mini.run(job, job.prompt(), Chance(job.a.seed)))
+    rounds = list(clasp_mini.run(job, job.prompt(), Chance(job.flags.seed)))
     decoded = len(ids_of(rounds)) - 1
     assert decoded / spec_bench.plain_steps(rounds, job.costs) > 1.3
 
@@ -335,7 +335,7 @@ def test_a_picture_is_the_run_that_its_title_names(run):
     assert svg.find(".//{*}tspan").text == (
         "python clasp_mini.py --device cpu --prompt 'def f(x):' --max-new-tokens 20")
     job = job_of(*how).load()
-    _, *rounds = clasp_mini.run(job, job.prompt(), Chance(job.a.seed))
+    _, *rounds = clasp_mini.run(job, job.prompt(), Chance(job.flags.seed))
     fills = [cell.get("fill") for cell in svg.iter() if cell.tag.endswith("rect")][1:]
     assert [fill == "#e6e9ec" for fill in fills] == [out for r in rounds for out in r.skip]
     lines = [[(s.get("fill"), s.text) for s in text] for text in svg if text.tag.endswith("text")]

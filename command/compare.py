@@ -24,8 +24,8 @@ def compare(job: Job, ids: list[int], run: Run) -> int:
     pairs = []
     status = 0
     try:
-        for n in told(range(-1, job.a.repeats), "pair"):       # the first, a warm-up, never counts
-            pairs.append(pair(job, ids, job.a.seed + max(0, n), run))
+        for n in told(range(-1, job.flags.repeats), "pair"):   # the first, a warm-up, never counts
+            pairs.append(pair(job, ids, job.flags.seed + max(0, n), run))
     except KeyboardInterrupt:
         if len(pairs) < 2:
             raise
@@ -34,7 +34,7 @@ def compare(job: Job, ids: list[int], run: Run) -> int:
     if c["ideal_speedup"] is None:
         raise UsageError("nothing to compare, the prefill gave all tokens: allow more of them, or "
                          "take a prompt that does not end at once")
-    if job.a.json:
+    if job.flags.json:
         out = ids_of(pairs[1][1])
         text = job.tokenizer and job.tokenizer.decode([i for i in out if i not in job.stops])
         print(json.dumps(dict(prompt_ids=ids, ids=out, text=text, settings=job.report(), **c,

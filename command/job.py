@@ -40,7 +40,7 @@ class Job:
         # The user waits since the process began, if this is its first and only job.
         start = sys.modules.pop("command.start", None)
         self.began = start.BEGAN if start else time.perf_counter()
-        self.a = a
+        self.flags = a
         self.folder = Path(a.model).expanduser()
         if not self.folder.is_dir():
             what = "no such folder; of a model on the hub, `hf download NAME` prints it"
@@ -90,7 +90,7 @@ class Job:
     def take_saved_flags(self) -> None:
         """What the user left open is as clasp.json in the model's folder says, where it is checked
         by the flags it stands for; its temperature and seed go with its prompt."""
-        own_prompt = self.a.prompt is None and self.a.prompt_ids is None
+        own_prompt = self.flags.prompt is None and self.flags.prompt_ids is None
         default = dict(device=None, prompt=None, temperature=0.0, seed=0, costs=None)
         path = self.folder / "clasp.json"
         own = read_json(path) if path.exists() else {}
@@ -105,20 +105,20 @@ class Job:
         for name, value in default.items():
             if saved[name] is not None and (own_prompt or name in ("device", "costs")):
                 value = saved[name]
-            if getattr(self.a, name) is None:
-                setattr(self.a, name, value)
+            if getattr(self.flags, name) is None:
+                setattr(self.flags, name, value)
 
     def checked_device(self) -> torch.device:
-        if self.a.device is None:
+        if self.flags.device is None:
             from gpu.replay import unusable
             amiss = unusable()
             if amiss:
                 note(f"{amiss}; computing on the CPU")
-            self.a.device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(self.a.device)
+            self.flags.device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(self.flags.device)
         gpus = torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= gpus:
-            raise UsageError(f"--device {self.a.device}: PyTorch sees {gpus} CUDA GPUs here; "
+            raise UsageError(f"--device {self.flags.device}: PyTorch sees {gpus} CUDA GPUs here; "
                              "use --device cpu")
         return device
 
@@ -127,7 +127,7 @@ class Job:
         try:
             tokenizer = Tokenizer(self.folder)
         except ModelError:
-            if self.a.prompt_ids is None:              # ids need none; one makes them readable
+            if self.flags.prompt_ids is None:              # ids need none; one makes them readable
                 raise
             return None
         if not self.stops:
@@ -137,10 +137,10 @@ class Job:
             if i not in tokenizer.special.values():
                 note(f"an ordinary token ends the text, as the model's files say: {i}, "
                      f"{tokenizer.decode([i])!r}")
-        if self.a.chat and has_other_template(self.folder):
+        if self.flags.chat and has_other_template(self.folder):
             note("the folder's chat template is not followed: --chat writes LLaMA-3's first "
                  "format, without what later models add (--prompt-ids takes any tokens)")
-        if self.a.chat and tokenizer.special.get(EOT) not in self.stops:
+        if self.flags.chat and tokenizer.special.get(EOT) not in self.stops:
             note("<|eot_id|> does not stop this model, so it was hardly trained on --chat")
         return tokenizer
 
@@ -148,21 +148,21 @@ class Job:
         """A large model's rows are much cheaper in bfloat16, if the processor has its instructions;
         for small matrices a second thread costs more than it brings."""
         small = self.cfg.L * self.cfg.D * self.cfg.ffn < 1e7
-        if self.a.threads or small:
-            torch.set_num_threads(self.a.threads or 1)
+        if self.flags.threads or small:
+            torch.set_num_threads(self.flags.threads or 1)
         cuda = self.device.type == "cuda"
-        if self.a.dtype:
-            return DTYPES[self.a.dtype]
+        if self.flags.dtype:
+            return DTYPES[self.flags.dtype]
         if not cuda and (small or not torch.cpu._is_avx512_bf16_supported()):
             return torch.float32
         threads = "" if cuda else f", {torch.get_num_threads()} threads"
-        note(f"bfloat16 on {self.a.device}{threads} (--dtype, --threads)")
+        note(f"bfloat16 on {self.flags.device}{threads} (--dtype, --threads)")
         return torch.bfloat16
 
     def known_costs(self) -> dict[str, Any]:
         """What passes cost: as a file says, or an earlier run measured, or else a guess."""
-        if self.a.costs:
-            return costs.load(self.a.costs, self.cfg.L, self.K)
+        if self.flags.costs:
+            return costs.load(self.flags.costs, self.cfg.L, self.K)
         self.shelf = costs.shelf(self.folder, self.dtype, self.device, torch.get_num_threads())
         with contextlib.suppress(ModelError):          # there is none, or it was cut short
             return costs.load(str(self.shelf), self.cfg.L, self.K)
@@ -176,10 +176,10 @@ class Job:
         with self.enough_memory(), reading(self.folder):
             self.model = model.load(self.folder, self.device, self.dtype, part=self.progress())
             self.choose = choose
-            if self.device.type == "cuda" and not self.a.eager:
+            if self.device.type == "cuda" and not self.flags.eager:
                 from gpu.replay import recorded
                 self.model, self.choose = recorded(self.model, self.K, self.M, self.probe,
-                                                   not self.a.no_compile)
+                                                   not self.flags.no_compile)
         waiting("")
         self.load_seconds = time.perf_counter() - self.began
         # From here on Ctrl-C is an exception, so that the text is kept. Before, it just ended the
@@ -219,8 +219,13 @@ class Job:
             return x
         return part
 
-    def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
-        """What a verify costs here, for the policy: measured once, kept for later runs."""
+    @property
+    def measure(self) -> Callable | None:
+        """For the policy: what tells it the true cost of verifies, if that of passes is a guess."""
+        return self.time_verifies if self.costs_guessed else None
+
+    def time_verifies(self, model: Any, cache: Any, text: list[int]) -> list[float]:
+        """What a verify costs here: measured once, kept for later runs."""
         if self.weights > MUCH:
             note("timing passes, which is kept for later runs")
         began = time.perf_counter()
@@ -228,7 +233,7 @@ class Job:
         self.costs_guessed = False
         kept = costs.keep(self.shelf, self.costs)
         self.measure_seconds += time.perf_counter() - began
-        if self.a.temperature:
+        if self.flags.temperature:
             note("costs were measured in this run, so its seed may give another text next time; "
                  + (f"from then on one: {self.shelf}" if kept else "they could not be kept"))
         return self.costs["verify"]
@@ -245,8 +250,8 @@ class Job:
 
     def report(self) -> dict:
         """The settings as --json prints them."""
-        return dict(model=str(self.folder), device=str(self.device), strategy=self.a.strategy,
-                    seed=self.a.seed, dtype=str(self.model.dtype).removeprefix("torch."),
+        return dict(model=str(self.folder), device=str(self.device), strategy=self.flags.strategy,
+                    seed=self.flags.seed, dtype=str(self.model.dtype).removeprefix("torch."),
                     threads=torch.get_num_threads(), **asdict(self.settings) | self.numbers,
                     r=self.probe, costs=self.costs)
 
@@ -254,19 +259,19 @@ class Job:
 
     def prompt(self) -> list[int]:
         """The user's prompt as ids, checked against the model."""
-        if self.a.prompt_ids is not None:
-            return self.fits(self.a.prompt_ids)
+        if self.flags.prompt_ids is not None:
+            return self.fits(self.flags.prompt_ids)
         try:
             # Whatever the locale took the bytes of the command line for, they are UTF-8.
-            text, self.a.system = (word.encode("utf-8", "surrogateescape").decode()
-                                   for word in (self.a.prompt or "", self.a.system or ""))
+            text, self.flags.system = (word.encode("utf-8", "surrogateescape").decode()
+                                   for word in (self.flags.prompt or "", self.flags.system or ""))
             if text == "-":
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
         if not text:
             raise UsageError("--prompt is missing or empty; give at least one character")
-        if self.a.chat:
+        if self.flags.chat:
             text = text.strip()                        # as its format wants it
         least = len(text.encode()) // self.tokenizer.longest
         if least >= self.cfg.context:                  # to make tokens of 100 MB takes a while
@@ -280,8 +285,8 @@ class Job:
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Turns -> ids: the chat format with --chat, else their bare text after the begin token."""
-        if self.a.chat:
-            system = [dict(role="system", content=self.a.system)] if self.a.system else []
+        if self.flags.chat:
+            system = [dict(role="system", content=self.flags.system)] if self.flags.system else []
             return self.tokenizer.chat(system + messages)
         text = "".join(m["content"] for m in messages)
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
@@ -292,7 +297,7 @@ class Job:
         V = self.cfg.V
         context = self.cfg.context
         N = self.settings.N
-        if self.a.max_new_tokens is None:
+        if self.flags.max_new_tokens is None:
             N = max(1, min(N, context - len(ids)))
             self.settings = replace(self.settings, N=N)
         if max(ids) >= V:

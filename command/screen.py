@@ -21,8 +21,8 @@ BAR = 32                     # layers that one line shows, on a narrow terminal 
 class Watched(Chance):
     """Draws as every Chance does, and tells of each token."""
 
-    def __init__(self, seed: int, tell: Callable[[int], None]) -> None:
-        super().__init__(seed)
+    def __init__(self, chance: Chance, tell: Callable[[int], None]) -> None:
+        self.generator = chance.generator
         self.tell = tell
 
     def draw(self, p: Tensor) -> Tensor:
@@ -137,11 +137,11 @@ class Screen:
         self.one = sys.stdout.isatty() and sys.stderr.isatty()      # text and rounds on one screen
         waiting(f"reading {len(ids)} tokens")
 
-    def chance(self) -> Chance:
-        """The run's Chance. Where rounds are watched, what is drawn is seen at once."""
-        if self.job.a.verbose and self.err.is_screen:
-            return Watched(self.job.a.seed, self.draw)
-        return Chance(self.job.a.seed)
+    def watched(self, chance: Chance) -> Chance:
+        """The same numbers. Where rounds are watched, what is drawn is seen at once."""
+        if self.job.flags.verbose and self.err.is_screen:
+            return Watched(chance, self.draw)
+        return chance
 
     def draw(self, token: int) -> None:
         """A token was drawn. It stands there until its round has ended and its fate is known."""
@@ -159,12 +159,12 @@ class Screen:
         """More of the text, shown at once, unless rounds or an object are."""
         text = self.text.add(ids, final)
         self.whole += text
-        if not (self.job.a.verbose or self.job.a.json):
+        if not (self.job.flags.verbose or self.job.flags.json):
             self.put(text, sys.stdout)
 
     def begin(self) -> None:
         """The prompt, and what the marks of rounds mean."""
-        a = self.job.a
+        a = self.job.flags
         tok = self.job.tokenizer
         prompt = tok.decode(self.ids[self.ids[0] == tok.bos:]) if tok else ""
         if a.verbose:
@@ -182,7 +182,7 @@ class Screen:
             self.begin()
         self.drawn = []
         self.add(r.emitted)
-        if self.job.a.verbose:
+        if self.job.flags.verbose:
             anew = bool(self.rounds) and self.rounds[-1].choice is not None
             line = self.err.round(len(self.rounds), r, self.text.spelled, anew)
             print(line, file=sys.stderr, flush=True)
@@ -191,7 +191,7 @@ class Screen:
     def end(self) -> None:
         """The run has ended, or was interrupted: what was made so far is kept."""
         waiting("")
-        a = self.job.a
+        a = self.job.flags
         self.add([], final=True)
         stats = figures(self.rounds, self.job.load_seconds, self.job.measure_seconds)
         if a.json:

@@ -210,7 +210,7 @@ def test_every_flag_arrives_where_it_belongs(tiny, result, monkeypatch):
     assert [(call[2].K, call[3].generator.initial_seed()) for call in calls[3:]] == [
         (0, 8), (3, 8)] * 2
     assert r["equal"] and r["stats"]["drafted"] > 0 == r["plain_stats"]["drafted"]
-    assert job("--compare").a.repeats == 5
+    assert job("--compare").flags.repeats == 5
 
 
 def test_the_papers_loop_is_one_flag_or_four_numbers():
@@ -310,7 +310,8 @@ def test_verbose_is_a_legend_the_prompt_a_line_per_round_and_the_text_once(termi
     rounds = painted.splitlines()[2:-2]
     assert "".join(re.sub(f"{REJECTED}|{CODE}", "", line)[44:] for line in rounds) == "".join(
         c if c.isprintable() else repr(c)[1:-1] for c in r["text"])
-    assert type(Screen(job(*how, "--verbose"), [1]).chance()) is speculative.Chance
+    chance = speculative.Chance(7)
+    assert Screen(job(*how, "--verbose"), [1]).watched(chance) is chance
     for line, end in list(zip(lines, re.findall(r" \d+/(\d+) +", "\n".join(lines))))[1:]:
         drawn = [re.sub(CODE, "", words) for words in stood if words.startswith(f"{line[:4]}  ")]
         assert len(drawn) == int(end) + 1              # the model's own is drawn after them
@@ -331,7 +332,7 @@ def test_what_a_model_holds_for_itself_is_the_default(result, tmp_path):
     for how, want in ((("--prompt", "class A:"), (0, 0)), (("--prompt-ids", 1), (0, 0)),
                       (("--seed", 0), (0.75, 0)), (("--temperature", 0), (0, 3))):
         s = job(*this, *how)
-        assert (s.settings.temperature, s.a.seed) == want
+        assert (s.settings.temperature, s.flags.seed) == want
     put(tmp_path, {"kept.json": dict(settings=dict(costs=dict(costs, optimise=2.0)))})
     assert job(*this, "--costs", tmp_path / "kept.json").costs == dict(costs, optimise=2.0)
 
@@ -345,7 +346,7 @@ def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "command.start", SimpleNamespace(BEGAN=-1e6))
     how = ("--model", tiny, "--device", "cpu", "--prompt-ids", 1, "--temperature", 1)
     this = job(*how)
-    this.load().measure(this.model, this.model.cache(20), [1])
+    this.load().time_verifies(this.model, this.model.cache(20), [1])
     assert this.load_seconds > 1e6 and this.measure_seconds > 0
     notes = re.findall("loading 0.0 GB|timing passes|from then on one: ", capsys.readouterr().err)
     assert notes == [*said, "from then on one: "]

@@ -97,7 +97,7 @@ def test_a_comparison_is_of_clasp_with_plain_decoding():
 
 def a_job(json=False):
     """What `compare` asks of a Job."""
-    return SimpleNamespace(a=SimpleNamespace(json=json, seed=7, repeats=3), tokenizer=TOK,
+    return SimpleNamespace(flags=SimpleNamespace(json=json, seed=7, repeats=3), tokenizer=TOK,
                            stops=(5,), load_seconds=0.0, measure_seconds=0.0,
                            settings=SimpleNamespace(temperature=0),
                            report=lambda: dict(dtype="float32"))

@@ -67,11 +67,11 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config,
-                  eps: Tensor) -> Tensor:                                   # (T, D) -> (T, D)
+def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config
+                  ) -> Tensor:                                              # (T, D) -> (T, D)
     """llama.decoder_layer, of which each rank computes a part."""
-    x = x + total(attention(w, x, rows, keys, values, c, eps))
-    return x + total(feed_forward(w, x, eps))
+    x = x + total(attention(w, x, rows, keys, values, c))
+    return x + total(feed_forward(w, x))
 
 
 class Parallel(Llama):
@@ -143,7 +143,7 @@ class RankedJob(Job):
         return pickle.loads(self.store.get(f"value {self.asked}"))
 
     def prompt(self) -> list[int]:
-        if self.a.prompt == "-":
+        if self.flags.prompt == "-":
             text = sys.stdin.buffer.read()             # of the others it is empty: see `together`
             sys.stdin = io.TextIOWrapper(io.BytesIO(self.same(text)))
         return super().prompt()
@@ -158,9 +158,9 @@ class RankedJob(Job):
         self.model = SimpleNamespace(cfg=self.cfg, **own)
         return self
 
-    def measure(self, *where: Any) -> list[float]:
+    def time_verifies(self, *where: Any) -> list[float]:
         """All take rank 0's times."""
-        self.costs["verify"] = self.same(super().measure(*where))
+        self.costs["verify"] = self.same(super().time_verifies(*where))
         return self.costs["verify"]
 
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:

@@ -148,7 +148,7 @@ class Replay:
 
         def layer(i: int) -> None:
             keys, values = slots.layers[i]
-            self.update(m.layers[i], self.x, self.before[i], rows, keys, values, m.cfg, m.eps)
+            self.update(m.layers[i], self.x, self.before[i], rows, keys, values, m.cfg)
 
         def verify() -> list[Tensor]:
             return m.forward(self.ids, slots.text_rows(self.P), slots)

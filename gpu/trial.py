@@ -29,6 +29,7 @@ def random_llama(c: Config, device: torch.device, dtype: torch.dtype) -> Llama:
         return w.mul_(scale * n_in ** -0.5)
 
     one = torch.ones(c.D, device=device, dtype=dtype)
+    eps = torch.tensor(c.eps, device=device, dtype=torch.promote_types(dtype, torch.float32))
     # 9 in 16, scattered, never the first nor the last.
     quiet = random.Random(0).sample(range(1, c.L - 1), 9 * c.L // 16)
     layers = []
@@ -37,7 +38,7 @@ def random_llama(c: Config, device: torch.device, dtype: torch.dtype) -> Llama:
         layers.append(Layer(attn_norm=one, qkv=matrix((c.H + 2 * c.G) * c.hd, c.D).t(),
                             out=matrix(c.D, c.H * c.hd, adds).t(), mlp_norm=one,
                             gate_up=matrix(2 * c.ffn, c.D).t(),
-                            down=matrix(c.D, c.ffn, adds).t()))
+                            down=matrix(c.D, c.ffn, adds).t(), eps=eps))
     return Llama(c, matrix(c.V, c.D, c.D ** 0.5), layers, one, matrix(c.V, c.D, 4))
 
 

@@ -408,7 +408,7 @@ HOT = replace(S, top_k=0, top_p=1.0, N=50, M=5)
 PLANTED = {        # a change by name: where the first message must send
     "caches by turn": (edit(Llama, "forward", (
         "self.layer(i, h[i], rows, cache)", "self.block(self.layers[i], h[i], rows, "
-        "*cache.layers[i - sum(skip[:i])], self.cfg, self.eps)")), "the draft"),
+        "*cache.layers[i - sum(skip[:i])], self.cfg)")), "the draft"),
     "no final norm": (put(Llama, "head", lambda self, x: (x @ self.lm_head.T)), "the forward pass"),
     "no upper limit": (put(speculative, "acceptance", lambda p, q: p.double() / q), "the verdict"),
     "|p - q|": (put(speculative, "residual", lambda p, q: (p - q).abs() / (p - q).abs().sum()),

@@ -68,11 +68,11 @@ class Witness:
 def traced(job: Any) -> Callable[..., Iterator[Round]]:
     """`generate` for a job of the command, which writes each round to its --trace as well. Of the
     chance that it is given it takes the uniform numbers alone."""
-    said = job.numbers | dict(r=job.probe, seed=job.a.seed)
+    said = job.numbers | dict(r=job.probe, seed=job.flags.seed)
 
     def rounds(model: Any, ids: Sequence[int], s: Settings, chance: Chance, choose: Callable,
                policy: Any) -> Iterator[Round]:
-        with open(job.a.trace, "w", encoding="utf-8") as out:
+        with open(job.flags.trace, "w", encoding="utf-8") as out:
             yield from write_trace(out, model, ids, s, Recording(chance.uniform), choose, policy,
                                    about(job.folder), said, job.costs)
     return rounds

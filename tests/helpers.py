@@ -48,8 +48,9 @@ def tiny_llama(V=3, L=3, seed=0, dtype=torch.float64, D=8, H=2, G=1, hd=4, ffn=8
 
     cfg = llama.Config(L, D, H, G, hd, ffn, V, 1e-5, 256, False, 100.0, None)
     one = torch.ones(D, dtype=dtype, device=device)
+    eps = torch.tensor(1e-5, dtype=torch.promote_types(dtype, torch.float32), device=device)
     layers = [llama.Layer(one, new(D, (H + 2 * G) * hd, scale=D ** -0.5), new(H * hd, D, scale=0.5),
-                          one, new(D, 2 * ffn, scale=D ** -0.5), new(ffn, D, scale=0.5))
+                          one, new(D, 2 * ffn, scale=D ** -0.5), new(ffn, D, scale=0.5), eps)
               for _ in range(L)]
     return llama.Llama(cfg, new(V, D), layers, one, new(V, D, scale=0.5))
 
