@@ -33,9 +33,8 @@ from command.cli import Parser, UsageError, answered, number  # noqa: E402
 from command.flags import DEMO, DTYPES  # noqa: E402
 from dp_layer_skip import Choice  # noqa: E402
 from llama import Llama, ModelError, Tensor, read_config, torch  # noqa: E402
-from oracle import diagnosis, trace  # noqa: E402
+from oracle import alike, diagnosis, trace  # noqa: E402
 from oracle.allowed import allowed, distance, drawn_by, owed  # noqa: E402
-from oracle.conformance import alike  # noqa: E402
 from oracle.diagnosis import RULES, Departure  # noqa: E402
 from oracle.trace import indices, lines_of, short  # noqa: E402
 from policy.probe import choose_by  # noqa: E402

@@ -12,7 +12,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from xml.etree import ElementTree
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from oracle import alike  # noqa: E402
 from oracle.sampler import check  # noqa: E402
 from oracle.sampler.check import Refused, Verdict  # noqa: E402
 from oracle.sampler.law import ALONE, CASES  # noqa: E402
@@ -71,15 +71,6 @@ def judged(ask: Ask, requests: list[dict], judge: Callable[[dict, dict], str]) -
         else:
             fault = judge(request, answer)
             yield "WRONG" if fault else "ok", request["case"], fault
-
-
-def alike(ours: Any, theirs: Any, least: float = 1e-6) -> bool:
-    """Equal, but for the rounding of floats: by a millionth of them, or by so little."""
-    if isinstance(ours, float) and isinstance(theirs, (int, float)):
-        return math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=least)
-    if isinstance(ours, (list, tuple)) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(partial(alike, least=least), ours, theirs))
-    return ours == theirs
 
 
 def departure(ours: dict, theirs: dict) -> str:
