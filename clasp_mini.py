@@ -6,11 +6,11 @@ it, given the chooser of dp_layer_skip.py and a policy; command/ checks flags an
     python clasp_mini.py --verbose                            # round by round
     python clasp_mini.py --prompt "class Stack:" --compare    # against plain decoding
 
-Who decides how much is drafted, by which layers, and when these are chosen anew?
+Who decides how many tokens are drafted, by which layers, and when these are chosen anew?
 
     --strategy clasp   the default: our policy (policy/adaptive.py), by what passes cost and what
-                       was accepted. Of the paper's four numbers those that flags give are fixed; if
-                       all four are, it does the same as `paper`
+                       was accepted. Flags fix any of the paper's four numbers; with all four fixed
+                       it is `paper`
     --strategy paper   speculative.Paper, by four fixed numbers: K, M, exit threshold and interval
     --strategy ar      nobody: plain decoding, one token per pass; it is `paper` with K = 0
     --probe r          with clasp or paper: the last r tokens choose the layers, not one
@@ -18,11 +18,12 @@ Who decides how much is drafted, by which layers, and when these are chosen anew
 A Job (command/job.py) holds the flags, checked, what follows from them, and the model. Used here:
 
     job.flags          as the user gave them
+    job.strategy, job.probe, job.settings (of speculative.py), job.cfg (of llama.py)
     job.numbers        a dict of the paper's four; a value is None where our policy decides it
-    job.costs          a dict: what a draft step, a verify and an optimisation take, in plain steps
-    job.measure        times a verify, when the policy calls it; None if nothing of this is a guess
-    job.model          a Llama, and
-    job.choose         choose_skip; on a GPU job.load takes CUDA graphs of both (gpu/replay.py)
+    job.costs          a dict: what a draft step, a verify, an optimisation cost; a plain step is 1
+    job.measure        times verifies, for the policy to call; None if no cost is a guess
+    job.prompt()       the prompt's ids; job.load() reads the weights
+    job.model, job.choose      then a Llama and choose_skip, on a GPU CUDA graphs of them (gpu/)
     job.guarded        yields the same rounds; makes one line of "out of memory" or "GPUs disagree"
 """
 import os
@@ -71,7 +72,7 @@ def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
 def write(job: Job, ids: list[int]) -> int:
     """Text as it is made; the exit status."""
     screen = Screen(job, ids)
-    chance = screen.watched(Chance(job.flags.seed))    # may show what is drawn
+    chance = screen.watched(Chance(job.flags.seed))    # the same numbers; what is drawn may show
     status = 0
     try:
         for r in run(job, ids, chance):
@@ -88,15 +89,15 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
     ids = job.prompt()
     job.load(Llama, choose_skip)
     if job.flags.compare:
-        return compare(job, ids, run)                  # in turn, timed: plain decoding, `run`
+        return compare(job, ids, run)                  # times plain decoding and `run`, in turn
     return write(job, ids)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer` makes
     one line of what goes wrong."""
-    task = partial(work, argv)                         # task(the kind of Job)
-    # torchrun runs this once for each GPU; then a Job has a part of the model.
+    task = partial(work, argv)                         # takes the kind of Job
+    # torchrun runs this once for each GPU; `together` gives a kind that has a part of the model.
     if "LOCAL_RANK" in os.environ:
         from gpu.ranks import together
         return answer(lambda: together(task))

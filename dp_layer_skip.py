@@ -3,7 +3,7 @@ states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, the way back, an
 
     D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1   (if j < i)
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1   (if j > 0; wins a tie)
-    g[i,j] = the state that won; g[i,0] is h[i] itself
+    g[i,j] = the state that won; but g[i,0] is set to h[i], once D[i,0] is known
 
 In words: after the first i layers, j of them left out, how close can we be to where the full model
 is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or it was
@@ -21,8 +21,8 @@ Why compared at depth i and not at the end: running the remaining layers for eve
 too much, and a state near h[i] mostly ends near h[L]. Why approximate (§3.5): a cell keeps one
 state, the nearest so far, although a farther one might come out nearer in the end.
 
-The cost is L calls of f with at most M+1 states; h the pass that checks drafts has computed.
-Column 0 is a check for the caller: D[i,0] is how near layer i-1, run on the full model's own
+The cost is L calls of f with at most M+1 states. h costs nothing: verifying has computed it.
+Column 0 is a check, which tests make: D[i,0] is how near layer i-1, run on the full model's own
 h[i-1], comes to h[i]. If it is not 1, up to rounding, f (its cache, its mask) sees something else.
 """
 import itertools
@@ -55,7 +55,7 @@ class Choice:
         for i in range(L, 0, -1):
             if self.skipped[i][j]:
                 skip[i - 1] = True
-                j -= 1                                 # there were j-1 skips before it
+                j -= 1                                 # so many skips before layer i-1
         return tuple(skip)
 
 
@@ -70,7 +70,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (...,
 
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> Choice:
     """The recurrence as it is written, a cell at a time: to read first, and the reference for the
-    fast one. Algorithm 1 runs a layer only if that is nearer, so a tie skips it."""
+    fast one. Algorithm 1 runs a layer only if that is nearer, so a tie skips it; 0 <= M <= L."""
     L = len(h) - 1
     D = [[nan] * (M + 1) for _ in range(L + 1)]
     skipped = [[False] * (M + 1) for _ in range(L + 1)]
@@ -85,7 +85,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
                 near_run = near(after, h[i]).item()
             if j > 0:
                 near_skip = near(g[i - 1, j - 1][None], h[i]).item()
-            run_wins = j == 0 or near_run > near_skip  # strict: a tie skips, and so does nan
+            run_wins = j == 0 or near_run > near_skip  # strict: a tie skips; so does nan, if j > 0
             skipped[i][j] = not run_wins
             D[i][j] = near_run if run_wins else near_skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
@@ -102,8 +102,8 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """-> D and skipped, (L+1, M+1) each, and g[L]. Row i needs only row i-1, whose cells go through
-    layer i-1 in one call (§3.6). It has cells 0 .. i; what lies beyond them in g, near_run and
-    near_skip is filler. No number reaches the host, so a CUDA graph can record it."""
+    layer i-1 in one call (§3.6). It has cells 0 .. i, as far as M; what lies beyond in g, near_run
+    and near_skip is filler. No number reaches the host, so a CUDA graph can record it."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -111,14 +111,14 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
     g = h[:1].repeat(M + 1, 1)                         # (M+1, width): cell 0, then filler
-    near_run = torch.full_like(D[0], -inf)                                  # (M+1,)
+    near_run = torch.full_like(D[0], -inf)             # (M+1,); in row i cell i has this still,
     for i in range(1, L + 1):
         J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        near_run[:J] = near(after, h[i])               # cell i has nothing to run: its -inf loses
+        near_run[:J] = near(after, h[i])               # as there is nothing that could be run
         near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1
         run_wins = near_run > near_skip                # strict: a tie skips
-        run_wins[0] = True                             # cell 0 cannot skip: it got the last one's
+        run_wins[0] = True                             # cell 0 cannot skip: it got cell M's
         D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # every cell as if it had skipped;
@@ -157,8 +157,8 @@ def show(choice: Choice) -> str:
     skip = choice.skip()
     lines = ["        j = " + "".join(f"{j:^7}" for j in range(len(choice.D[0])))]
     for i, row in enumerate(choice.D):
-        spent = sum(skip[:i])                          # the cell of the way back in this row
-        cells = ["   .   " if j > i else f" {v:.3f}{'*' if j == spent else ' '}"
+        at = sum(skip[:i])                             # left out so far: the way back's cell here
+        cells = ["   .   " if j > i else f" {v:.3f}{'*' if j == at else ' '}"
                  for j, v in enumerate(row)]
         did = f"  layer {i - 1:2} {'SKIPPED' if skip[i - 1] else 'run'}" if i > 0 else ""
         lines.append(f"  i = {i:2}    " + "".join(cells) + did)
@@ -195,6 +195,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):                     # `| head` ends it without a word
+    if hasattr(signal, "SIGPIPE"):                     # a closed pipe ends it without a word
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -15,7 +15,7 @@ may see another, nor the entry that the full model wrote for that token at slot 
 Glossary (sizes are in `Config`)
     T, t  rows of a pass; the position of the first
     S     slots of the cache
-    W     of these a pass looks at slots 0 .. W-1
+    W     a pass looks at slots 0 .. W-1 only
     R     query heads that share a key/value head, H / G
     h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
 
@@ -43,7 +43,7 @@ from torch import Tensor  # noqa: E402
 class Config:
     """What the forward pass needs of config.json; in brackets its values in the 8B."""
     L: int                      # num_hidden_layers [32]
-    D: int                      # hidden_size [4096]
+    D: int                      # hidden_size [4096], the width of a state
     H: int                      # num_attention_heads [32]
     G: int                      # num_key_value_heads [8]
     hd: int                     # head_dim [128]; H * hd need not be D
@@ -89,7 +89,7 @@ class Cache:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
         every = self.slot[:t + T]
-        slots = every[t:]                              # not from 0: right in the prefill alone
+        slots = every[t:]                              # t .. t+T-1, also their positions
         may_read = every <= slots[:, None]                                      # (T, W)
         return self.rows(slots, slots, may_read)
 
@@ -127,14 +127,14 @@ def rope_frequencies(cfg: Config) -> Tensor:
 
 class Layer(NamedTuple):
     """One decoder layer's weights; matrices map rows, x @ W. Projections that read the same input
-    are one matrix: in a pass of few rows it is the calls that cost; this saves three of seven."""
+    are one matrix: in a pass of few rows calls cost most, and so there are four, not seven."""
     attn_norm: Tensor           # (D,)
     qkv: Tensor                 # (D, (H + 2G) * hd): queries, keys, values
     out: Tensor                 # (H * hd, D)
     mlp_norm: Tensor            # (D,)
     gate_up: Tensor             # (D, 2 * ffn)
     down: Tensor                # (ffn, D)
-    eps: Tensor                 # (), of norms; its dtype is that of norms, softmax and logits
+    eps: Tensor                 # (), of norms; its dtype, float32 or wider, is also softmax's
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
@@ -172,7 +172,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
     # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
-    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)
+    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # in float32 or wider
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
     mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
     return mixed @ w.out
@@ -186,8 +186,8 @@ def feed_forward(w: Layer, x: Tensor) -> Tensor:                            # (T
 
 def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config
                   ) -> Tensor:                                              # (T, D) -> (T, D)
-    """f_i: the residual stream x, to which attention and then feed-forward add. A plain function
-    of tensors, so that gpu/ can compile it."""
+    """f_i: attention, then feed-forward, each added to the residual stream x. A plain function of
+    tensors, so that gpu/ can compile it."""
     x = x + attention(w, x, rows, keys, values, c)
     return x + feed_forward(w, x)
 
@@ -196,16 +196,16 @@ class Llama:
     """Weights and what uses them. No pass changes it, so that one model serves many caches."""
 
     def __init__(self, cfg: Config, embed: Tensor, layers: list[Layer], norm: Tensor,
-                 head: Tensor) -> None:
+                 lm_head: Tensor) -> None:
         self.cfg = cfg
         self.embed = embed                             # (V, D)
         self.layers = layers
         self.norm = norm                               # (D,)
-        self.lm_head = head                            # (V, D)
+        self.lm_head = lm_head                         # (V, D)
         self.device = embed.device
         self.dtype = embed.dtype
         self.eps = layers[0].eps                       # the same in all
-        self.block = decoder_layer                     # gpu/ may put another in its place
+        self.block = decoder_layer                     # gpu/ has others: compiled, or of a share
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and scratch slots after them."""
@@ -239,8 +239,8 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
-        on a GPU, else float32). part(name, tensor) is what to keep of a tensor that was found to be
-        right: all of it, or one GPU's share (gpu/ranks.py). Raises ModelError."""
+        on a GPU, else float32). part(name, tensor) returns what to keep of a tensor once its shape
+        is checked: all of it, or one GPU's share (gpu/ranks.py). Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -258,12 +258,14 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     """Embedding, layers, norm and head, as `Llama.load` was told. Every tensor of the files is used
     exactly once. Raises ModelError."""
     unused = tensors(folder)
-    if c.tied and "lm_head.weight" in unused:          # one may stand for both, or both be equal
+    if c.tied and "lm_head.weight" in unused:          # in such files either may be alone
         other = unused.pop("lm_head.weight")
         kept = unused.setdefault("model.embed_tokens.weight", other)
         if not kept.equal(other):
             raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                              "though config.json ties them")
+
+    eps = torch.tensor(c.eps, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
     def take(name: str, *shape: int) -> Tensor:
         name += ".weight"
@@ -291,14 +293,13 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
                      gate_up=matrix(f"{at}.mlp", c.D, gate=c.ffn, up=c.ffn),
                      down=matrix(f"{at}.mlp", c.ffn, down=c.D), eps=eps)
 
-    eps = torch.tensor(c.eps, device=device, dtype=torch.promote_types(dtype, torch.float32))
     embed = take("model.embed_tokens", c.V, c.D)
     layers = [layer_weights(f"model.layers.{i}") for i in range(c.L)]
     norm = take("model.norm", c.D)
-    head = embed if c.tied else take("lm_head", c.V, c.D)
+    lm_head = embed if c.tied else take("lm_head", c.V, c.D)
     if unused:
         raise ModelError(f"{folder}: {len(unused)} weights too many, such as {min(unused)}")
-    return embed, layers, norm, head
+    return embed, layers, norm, lm_head
 
 
 def read_config(folder: str | Path) -> Config:
@@ -313,8 +314,7 @@ def read_config(folder: str | Path) -> Config:
         if not isinstance(rope, dict):
             raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
         given.update(rope)
-    # Older files say "type". A factor with neither is refused below, by a type that none has: what
-    # it scales is not known.
+    # Older files say "type". A factor with neither is "unnamed", and so refused below.
     otherwise = "unnamed" if "factor" in given else "default"
     given.setdefault("rope_type", given.get("type", otherwise))
     supported = dict(                                  # if a key is given, it is one of these

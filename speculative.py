@@ -1,5 +1,5 @@
 """Self-speculative decoding: the lossless sampler and CLaSp's loop. `python speculative.py` prints
-what comes out of the right sampler and of three wrong ones.
+what comes out by the right rule and by three wrong ones.
 
 Why it is lossless (Leviathan et al. 2023, Chen et al. 2023). A draft proposes token d with
 probability q(d); the full model would have said p(d).
@@ -11,9 +11,11 @@ probability q(d); the full model would have said p(d).
 
 Together that is p, whatever q was: a bad draft costs time, never truth. Three things must hold:
 
-    - one function (`probabilities`) turns logits into p and into q;
+    - p is what the user asked for, and q is what the token was really drawn from: one function,
+      `probabilities`, makes both of logits;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, as it or a later one was doubtful, makes it too rare;
+      harmless. To drop one unjudged, for its own low q(d) or a doubtful later one, is not: such
+      tokens get too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
@@ -41,7 +43,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # no
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-CHUNK = 512                  # most rows of a prefill pass: each head's scores are rows x slots
+CHUNK = 512                  # most rows of a pass, as each head's scores take rows x slots
 NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 
@@ -75,7 +77,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     highest = logits.amax(-1, keepdim=True)
-    p = ((logits - highest) / s.temperature).softmax(-1)   # at most 0, so that none becomes +inf
+    p = ((logits - highest) / s.temperature).softmax(-1)   # at most 0: no T makes it +inf
     if s.top_p < 1:
         likely, order = p.sort(dim=-1, descending=True, stable=True)
         before = likely.cumsum(-1) - likely            # the mass of all that are likelier
@@ -116,13 +118,13 @@ class Chance:
         kept = u < a
         return kept.cumprod(0).sum(0, keepdim=True)    # 1 1 0 1 -> 1 1 0 0 -> 2
 
-    def draw(self, p: Tensor) -> Tensor:               # (V,) -> (1,), an id, likewise
+    def draw(self, p: Tensor) -> Tensor:               # (V,) -> (1,), an id, there too
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # A parallel sum is rounded: it may rise where p is 0, so there it counts as 0, and fall, so
-        # that its total is not the last, but the largest.
+        # A parallel sum is rounded. It may rise where p is 0: there it is made 0, so that such an
+        # id cannot be drawn. It may fall: so its total is the largest entry, not the last.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
@@ -131,8 +133,8 @@ class Chance:
 def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tuple[Tensor, Tensor]:
     """Leviathan et al. 2023, Algorithm 1. p (k+1, V): row i < k is the full model's distribution at
     the place of drafted[i], row k that of the place after them all; q: k times (V,). Returns how
-    many are accepted, from the first on, and the full model's own token after them, both (1,) on
-    p's device: to read them waits for a GPU, nothing here does."""
+    many are accepted, from the first on, and the full model's own token after them, both (1,), on
+    p's device. Nothing here waits for a GPU; reading them does."""
     if not drafted:                                    # plain decoding, and the prefill
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
@@ -149,7 +151,7 @@ class Paper:
 
         slots         once: how many slots of the cache, after the text, may `optimise` write?
         skip          in each round: which layers does the draft leave out?
-        goes_on()     before each token: shall one more be drafted?
+        goes_on()     before each token for which there is room: shall it be drafted?
         judged()      after each verify, the prefill included: here is what it said
         due()         after that, unless the text is done: are layers to be chosen?
         optimise()    if they are: set `skip` anew
@@ -177,8 +179,8 @@ class Paper:
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
-        """§3.4 to 3.6. h (L+1, width) are the probe's states; `text` ends with the probe, and only
-        its length is used here."""
+        """CLaSp §3.4 to 3.6. h (L+1, width) are the probe's states; `text` ends with the probe, and
+        its length alone is used here."""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
         def run_layer(i: int, g: Tensor) -> Tensor:    # (J, width) -> (J, width)
@@ -204,10 +206,10 @@ class Round:
 @torch.inference_mode()                                # while it runs, not between its rounds
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
-    """Continue `prompt` by s.N tokens, or to a stop token; yield each round as it ends (Fig. 1).
+    """CLaSp, Fig. 1: continue `prompt` by s.N tokens, or to a stop token. Yields each round.
     The full model's distribution comes out, whatever `choose` and `policy` (None: `Paper`) decide:
-    exactly, but for rounding: a pass over several rows differs in the last bits from several over
-    one. Raises FloatingPointError where logits are not finite numbers."""
+    exactly, but for rounding, as one pass over k rows and k passes over one differ in the last
+    bits. Raises FloatingPointError where logits are not finite numbers."""
     assert prompt, "there must be a token to continue"
     policy = policy or Paper(s, model.cfg.L)
     text = list(prompt)
@@ -222,7 +224,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        #    They and own must fit before `end`; the last token and they into one pass of `read`.
+        #    Drafted tokens and own must fit before `end`, the last token and these into one pass.
         most = 0 if n == 0 else min(end - start, CHUNK) - 1
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy.goes_on, chance)
         k = len(drafted)
@@ -236,8 +238,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, all_finite = torch.cat((*verdict, finite)).tolist()  # waits for a GPU
-        if not all_finite:
+        accepted, own, ok = torch.cat((*verdict, finite)).tolist()          # waits for a GPU
+        if not ok:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]
@@ -277,7 +279,7 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
         highest = logits.softmax(-1).amax(0, keepdim=True)
         # One fetch, as each waits for a GPU. In float32 an id below 2^24 is exact.
         token, top = torch.cat((last, highest)).tolist()
-        if math.isnan(top):                            # infinite logits give nan too, by softmax
+        if math.isnan(top):                            # a logit of inf gives nan too, by softmax
             raise FloatingPointError(NOT_FINITE)
         drafted.append(int(token))
         confidence.append(top)

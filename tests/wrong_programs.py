@@ -224,8 +224,7 @@ SAMPLER_AND_LOOP = {
     "a stop in a draft is told twice": edit(
         report, "fates", ("own=r.emitted[r.accepted:]", "own=r.emitted[-1:]")),
     "infinite logits are numbers": loop(("logits.isfinite()", "~logits.isnan()")),
-    "only the prompt's logits are looked at": loop(
-        ("if not all_finite", "if n == 0 and not all_finite")),
+    "only the prompt's logits are looked at": loop(("if not ok", "if n == 0 and not ok")),
     "layers are optimised a round late": edit(Paper, "due", ("== 0 and", "== 1 and")),
     "the probe is the last drafted token": loop(("x[accepted] for", "x[-1] for")),
     "the probe is the token before the round": loop(("x[accepted] for", "x[0] for")),
