@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -404,4 +405,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                     # a closed pipe ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

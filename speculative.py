@@ -33,6 +33,7 @@ of those in llama.py; `choose` is called as dp_layer_skip.choose_skip is.
 """
 import itertools
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -325,4 +326,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                     # a closed pipe ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -129,11 +129,12 @@ def test_candidates_are_drawn_as_rows_that_read_the_past_and_themselves(capsys):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no broken pipes here")
-def test_a_reader_that_has_seen_enough_gets_no_traceback():
+@pytest.mark.parametrize("name", ["dp_layer_skip.py", "speculative.py", "llama.py"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(name):
     """Rejects a broken pipe told at length: `python dp_layer_skip.py | head`. Nobody reads here."""
     read, write = os.pipe()
     os.close(read)
-    program = [sys.executable, ROOT / "dp_layer_skip.py"]
+    program = [sys.executable, ROOT / name]
     done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
