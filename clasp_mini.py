@@ -17,21 +17,23 @@ Who decides how many tokens are drafted, by which layers, and when these are cho
 
 A Job (command/job.py) holds the flags, checked, what follows from them, and the model. Used here:
 
-    job.flags          as the user gave them
+    job.flags          otherwise as the user gave them
     job.strategy, job.probe, job.settings (of speculative.py), job.cfg (of llama.py)
     job.numbers        a dict of the paper's four; a value is None where our policy decides it
-    job.costs          a dict: what a draft step, a verify, an optimisation cost; a plain step is 1
-    job.measure        times verifies, for the policy to call; None if no cost is a guess
-    job.prompt()       the prompt's ids; job.load() reads the weights
-    job.model, job.choose      then a Llama and choose_skip, on a GPU CUDA graphs of them (gpu/)
-    job.guarded        yields the same rounds; makes one line of "out of memory" or "GPUs disagree"
+    job.costs          a dict: what a draft step (per layers left out), a verify (per rows) and an
+                       optimisation cost, in plain steps; measured earlier, or guessed
+    job.measure        by this our policy times verifies, if costs are guessed; else None
+    job.prompt()       the prompt's ids
+    job.load(...)      reads the weights: then
+    job.model          is a Llama, and job.choose choose_skip; on a GPU CUDA graphs of them (gpu/)
+    job.guarded        yields the same rounds; turns "out of memory" and "GPUs disagree" into a line
 """
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-# First, as the other imports are slow: starts the clock, and makes Ctrl-C quiet meanwhile.
+# This comes first, as the other imports are slow: it starts the clock, and quiets Ctrl-C.
 if __name__ == "__main__":
     import command.start  # noqa: F401
 from command.cli import answer
@@ -47,10 +49,10 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides. For `ar` the job has set K = 0."""
+    """Who decides. The job has made `paper` of clasp with four fixed numbers, and K = 0 for ar."""
     if job.strategy == "clasp":
         return Adaptive(job.settings,
-                        **job.costs,                   # draft=, verify=, optimise=
+                        **job.costs,                   # draft= (L + 1 of them), verify=, optimise=
                         **job.numbers,                 # K=, M=, exit_threshold=, interval=
                         probe=job.probe,
                         measure=job.measure)
@@ -72,7 +74,7 @@ def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
 def write(job: Job, ids: list[int]) -> int:
     """Text as it is made; the exit status."""
     screen = Screen(job, ids)
-    chance = screen.watched(Chance(job.flags.seed))    # the same numbers; what is drawn may show
+    chance = screen.watched(Chance(job.flags.seed))    # draws the same; a terminal may show it
     status = 0
     try:
         for r in run(job, ids, chance):
@@ -84,7 +86,8 @@ def write(job: Job, ids: list[int]) -> int:
 
 
 def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
-    """Do what the flags say. What is wrong with them is found before the weights are read."""
+    """Do what the flags say. What is wrong with them is found before the weights are read. A Job is
+    made or, under torchrun, one that has this GPU's part of the model."""
     job = job_class(parsed(argv))
     ids = job.prompt()
     job.load(Llama, choose_skip)
@@ -96,12 +99,10 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer` makes
     one line of what goes wrong."""
-    task = partial(work, argv)                         # takes the kind of Job
-    # torchrun runs this once for each GPU; `together` gives a kind that has a part of the model.
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU
         from gpu.ranks import together
-        return answer(lambda: together(task))
-    return answer(lambda: task(Job))
+        return answer(lambda: together(partial(work, argv)))
+    return answer(lambda: work(argv, Job))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ states (§3.4, eq. 2). `python dp_layer_skip.py` shows a table, the way back, an
 
     D[i,j] = max( cos(h[i], f_{i-1}(g[i-1, j])),     run  layer i-1   (if j < i)
                   cos(h[i], g[i-1, j-1]) )           skip layer i-1   (if j > 0; wins a tie)
-    g[i,j] = the state that won; but g[i,0] is set to h[i], once D[i,0] is known
+    g[i,j] = the state that won; then g[i,0] is set to h[i], which it equals up to rounding
 
 In words: after the first i layers, j of them left out, how close can we be to where the full model
 is *at that depth*? Either the last of the i was run, on the best state one layer earlier, or it was
@@ -14,7 +14,7 @@ Glossary
     h[0..L]  the full model's states of one token, h[L] before the final norm: (L+1, width)
     f_i      layer i, on J states of that token at once, each as if alone: (J, width) -> (J, width)
     D        (L+1, M+1) best cosines, nan where j > i
-    g        (M+1, width): in `table` the states of the current row i; where j > i they are filler
+    g        (M+1, width) the states of one row of the table; in row i cells beyond i are filler
     skipped  (L+1, M+1) True where the cell was reached by skipping layer i-1
 
 Why compared at depth i and not at the end: running the remaining layers for every cell would cost
@@ -22,8 +22,8 @@ too much, and a state near h[i] mostly ends near h[L]. Why approximate (§3.5): 
 state, the nearest so far, although a farther one might come out nearer in the end.
 
 The cost is L calls of f with at most M+1 states. h costs nothing: verifying has computed it.
-Column 0 is a check, which tests make: D[i,0] is how near layer i-1, run on the full model's own
-h[i-1], comes to h[i]. If it is not 1, up to rounding, f (its cache, its mask) sees something else.
+Column 0 checks f (tests look at it): D[i,0] is how near layer i-1, run on the full model's own
+h[i-1], comes to h[i]. If it is not 1, up to rounding, f sees another cache or mask than the model.
 """
 import itertools
 import signal
@@ -55,7 +55,7 @@ class Choice:
         for i in range(L, 0, -1):
             if self.skipped[i][j]:
                 skip[i - 1] = True
-                j -= 1                                 # so many skips before layer i-1
+                j -= 1                                 # now the skips before layer i-1
         return tuple(skip)
 
 
@@ -85,7 +85,7 @@ def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosin
                 near_run = near(after, h[i]).item()
             if j > 0:
                 near_skip = near(g[i - 1, j - 1][None], h[i]).item()
-            run_wins = j == 0 or near_run > near_skip  # strict: a tie skips; so does nan, if j > 0
+            run_wins = j == 0 or near_run > near_skip  # strict: a tie skips, and so does nan
             skipped[i][j] = not run_wins
             D[i][j] = near_run if run_wins else near_skip
             g[i, j] = after[0] if run_wins else g[i - 1, j - 1]
@@ -102,8 +102,8 @@ def choose_skip(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> 
 def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
           ) -> tuple[Tensor, Tensor, Tensor]:
     """-> D and skipped, (L+1, M+1) each, and g[L]. Row i needs only row i-1, whose cells go through
-    layer i-1 in one call (§3.6). It has cells 0 .. i, as far as M; what lies beyond in g, near_run
-    and near_skip is filler. No number reaches the host, so a CUDA graph can record it."""
+    layer i-1 in one call (§3.6). Row i has cells 0 .. min(i, M); beyond them g, near_run and
+    near_skip are filler. No number reaches the host, so a CUDA graph can record it."""
     L = len(h) - 1
     assert 0 <= M <= L, f"{M} of {L} layers cannot be skipped"
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -111,18 +111,18 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
     g = h[:1].repeat(M + 1, 1)                         # (M+1, width): cell 0, then filler
-    near_run = torch.full_like(D[0], -inf)             # (M+1,); in row i cell i has this still,
+    near_run = torch.full_like(D[0], -inf)             # (M+1,); in row i cell i stays: none to run
     for i in range(1, L + 1):
         J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
         after = run_layer(i - 1, g[:J])
-        near_run[:J] = near(after, h[i])               # as there is nothing that could be run
+        near_run[:J] = near(after, h[i])
         near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1
         run_wins = near_run > near_skip                # strict: a tie skips
-        run_wins[0] = True                             # cell 0 cannot skip: it got cell M's
+        run_wins[0] = True                             # cell 0 cannot skip: it got M's near_skip
         D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
-        g = g.roll(1, 0)                               # every cell as if it had skipped;
-        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # then those that ran
+        g = g.roll(1, 0)                               # suppose that every cell skipped
+        g[:J] = torch.where(run_wins[:J, None], after, g[:J])               # correct those that ran
         g[0] = h[i]                                    # column 0: the full model's state
     return D, skipped, g
 
@@ -176,7 +176,7 @@ def main() -> None:
     choice = choose_skip(*toy(9, 16, seed=3), 3)
     print(show(choice))
     print(f"\nLeft out: {[i for i, left_out in enumerate(choice.skip()) if left_out]}. "
-          "The last row shows every smaller budget.\n"
+          "The last row shows how near smaller budgets end.\n"
           "\nHow good is it? All sets are run, for their cosine with h[L] in the end. The one\n"
           "chosen is near the best, not always the best.\n"
           "  toy    L   M       DP     best    mean of all    rank of the DP's set")

@@ -21,6 +21,7 @@ Glossary (sizes are in `Config`)
 
 The model owns weights and nothing else; `Cache` stores; the caller counts positions. So rolling
 back a rejected draft is mere arithmetic: later slots are overwritten before anyone may read them.
+Held to a slow one written apart (tests/slow_llama.py) and to Transformers (gpu/check.py).
 """
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ from torch import Tensor  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    """What the forward pass needs of config.json; in brackets its values in the 8B."""
+    """What is needed of config.json; in brackets its values in the 8B."""
     L: int                      # num_hidden_layers [32]
     D: int                      # hidden_size [4096], the width of a state
     H: int                      # num_attention_heads [32]
@@ -135,22 +136,22 @@ class Layer(NamedTuple):
     mlp_norm: Tensor            # (D,)
     gate_up: Tensor             # (D, 2 * ffn)
     down: Tensor                # (ffn, D)
-    eps: Tensor                 # (), of norms; its dtype, float32 or wider, is also softmax's
+    eps: Tensor                 # (), of norms. These, softmax and logits have its dtype: wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
     """x / sqrt(mean(x^2) + eps) in eps.dtype, float32 or wider; times weight in the dtype of x. eps
     is a tensor, since with a Python number small calls on a CPU take twice as long."""
     x_wide = x.type(eps.dtype)                         # .to would do, in twice the time
-    total = x_wide.square().sum(-1, keepdim=True)
-    under_root = torch.add(eps, total, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
+    squares = x_wide.square().sum(-1, keepdim=True)
+    under_root = torch.add(eps, squares, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
     return (x_wide * under_root.rsqrt()).type(x.dtype) * weight
 
 
 def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T, heads, hd)
     """Rotary embedding, Hugging Face's layout: element k turns with element k + hd/2. Rolling by
     half a head brings each to its partner's place; the sign that one of the two needs is in the
-    table. (Meta's files interleave the pairs: the wrong layout does not crash, it writes worse.)"""
+    table. (Meta's files interleave the pairs: with the wrong layout the text just gets worse.)"""
     partner = x.roll(x.shape[-1] // 2, -1)
     return (x * rows.cos + partner * rows.sin).type(x.dtype)
 
@@ -173,7 +174,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
     # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
-    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # in float32 or wider
+    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # wide, as norms
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
     mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
     return mixed @ w.out
@@ -206,7 +207,7 @@ class Llama:
         self.device = embed.device
         self.dtype = embed.dtype
         self.eps = layers[0].eps                       # the same in all
-        self.block = decoder_layer                     # gpu/ has others: compiled, or of a share
+        self.block = decoder_layer                     # gpu/ has others: compiled; of a GPU's share
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and scratch slots after them."""
@@ -240,8 +241,8 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
-        on a GPU, else float32). part(name, tensor) returns what to keep of a tensor once its shape
-        is checked: all of it, or one GPU's share (gpu/ranks.py). Raises ModelError."""
+        on a GPU, else float32). part(name, tensor), called when the shape was checked, returns all
+        of it, or one GPU's share (gpu/ranks.py). Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -256,10 +257,10 @@ class ModelError(Exception):
 
 def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype, part: Callable
                  ) -> tuple[Tensor, list[Layer], Tensor, Tensor]:
-    """Embedding, layers, norm and head, as `Llama.load` was told. Every tensor of the files is used
-    exactly once. Raises ModelError."""
+    """Embedding, layers, norm and head, as `Llama.load` is asked for. Every tensor of the files is
+    used exactly once. Raises ModelError."""
     unused = tensors(folder)
-    if c.tied and "lm_head.weight" in unused:          # in such files either may be alone
+    if c.tied and "lm_head.weight" in unused:          # tied files hold one, the other or both
         other = unused.pop("lm_head.weight")
         kept = unused.setdefault("model.embed_tokens.weight", other)
         if not kept.equal(other):
@@ -279,7 +280,7 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         return part(name, got).to(device, dtype, copy=True)     # a copy, not a view of the file
 
     def matrix(prefix: str, n_in: int, **n_out: int) -> Tensor:
-        """matrix("x", D, k=a, v=b): x.k_proj (a, D) over x.v_proj (b, D), transposed (D, a + b)."""
+        """matrix("x", D, k=a, v=b) -> (D, a + b): x.k_proj and x.v_proj, stacked and transposed."""
         w = torch.cat([take(f"{prefix}.{proj}_proj", n, n_in) for proj, n in n_out.items()])
         # w.t() is a view. In float32 on a CPU x @ W is faster with a copy, elsewhere not.
         return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
@@ -314,10 +315,10 @@ def read_config(folder: str | Path) -> Config:
         rope = given.get(name, {})
         if not isinstance(rope, dict):
             raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
-        given.update(rope)
+        given.update(rope)                             # its keys beside the others
     # Older files say "type". A factor with neither is "unnamed", and so refused below.
-    otherwise = "unnamed" if "factor" in given else "default"
-    given.setdefault("rope_type", given.get("type", otherwise))
+    fallback = "unnamed" if "factor" in given else "default"
+    given.setdefault("rope_type", given.get("type", fallback))
     supported = dict(                                  # if a key is given, it is one of these
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
@@ -381,8 +382,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # A tensor in two shards is taken from that which the index names. Old files hold
-            # inv_freq, which is computed here.
+            # If two shards hold a tensor, the index decides. Old files have inv_freq, which is
+            # computed here.
             if shard_of.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found

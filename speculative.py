@@ -14,8 +14,8 @@ Together that is p, whatever q was: a bad draft costs time, never truth. Three t
     - p is what the user asked for, and q is what the token was really drawn from: one function,
       `probabilities`, makes both of logits;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, for its own low q(d) or a doubtful later one, is not: such
-      tokens get too rare;
+      harmless. To drop one unjudged, because its own q(d) is low or the next one was doubtful, is
+      not: such tokens get too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
@@ -56,7 +56,7 @@ class Settings:
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    # For `Paper` alone:
+    # For `Paper` alone; another policy is given its numbers itself:
     K: int = 0                  # 0 is plain decoding
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
@@ -78,7 +78,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     highest = logits.amax(-1, keepdim=True)
-    p = ((logits - highest) / s.temperature).softmax(-1)   # at most 0: no T makes it +inf
+    p = ((logits - highest) / s.temperature).softmax(-1)   # at most 0: never +inf
     if s.top_p < 1:
         likely, order = p.sort(dim=-1, descending=True, stable=True)
         before = likely.cumsum(-1) - likely            # the mass of all that are likelier
@@ -111,7 +111,7 @@ class Chance:
         """u in [0, 1), 53 random bits."""
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
-    def accept(self, a: Tensor) -> Tensor:             # (k,) -> (1,), which stays on the device
+    def accept(self, a: Tensor) -> Tensor:             # (k,) -> (1,), on a's device
         """How many drafted tokens are accepted: each with its probability a, until one is not.
         u < a is strict: u <= a would pass a token of probability 0 at u = 0."""
         uniforms = [self.uniform() for _ in range(len(a))]
@@ -119,7 +119,7 @@ class Chance:
         kept = u < a
         return kept.cumprod(0).sum(0, keepdim=True)    # 1 1 0 1 -> 1 1 0 0 -> 2
 
-    def draw(self, p: Tensor) -> Tensor:               # (V,) -> (1,), an id, there too
+    def draw(self, p: Tensor) -> Tensor:               # (V,) -> (1,), an id, on p's device
         """A token drawn from p: the first at which the running sum, in float64, exceeds u times the
         total."""
         u = self.uniform()
@@ -136,7 +136,7 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tup
     the place of drafted[i], row k that of the place after them all; q: k times (V,). Returns how
     many are accepted, from the first on, and the full model's own token after them, both (1,), on
     p's device. Nothing here waits for a GPU; reading them does."""
-    if not drafted:                                    # plain decoding, and the prefill
+    if not drafted:                                    # as ever in plain decoding; it is faster
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
     token = torch.tensor(drafted).to(p.device, non_blocking=True)
@@ -204,7 +204,7 @@ class Round:
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
 
-@torch.inference_mode()                                # while it runs, not between its rounds
+@torch.inference_mode()                                # left at each yield, entered again after it
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
     """CLaSp, Fig. 1: continue `prompt` by s.N tokens, or to a stop token. Yields each round.
@@ -225,7 +225,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        #    Drafted tokens and own must fit before `end`, the last token and these into one pass.
+        #    `most` and own fit before `end`; the last token and `most` fit into one pass.
         most = 0 if n == 0 else min(end - start, CHUNK) - 1
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy.goes_on, chance)
         k = len(drafted)
@@ -239,7 +239,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         p = probabilities(logits, s)                                        # (k+1, V)
         verdict = judge(p, q, drafted, chance)
         finite = logits.isfinite().all()[None]
-        accepted, own, ok = torch.cat((*verdict, finite)).tolist()          # waits for a GPU
+        accepted, own, ok = torch.cat((*verdict, finite)).tolist()          # ints; waits for a GPU
         if not ok:
             raise FloatingPointError(NOT_FINITE)
         policy.judged(confidence, p, q, accepted)
@@ -253,8 +253,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         verifying = _clock(model)
 
         # 3. Optimise layers, for the next drafts, by the states that the verify has computed for
-        #    the probe, at position cached - 1: row 0 is the token before the draft, row `accepted`
-        #    the last accepted one.
+        #    the probe, at position cached - 1. Row `accepted` is that of the last accepted token,
+        #    or, as row 0, that of the one before the draft.
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, width)
@@ -268,7 +268,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
 def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
           goes_on: Callable, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
     """Up to `most` tokens drafted after `text`, their q (V,) and confidences. A stop token ends the
-    draft; so does a doubtful one, which is judged like any other (the paper is silent on that)."""
+    draft; so does a doubtful one. (That it is judged as others are, the paper does not say.)"""
     drafted, q, confidence = [], [], []
     last = torch.tensor(text[-1:], device=model.device)                     # (1,)
     while len(drafted) < most and goes_on(confidence):
@@ -290,8 +290,8 @@ def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[boo
 
 
 def read(model: Any, tokens: Sequence[int], t: int, cache: Any) -> list[Tensor]:
-    """A full pass over `tokens`, the first at position t; if they are many, several passes of about
-    equal size. -> the states of the last one."""
+    """A full pass over `tokens`, the first at position t; over many (a prompt) several passes of
+    about equal size. -> the states of the last one."""
     parts = -(-len(tokens) // CHUNK)                   # rounded up
     for ids in torch.tensor(tokens, device=model.device).tensor_split(parts):
         h = model.forward(ids, cache.sequence(t, len(ids)), cache)
