@@ -8,30 +8,29 @@ it, given the chooser of dp_layer_skip.py and a policy; command/ checks flags an
 
 Who decides how many tokens are drafted, by which layers, and when these are chosen anew?
 
-    --strategy clasp   the default: our policy (policy/adaptive.py), by what passes cost and what
-                       was accepted. Flags fix any of the paper's four numbers; with all four fixed
-                       it is `paper`
+    --strategy clasp   the default: our policy (policy/adaptive.py), which weighs what passes cost
+                       against what was accepted. Flags fix any of the paper's four numbers; with
+                       all four fixed it is `paper`
     --strategy paper   speculative.Paper, by four fixed numbers: K, M, exit threshold and interval
     --strategy ar      nobody: plain decoding, one token per pass; it is `paper` with K = 0
     --probe r          with clasp or paper: the last r tokens choose the layers, not one
 
-A Job (command/job.py) holds the flags, checked, what follows from them, and the model. Used here:
+A Job (command/job.py) holds the checked flags, what follows from them, and the model. Used here:
 
-    job.flags          otherwise as the user gave them
     job.strategy, job.probe, job.settings (of speculative.py), job.cfg (of llama.py)
     job.numbers        a dict of the paper's four; a value is None where our policy decides it
     job.costs          a dict: what a draft step (per layers left out), a verify (per rows) and an
                        optimisation cost, in plain steps; measured earlier, or guessed
-    job.measure        by this our policy times verifies, if costs are guessed; else None
+    job.measure        if costs are guessed a function by which our policy times verifies; else None
+    job.flags          all other flags, as given
     job.prompt()       the prompt's ids
-    job.load(...)      reads the weights: then
-    job.model          is a Llama, and job.choose choose_skip; on a GPU CUDA graphs of them (gpu/)
-    job.guarded        yields the same rounds; turns "out of memory" and "GPUs disagree" into a line
+    job.load(...)      reads the weights, and sets
+    job.model, job.choose      a Llama and choose_skip, on a GPU CUDA graphs of them (gpu/replay.py)
+    job.guarded(rounds)        passes them on; turns "out of memory" or "GPUs disagree" into a line
 """
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 # This comes first, as the other imports are slow: it starts the clock, and quiets Ctrl-C.
 if __name__ == "__main__":
@@ -49,7 +48,8 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides. The job has made `paper` of clasp with four fixed numbers, and K = 0 for ar."""
+    """Who decides; each answers what speculative.Paper lists. For `ar` the job has set K = 0, and
+    clasp with all four numbers fixed it has made `paper`."""
     if job.strategy == "clasp":
         return Adaptive(job.settings,
                         **job.costs,                   # draft= (L + 1 of them), verify=, optimise=
@@ -64,9 +64,9 @@ def policy_of(job: Job) -> Paper | Adaptive:
 def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
     """The method, joined: rounds of drafting, verifying and, now and then, choosing layers."""
     method = generate
-    if job.flags.trace:                                # generate, which also writes to a file
+    if job.flags.trace:
         from oracle.trace import traced
-        method = traced(job)
+        method = traced(job)                           # as generate; it also writes each round down
     policy = policy_of(job)
     return job.guarded(method(job.model, ids, job.settings, chance, job.choose, policy))
 
@@ -74,7 +74,7 @@ def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
 def write(job: Job, ids: list[int]) -> int:
     """Text as it is made; the exit status."""
     screen = Screen(job, ids)
-    chance = screen.watched(Chance(job.flags.seed))    # draws the same; a terminal may show it
+    chance = screen.watched(Chance(job.flags.seed))    # the same draws; a terminal shows them
     status = 0
     try:
         for r in run(job, ids, chance):
@@ -86,8 +86,8 @@ def write(job: Job, ids: list[int]) -> int:
 
 
 def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
-    """Do what the flags say. What is wrong with them is found before the weights are read. A Job is
-    made or, under torchrun, one that has this GPU's part of the model."""
+    """Do what the flags say. What is wrong with them is found before the weights are read.
+    job_class: Job or, under torchrun, a subclass that holds this GPU's share of the model."""
     job = job_class(parsed(argv))
     ids = job.prompt()
     job.load(Llama, choose_skip)
@@ -97,11 +97,11 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer` makes
-    one line of what goes wrong."""
+    """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer`
+    catches what goes wrong, and makes one line of it."""
     if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU
         from gpu.ranks import together
-        return answer(lambda: together(partial(work, argv)))
+        return answer(lambda: together(lambda job_class: work(argv, job_class)))
     return answer(lambda: work(argv, Job))
 
 

@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 RunLayer = Callable[[int, Tensor], Tensor]     # f: i, (J, width) -> (J, width)
-Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,), as `cosine`
+Near = Callable[[Tensor, Tensor], Tensor]      # (J, width), (width,) -> (J,); more is nearer
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Choice:
         """The set for a budget of j layers (default M), a flag per layer: by the way back."""
         L = len(self.D) - 1
         j = len(self.D[0]) - 1 if j is None else j
-        skip = [False] * L
+        left_out = [False] * L
         for i in range(L, 0, -1):
             if self.skipped[i][j]:
-                skip[i - 1] = True
+                left_out[i - 1] = True
                 j -= 1                                 # now the skips before layer i-1
-        return tuple(skip)
+        return tuple(left_out)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (..., width) -> (...)
@@ -70,7 +70,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                # (..., width), (...,
 
 def choose_skip_plain(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine) -> Choice:
     """The recurrence as it is written, a cell at a time: to read first, and the reference for the
-    fast one. Algorithm 1 runs a layer only if that is nearer, so a tie skips it; 0 <= M <= L."""
+    fast one. The paper's Algorithm 1 runs a layer only if that is nearer, so a tie skips it."""
     L = len(h) - 1
     D = [[nan] * (M + 1) for _ in range(L + 1)]
     skipped = [[False] * (M + 1) for _ in range(L + 1)]
@@ -111,14 +111,14 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
     g = h[:1].repeat(M + 1, 1)                         # (M+1, width): cell 0, then filler
-    near_run = torch.full_like(D[0], -inf)             # (M+1,); in row i cell i stays: none to run
+    near_run = torch.full_like(D[0], -inf)             # (M+1,); stays in cell i of row i, not run
     for i in range(1, L + 1):
-        J = min(i, M + 1)                              # cells of row i-1: each may run layer i-1
+        J = min(i, M + 1)                              # cells of row i-1: all go through layer i-1
         after = run_layer(i - 1, g[:J])
         near_run[:J] = near(after, h[i])
         near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1
         run_wins = near_run > near_skip                # strict: a tie skips
-        run_wins[0] = True                             # cell 0 cannot skip: it got M's near_skip
+        run_wins[0] = True                             # cannot skip: roll brought it cell M's
         D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # suppose that every cell skipped
@@ -157,7 +157,7 @@ def show(choice: Choice) -> str:
     skip = choice.skip()
     lines = ["        j = " + "".join(f"{j:^7}" for j in range(len(choice.D[0])))]
     for i, row in enumerate(choice.D):
-        at = sum(skip[:i])                             # left out so far: the way back's cell here
+        at = sum(skip[:i])                             # the column where the way back meets row i
         cells = ["   .   " if j > i else f" {v:.3f}{'*' if j == at else ' '}"
                  for j, v in enumerate(row)]
         did = f"  layer {i - 1:2} {'SKIPPED' if skip[i - 1] else 'run'}" if i > 0 else ""

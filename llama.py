@@ -18,10 +18,12 @@ Glossary (sizes are in `Config`)
     W     a pass looks at slots 0 .. W-1 only
     R     query heads that share a key/value head, H / G
     h[i]  the residual stream before layer i: h[0] the embedding, h[L] *before* the final norm
+    D     the width of a state (in dp_layer_skip.py `width`, and D the table)
+    wide  float32, or the model's dtype if wider: norms, softmax, rotation and logits
 
 The model owns weights and nothing else; `Cache` stores; the caller counts positions. So rolling
 back a rejected draft is mere arithmetic: later slots are overwritten before anyone may read them.
-Held to a slow one written apart (tests/slow_llama.py) and to Transformers (gpu/check.py).
+Tested against a slow one, written apart (tests/slow_llama.py), and Transformers (gpu/check.py).
 """
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ from torch import Tensor  # noqa: E402
 class Config:
     """What is needed of config.json; in brackets its values in the 8B."""
     L: int                      # num_hidden_layers [32]
-    D: int                      # hidden_size [4096], the width of a state
+    D: int                      # hidden_size [4096]
     H: int                      # num_attention_heads [32]
     G: int                      # num_key_value_heads [8]
     hd: int                     # head_dim [128]; H * hd need not be D
@@ -90,9 +92,9 @@ class Cache:
     def sequence(self, t: int, T: int) -> Rows:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
-        every = self.slot[:t + T]
-        slots = every[t:]                              # t .. t+T-1, also their positions
-        may_read = every <= slots[:, None]                                      # (T, W)
+        window = self.slot[:t + T]                     # slots 0 .. W-1
+        slots = window[t:]                             # t .. t+T-1, also their positions
+        may_read = window <= slots[:, None]                                     # (T, W)
         return self.rows(slots, slots, may_read)
 
     def candidates(self, t: int, J: int) -> Rows:
@@ -101,9 +103,9 @@ class Cache:
         slots before the token and its own. The full model's entry for the token stays unharmed, and
         unread: else the token would be seen twice."""
         assert t + J < self.S, f"{J} slots after {t} in a cache of {self.S}"
-        every = self.slot[:t + 1 + J]
-        slots = every[t + 1:]
-        may_read = (every < t) | (every == slots[:, None])                      # (J, W)
+        window = self.slot[:t + 1 + J]
+        slots = window[t + 1:]
+        may_read = (window < t) | (window == slots[:, None])                    # (J, W)
         position = torch.full_like(slots, t)
         return self.rows(position, slots, may_read)
 
@@ -129,20 +131,20 @@ def rope_frequencies(cfg: Config) -> Tensor:
 
 class Layer(NamedTuple):
     """One decoder layer's weights; matrices map rows, x @ W. Projections that read the same input
-    are one matrix: in a pass of few rows calls cost most, and so there are four, not seven."""
+    are one matrix: with few rows the time goes by the number of calls, so it is four, not seven."""
     attn_norm: Tensor           # (D,)
     qkv: Tensor                 # (D, (H + 2G) * hd): queries, keys, values
     out: Tensor                 # (H * hd, D)
     mlp_norm: Tensor            # (D,)
     gate_up: Tensor             # (D, 2 * ffn)
     down: Tensor                # (ffn, D)
-    eps: Tensor                 # (), of norms. These, softmax and logits have its dtype: wide
+    eps: Tensor                 # (), for both norms; its dtype is the wide one
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps) in eps.dtype, float32 or wider; times weight in the dtype of x. eps
-    is a tensor, since with a Python number small calls on a CPU take twice as long."""
-    x_wide = x.type(eps.dtype)                         # .to would do, in twice the time
+    """x / sqrt(mean(x^2) + eps), wide as eps is; times weight, in the dtype of x. eps is a tensor,
+    since with a Python number small calls on a CPU take twice as long."""
+    x_wide = x.type(eps.dtype)                         # as .to, in half the time
     squares = x_wide.square().sum(-1, keepdim=True)
     under_root = torch.add(eps, squares, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
     return (x_wide * under_root.rsqrt()).type(x.dtype) * weight
@@ -174,7 +176,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: 
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
     # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
     score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
-    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # wide, as norms
+    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # wide
     mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
     mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
     return mixed @ w.out
@@ -207,7 +209,7 @@ class Llama:
         self.device = embed.device
         self.dtype = embed.dtype
         self.eps = layers[0].eps                       # the same in all
-        self.block = decoder_layer                     # gpu/ has others: compiled; of a GPU's share
+        self.block = decoder_layer                     # gpu/ has its own: compiled, or shared
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and scratch slots after them."""
@@ -241,8 +243,8 @@ class Llama:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None, part: Callable = lambda name, x: x) -> Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
-        on a GPU, else float32). part(name, tensor), called when the shape was checked, returns all
-        of it, or one GPU's share (gpu/ranks.py). Raises ModelError."""
+        on a GPU, else float32). part(name, tensor) gets each whole tensor, already checked, and
+        returns it or one GPU's share of it (gpu/ranks.py). Raises ModelError."""
         c = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -257,8 +259,8 @@ class ModelError(Exception):
 
 def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype, part: Callable
                  ) -> tuple[Tensor, list[Layer], Tensor, Tensor]:
-    """Embedding, layers, norm and head, as `Llama.load` is asked for. Every tensor of the files is
-    used exactly once. Raises ModelError."""
+    """Embedding, layers, norm and head, for `Llama.load`. Every tensor of the files is used exactly
+    once. Raises ModelError."""
     unused = tensors(folder)
     if c.tied and "lm_head.weight" in unused:          # tied files hold one, the other or both
         other = unused.pop("lm_head.weight")
@@ -316,7 +318,7 @@ def read_config(folder: str | Path) -> Config:
         if not isinstance(rope, dict):
             raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
         given.update(rope)                             # its keys beside the others
-    # Older files say "type". A factor with neither is "unnamed", and so refused below.
+    # Older files say "type". A factor without a type becomes "unnamed", and is so refused below.
     fallback = "unnamed" if "factor" in given else "default"
     given.setdefault("rope_type", given.get("type", fallback))
     supported = dict(                                  # if a key is given, it is one of these
@@ -329,7 +331,7 @@ def read_config(folder: str | Path) -> Config:
 
     def number(key: str, default: float | None = None, kind: type = int) -> Any:
         value = given.get(key, default)
-        # JSON's true, in Python an int, is no number.
+        # type(), not isinstance: JSON's true would pass as an int.
         if type(value) not in (int, float) or not 0 < value < 1e15 or kind(value) != value:
             raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
         return kind(value)
@@ -382,8 +384,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # If two shards hold a tensor, the index decides. Old files have inv_freq, which is
-            # computed here.
+            # The index decides between shards; what it lacks is taken where it is found. inv_freq
+            # (of old files) is computed here.
             if shard_of.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found

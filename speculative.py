@@ -14,8 +14,7 @@ Together that is p, whatever q was: a bad draft costs time, never truth. Three t
     - p is what the user asked for, and q is what the token was really drawn from: one function,
       `probabilities`, makes both of logits;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, because its own q(d) is low or the next one was doubtful, is
-      not: such tokens get too rare;
+      harmless. To drop one unjudged, for what it is or for what follows it, makes it too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
@@ -25,7 +24,7 @@ Glossary
     L, width   layers; size of a state, h[0] to h[L]
     own        the token that the full model adds after the accepted ones: a correction or a bonus
     probe      the token whose states choose the layers: the last accepted one or, if none was, the
-               one before the draft. (`own` has not been read yet.)
+               one before the draft. (`own` has not been through the model yet.)
     confidence of a drafted token: the draft's top-1 probability there, at temperature 1
 
 This file knows no LLaMA and no dynamic program. A model and its cache are anything with the methods
@@ -44,7 +43,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # no
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-CHUNK = 512                  # most rows of a pass, as each head's scores take rows x slots
+CHUNK = 512                  # most rows of a pass: each head's scores are rows x slots numbers
 NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 
@@ -56,7 +55,7 @@ class Settings:
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    # For `Paper` alone; another policy is given its numbers itself:
+    # For `Paper` alone; another policy is made with numbers of its own:
     K: int = 0                  # 0 is plain decoding
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
@@ -78,7 +77,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     highest = logits.amax(-1, keepdim=True)
-    p = ((logits - highest) / s.temperature).softmax(-1)   # at most 0: never +inf
+    p = ((logits - highest) / s.temperature).softmax(-1)   # not +inf, however cold
     if s.top_p < 1:
         likely, order = p.sort(dim=-1, descending=True, stable=True)
         before = likely.cumsum(-1) - likely            # the mass of all that are likelier
@@ -124,8 +123,8 @@ class Chance:
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # A parallel sum is rounded. It may rise where p is 0: there it is made 0, so that such an
-        # id cannot be drawn. It may fall: so its total is the largest entry, not the last.
+        # Rounded in parallel, the sum may rise where p is 0: set to 0, such an id is never drawn.
+        # It may also fall towards the end: so the total is the largest entry, not the last.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
@@ -136,7 +135,7 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tup
     the place of drafted[i], row k that of the place after them all; q: k times (V,). Returns how
     many are accepted, from the first on, and the full model's own token after them, both (1,), on
     p's device. Nothing here waits for a GPU; reading them does."""
-    if not drafted:                                    # as ever in plain decoding; it is faster
+    if not drafted:                                    # the rest would say the same, more slowly
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
     token = torch.tensor(drafted).to(p.device, non_blocking=True)
@@ -180,8 +179,8 @@ class Paper:
         return n % self.s.interval == 0 and self.s.K > 0 and self.s.M > 0
 
     def optimise(self, choose: Callable, model: Any, cache: Any, text: list[int], h: Tensor) -> Any:
-        """CLaSp §3.4 to 3.6. h (L+1, width) are the probe's states; `text` ends with the probe, and
-        its length alone is used here."""
+        """CLaSp §3.4 to 3.6. h (L+1, width) are the probe's states; `text` ends with the probe.
+        (Its length suffices here; another policy may want the tokens.)"""
         rows = cache.candidates(len(text) - 1, self.s.M + 1)
 
         def run_layer(i: int, g: Tensor) -> Tensor:    # (J, width) -> (J, width)
@@ -204,7 +203,7 @@ class Round:
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
 
-@torch.inference_mode()                                # left at each yield, entered again after it
+@torch.inference_mode()                                # torch turns it off at each yield, then on
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
     """CLaSp, Fig. 1: continue `prompt` by s.N tokens, or to a stop token. Yields each round.
@@ -225,7 +224,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        #    `most` and own fit before `end`; the last token and `most` fit into one pass.
+        #    The draft and own must fit before `end`; the last token and the draft, into a pass.
         most = 0 if n == 0 else min(end - start, CHUNK) - 1
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy.goes_on, chance)
         k = len(drafted)
@@ -245,7 +244,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]
         if accepted > 0 and drafted[accepted - 1] in s.stop_ids:
-            emitted.pop()                              # nothing follows a stop token
+            emitted.pop()                              # a draft ends at a stop token: none follows
         text += emitted
         done = len(text) == end or text[-1] in s.stop_ids
         # The whole rollback: entries from slot `cached` on are overwritten before any row may look.
@@ -268,7 +267,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
 def draft(model: Any, cache: Any, text: list[int], most: int, skip: Sequence[bool], s: Settings,
           goes_on: Callable, chance: Chance) -> tuple[list[int], list[Tensor], list[float]]:
     """Up to `most` tokens drafted after `text`, their q (V,) and confidences. A stop token ends the
-    draft; so does a doubtful one. (That it is judged as others are, the paper does not say.)"""
+    draft; so does a doubtful one. (The paper does not say whether that is judged; here it is.)"""
     drafted, q, confidence = [], [], []
     last = torch.tensor(text[-1:], device=model.device)                     # (1,)
     while len(drafted) < most and goes_on(confidence):

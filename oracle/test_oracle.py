@@ -421,7 +421,7 @@ PLANTED = {        # a change by name: where the first message must send
     "cosines of bfloat16": (put(dp_layer_skip, "cosine", lambda a, b: dp.cosine(
         a.bfloat16(), b.bfloat16())), "the table: how near"),
     "a mask without the token before": (
-        edit(Cache, "candidates", ("every < t", "every < t - 1")), "the candidates"),
+        edit(Cache, "candidates", ("window < t", "window < t - 1")), "the candidates"),
     "no causal mask": (edit(Cache, "sequence", (
         "<= slots[:, None]", "<= slots[-1] + 0 * slots[:, None]")), "the forward pass"),
     "draws from the last id on": (put(

@@ -244,10 +244,10 @@ def interleaved(x, rows):
 candidates = functools.partial(edit, Cache, "candidates")
 LLAMA = {
     "candidates see one another": candidates(
-        ("every == slots[:, None]", "every > 0 * slots[:, None] + t")),
+        ("window == slots[:, None]", "window > 0 * slots[:, None] + t")),
     "one position too far": candidates(("full_like(slots, t)", "full_like(slots, t + 1)")),
-    "the token's own entry is seen": candidates(("every < t", "every <= t")),
-    "scratch begins at the probe": candidates(("every[t + 1:]", "every[t:-1]")),
+    "the token's own entry is seen": candidates(("window < t", "window <= t")),
+    "scratch begins at the probe": candidates(("window[t + 1:]", "window[t:-1]")),
     "the interleaved rotary layout": put(llama, "rotate", interleaved),
     "decoding one position late": edit(
         Cache, "sequence", ("rows(slots, slots,", "rows((slots + (T == 1)) % self.S, slots,")),
