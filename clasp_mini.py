@@ -13,19 +13,20 @@ Who decides how many tokens are drafted, by which layers, and when these are cho
                        all four fixed it is `paper`
     --strategy paper   speculative.Paper, by four fixed numbers: K, M, exit threshold and interval
     --strategy ar      nobody: plain decoding, one token per pass; it is `paper` with K = 0
-    --probe r          with clasp or paper: the last r tokens choose the layers, not one
+    --probe r          with clasp or paper: the last r tokens, read once more, choose the layers
+                       (policy/probe.py)
 
 A Job (command/job.py) holds the checked flags, what follows from them, and the model. Used here:
 
     job.strategy, job.probe, job.settings (of speculative.py), job.cfg (of llama.py)
     job.numbers        a dict of the paper's four; a value is None where our policy decides it
-    job.costs          a dict: what a draft step (per layers left out), a verify (per rows) and an
-                       optimisation cost, in plain steps; measured earlier, or guessed
-    job.measure        if costs are guessed a function by which our policy times verifies; else None
+    job.costs          a dict, in units of a plain decoding step: what a draft step (per layers left
+                       out), a verify (per rows) and an optimisation cost; measured or guessed
+    job.measure        None or, if costs are guessed, a function by which our policy times verifies
     job.flags          all other flags, as given
     job.prompt()       the prompt's ids
-    job.load(...)      reads the weights, and sets
-    job.model, job.choose      a Llama and choose_skip, on a GPU CUDA graphs of them (gpu/replay.py)
+    job.load(...)      reads the weights, and sets job.model and job.choose: a Llama and choose_skip
+                       (on a GPU, CUDA graphs of them: gpu/replay.py)
     job.guarded(rounds)        passes them on; turns "out of memory" or "GPUs disagree" into a line
 """
 import os
@@ -48,8 +49,8 @@ from speculative import Chance, Paper, Round, generate
 
 
 def policy_of(job: Job) -> Paper | Adaptive:
-    """Who decides; each answers what speculative.Paper lists. For `ar` the job has set K = 0, and
-    clasp with all four numbers fixed it has made `paper`."""
+    """Who decides; each answers what speculative.Paper lists. The job has set K = 0 for `ar`, and
+    turned clasp with all four numbers fixed into `paper`."""
     if job.strategy == "clasp":
         return Adaptive(job.settings,
                         **job.costs,                   # draft= (L + 1 of them), verify=, optimise=
@@ -74,7 +75,7 @@ def run(job: Job, ids: list[int], chance: Chance) -> Iterator[Round]:
 def write(job: Job, ids: list[int]) -> int:
     """Text as it is made; the exit status."""
     screen = Screen(job, ids)
-    chance = screen.watched(Chance(job.flags.seed))    # the same draws; a terminal shows them
+    chance = screen.watched(Chance(job.flags.seed))    # the same; the screen sees each draw
     status = 0
     try:
         for r in run(job, ids, chance):
@@ -99,8 +100,8 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer`
     catches what goes wrong, and makes one line of it."""
-    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU
-        from gpu.ranks import together
+    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU, and
+        from gpu.ranks import together                 # `together` gives the kind of Job
         return answer(lambda: together(lambda job_class: work(argv, job_class)))
     return answer(lambda: work(argv, Job))
 

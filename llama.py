@@ -81,7 +81,7 @@ class Cache:
         self.v = torch.zeros_like(self.k)
         self.layers = list(zip(self.k, self.v))        # the same, by layers: (G, S, hd), (G, S, hd)
         self.S = S
-        self.slot = torch.arange(S, device=device)
+        self.all_slots = torch.arange(S, device=device)
         angle = torch.outer(torch.arange(S, dtype=torch.float64), rope_frequencies(cfg))
         cos = torch.cat((angle.cos(), angle.cos()), 1)[:, None]                 # (S, 1, hd)
         sin = torch.cat((-angle.sin(), angle.sin()), 1)[:, None]
@@ -92,18 +92,18 @@ class Cache:
     def sequence(self, t: int, T: int) -> Rows:
         """T tokens in a row, the first at position t: decode, draft (T = 1), prefill, verify."""
         assert t + T <= self.S, f"slots {t}..{t + T - 1} in a cache of {self.S}"
-        window = self.slot[:t + T]                     # slots 0 .. W-1
+        window = self.all_slots[:t + T]                # slots 0 .. W-1
         slots = window[t:]                             # t .. t+T-1, also their positions
         may_read = window <= slots[:, None]                                     # (T, W)
         return self.rows(slots, slots, may_read)
 
     def candidates(self, t: int, J: int) -> Rows:
         """J candidates for the state of the token at position t (§3.6). Each stands at the token's
-        position, writes a slot of its own after it, where no entry is needed yet, and reads the
-        slots before the token and its own. The full model's entry for the token stays unharmed, and
-        unread: else the token would be seen twice."""
+        position, writes a slot of its own after it, where no entry is needed yet, and reads its
+        own slot and those before the token. The full model's entry for the token stays
+        unharmed, and unread: else the token would be seen twice."""
         assert t + J < self.S, f"{J} slots after {t} in a cache of {self.S}"
-        window = self.slot[:t + 1 + J]
+        window = self.all_slots[:t + 1 + J]
         slots = window[t + 1:]
         may_read = (window < t) | (window == slots[:, None])                    # (J, W)
         position = torch.full_like(slots, t)
@@ -142,8 +142,8 @@ class Layer(NamedTuple):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:             # (T, D) -> (T, D)
-    """x / sqrt(mean(x^2) + eps), wide as eps is; times weight, in the dtype of x. eps is a tensor,
-    since with a Python number small calls on a CPU take twice as long."""
+    """x / sqrt(mean(x^2) + eps), in the dtype of eps (wide); then times weight, in that of x. eps
+    is a tensor, since with a Python number small calls on a CPU take twice as long."""
     x_wide = x.type(eps.dtype)                         # as .to, in half the time
     squares = x_wide.square().sum(-1, keepdim=True)
     under_root = torch.add(eps, squares, alpha=1 / x.shape[-1])      # mean(x^2) + eps, in one call
@@ -209,7 +209,7 @@ class Llama:
         self.device = embed.device
         self.dtype = embed.dtype
         self.eps = layers[0].eps                       # the same in all
-        self.block = decoder_layer                     # gpu/ has its own: compiled, or shared
+        self.block = decoder_layer                     # gpu/ has its own: compiled, or a share
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and scratch slots after them."""
@@ -318,7 +318,7 @@ def read_config(folder: str | Path) -> Config:
         if not isinstance(rope, dict):
             raise ModelError(f"{path}: {name} = {rope!r} is not supported (LLaMA-3 only)")
         given.update(rope)                             # its keys beside the others
-    # Older files say "type". A factor without a type becomes "unnamed", and is so refused below.
+    # Older files say "type". A factor without a type is "unnamed", which is refused below.
     fallback = "unnamed" if "factor" in given else "default"
     given.setdefault("rope_type", given.get("type", fallback))
     supported = dict(                                  # if a key is given, it is one of these
@@ -349,7 +349,7 @@ def read_config(folder: str | Path) -> Config:
                  context=number("max_position_embeddings", 2048),
                  tied=given.get("tie_word_embeddings", False),
                  theta=number("rope_theta", 1e4, float), scaling=scaling)
-    if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):
+    if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):       # low, high
         raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
     return cfg
 
@@ -384,8 +384,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # The index decides between shards; what it lacks is taken where it is found. inv_freq
-            # (of old files) is computed here.
+            # The index says which shard counts for a tensor; one that it does not name counts
+            # anywhere. inv_freq (of old files) is computed here.
             if shard_of.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found

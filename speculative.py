@@ -12,9 +12,9 @@ probability q(d); the full model would have said p(d).
 Together that is p, whatever q was: a bad draft costs time, never truth. Three things must hold:
 
     - p is what the user asked for, and q is what the token was really drawn from: one function,
-      `probabilities`, makes both of logits;
+      `probabilities`, makes both from logits;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, for what it is or for what follows it, makes it too rare;
+      harmless. To drop one unjudged, because of what it or a later one is, makes it too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
@@ -77,7 +77,7 @@ def probabilities(logits: Tensor, s: Settings) -> Tensor:                   # (.
         kth = logits.topk(min(s.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     highest = logits.amax(-1, keepdim=True)
-    p = ((logits - highest) / s.temperature).softmax(-1)   # not +inf, however cold
+    p = ((logits - highest) / s.temperature).softmax(-1)   # <= 0 and so never +inf
     if s.top_p < 1:
         likely, order = p.sort(dim=-1, descending=True, stable=True)
         before = likely.cumsum(-1) - likely            # the mass of all that are likelier
@@ -123,8 +123,8 @@ class Chance:
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # Rounded in parallel, the sum may rise where p is 0: set to 0, such an id is never drawn.
-        # It may also fall towards the end: so the total is the largest entry, not the last.
+        # A parallel sum rounds each entry apart. So it may rise where p is 0: set to 0, such an id
+        # is never drawn. It may also fall at the end: so the total is the largest, not the last.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
@@ -135,7 +135,7 @@ def judge(p: Tensor, q: list[Tensor], drafted: list[int], chance: Chance) -> tup
     the place of drafted[i], row k that of the place after them all; q: k times (V,). Returns how
     many are accepted, from the first on, and the full model's own token after them, both (1,), on
     p's device. Nothing here waits for a GPU; reading them does."""
-    if not drafted:                                    # the rest would say the same, more slowly
+    if not drafted:                                    # nothing to judge: own is drawn from p
         return torch.zeros(1, dtype=torch.long, device=p.device), chance.draw(p[0])
     step = torch.arange(len(drafted), device=p.device)
     token = torch.tensor(drafted).to(p.device, non_blocking=True)
@@ -203,7 +203,7 @@ class Round:
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
 
-@torch.inference_mode()                                # torch turns it off at each yield, then on
+@torch.inference_mode()                                # torch leaves it while the caller works
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
     """CLaSp, Fig. 1: continue `prompt` by s.N tokens, or to a stop token. Yields each round.
@@ -224,7 +224,7 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         # 1. Draft, but not before the prefill. All tokens of a draft leave out the same layers, so
         #    none looks into a layer for an entry that was never written.
         skip = policy.skip
-        #    The draft and own must fit before `end`; the last token and the draft, into a pass.
+        #    k + 1 tokens (the draft and own) must fit before `end`, k + 1 rows into a pass.
         most = 0 if n == 0 else min(end - start, CHUNK) - 1
         drafted, q, confidence = draft(model, cache, text, most, skip, s, policy.goes_on, chance)
         k = len(drafted)
@@ -244,16 +244,16 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         policy.judged(confidence, p, q, accepted)
         emitted = [*drafted[:accepted], own]
         if accepted > 0 and drafted[accepted - 1] in s.stop_ids:
-            emitted.pop()                              # a draft ends at a stop token: none follows
+            emitted.pop()                              # the text ends there: own is not wanted
         text += emitted
         done = len(text) == end or text[-1] in s.stop_ids
         # The whole rollback: entries from slot `cached` on are overwritten before any row may look.
         cached = len(text) - 1                         # the last has not been through the model
         verifying = _clock(model)
 
-        # 3. Optimise layers, for the next drafts, by the states that the verify has computed for
-        #    the probe, at position cached - 1. Row `accepted` is that of the last accepted token,
-        #    or, as row 0, that of the one before the draft.
+        # 3. Optimise layers, for the next drafts, by the verify's states of the probe, which is
+        #    text[cached - 1]. It has row `accepted`: the last accepted token or, in row 0, the one
+        #    before the draft.
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, width)

@@ -64,12 +64,12 @@ class Slots(Cache):
 
     def text_rows(self, T: int) -> Rows:
         """`Cache.sequence` with the position on the device."""
-        slots = self.slot[:T] + self.t
-        return super().rows(slots, slots, self.slot <= slots[:, None])
+        slots = self.all_slots[:T] + self.t
+        return super().rows(slots, slots, self.all_slots <= slots[:, None])
 
     def candidate_rows(self, J: int, r: int) -> Rows:
         """`policy.probe.candidates` with the position on the device."""
-        return super().rows(*places(self.slot, self.t, J, r))
+        return super().rows(*places(self.all_slots, self.t, J, r))
 
 
 class Replay:

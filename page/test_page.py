@@ -310,7 +310,7 @@ def test_the_shares_of_scene_2_are_those_of_the_python_model(told):
         p = model.head(model.forward(some, cache.sequence(t, size), cache)[-1]).softmax(-1)
         position = torch.arange(t, t + size)
         slots = torch.arange(len(ids), len(ids) + size)
-        may_read = (cache.slot < position[:, None]) | (cache.slot == slots[:, None])
+        may_read = (cache.all_slots < position[:, None]) | (cache.all_slots == slots[:, None])
         rows = cache.rows(position, slots, may_read)
         for off, x in (([2, 3, 4, 9, 20], told["shares"][0]), (told["program"], told["shares"][1])):
             skip = [i in off for i in range(32)]

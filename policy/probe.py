@@ -34,7 +34,7 @@ def candidates(cache: Cache, t: int, J: int, r: int) -> Rows:
     """J candidates of the r tokens up to position t, the tokens of one beside one another; as
     Cache.candidates, each in a scratch slot after t."""
     assert r <= t + 1 and t + J * r < cache.S, f"{J} x {r} slots after {t} in a cache of {cache.S}"
-    return cache.rows(*places(cache.slot[:t + 1 + J * r], t, J, r))
+    return cache.rows(*places(cache.all_slots[:t + 1 + J * r], t, J, r))
 
 
 def places(slot: Tensor, t: int | Tensor, J: int, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ def look(policy, *shown):
     h = draft_of(torch.ones_like(x[0])).log()                                           # (r, 3)
     choice = Choice([[1.0] * (M + 1)] * (L + 1), [[False] + [True] * M] * (L + 1), g)
     model = Mock(device="cpu", head=lambda h: h, forward=lambda *how: [h] * (L + 1))
-    cache = Mock(S=99, slot=torch.arange(99))
+    cache = Mock(S=99, all_slots=torch.arange(99))
     policy.optimise(lambda *how: choice, model, cache, [0] * 9, h[-1:].repeat(L + 1, 1))
 
 

@@ -251,7 +251,7 @@ LLAMA = {
     "the interleaved rotary layout": put(llama, "rotate", interleaved),
     "decoding one position late": edit(
         Cache, "sequence", ("rows(slots, slots,", "rows((slots + (T == 1)) % self.S, slots,")),
-    "the mask without + t": edit(Cache, "sequence", ("<= slots[:", "<= self.slot[:T][:")),
+    "the mask without + t": edit(Cache, "sequence", ("<= slots[:", "<= self.all_slots[:T][:")),
     "LLaMA-3.1's stretching left out": put(
         llama, "rope_frequencies", lambda c: ll.rope_frequencies(replace(c, scaling=None))),
     "Transformers 5 not understood": put(
