@@ -18,16 +18,14 @@ Who decides how many tokens are drafted, by which layers, and when these are cho
 
 A Job (command/job.py) holds the checked flags, what follows from them, and the model. Used here:
 
-    job.strategy, job.probe, job.settings (of speculative.py), job.cfg (of llama.py)
-    job.numbers        a dict of the paper's four; a value is None where our policy decides it
-    job.costs          a dict, in units of a plain decoding step: what a draft step (per layers left
-                       out), a verify (per rows) and an optimisation cost; measured or guessed
-    job.measure        None or, if costs are guessed, a function by which our policy times verifies
-    job.flags          all other flags, as given
-    job.prompt()       the prompt's ids
-    job.load(...)      reads the weights, and sets job.model and job.choose: a Llama and choose_skip
-                       (on a GPU, CUDA graphs of them: gpu/replay.py)
-    job.guarded(rounds)        passes them on; turns "out of memory" or "GPUs disagree" into a line
+    job.flags, job.strategy, job.probe     as above
+    job.settings, job.cfg                  a speculative.Settings, a llama.Config
+    job.known              a dict, what our policy is told: the cost of passes, in units of a plain
+                           decoding step, measured or guessed; and the numbers that flags fix
+    job.prompt()           the prompt's ids
+    job.load(...)          reads the weights, and sets job.model and job.choose: a Llama and
+                           choose_skip (on a GPU, CUDA graphs of them: gpu/replay.py)
+    job.guarded(rounds)    passes them on; turns "out of memory" or "GPUs disagree" into one line
 """
 import os
 import sys
@@ -52,11 +50,7 @@ def policy_of(job: Job) -> Paper | Adaptive:
     """Who decides; each answers what speculative.Paper lists. The job has set K = 0 for `ar`, and
     turned clasp with all four numbers fixed into `paper`."""
     if job.strategy == "clasp":
-        return Adaptive(job.settings,
-                        **job.costs,                   # draft= (L + 1 of them), verify=, optimise=
-                        **job.numbers,                 # K=, M=, exit_threshold=, interval=
-                        probe=job.probe,
-                        measure=job.measure)
+        return Adaptive(job.settings, **job.known)
     if job.probe > 1:
         return PaperByProbe(job.settings, job.cfg.L, job.probe)
     return Paper(job.settings, job.cfg.L)

@@ -120,7 +120,7 @@ def rope_frequencies(cfg: Config) -> Tensor:
     low, high, original), from LLaMA-3.1 on, a frequency with fewer than `low` turns in `original`
     positions is divided by `factor`, one with more than `high` is kept, one between is blended
     linearly."""
-    f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)           # (hd/2,)
+    f = cfg.theta ** -(torch.arange(0, cfg.hd, 2, dtype=torch.float64) / cfg.hd)  # (hd/2,)
     if cfg.scaling:
         factor, low, high, original = cfg.scaling
         turns = original * f / (2 * math.pi)                                # (hd/2,)
@@ -158,27 +158,27 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:                                # (T
     return (x * rows.cos + partner * rows.sin).type(x.dtype)
 
 
-def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config
+def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, cfg: Config
               ) -> Tensor:                                                  # (T, D) -> (T, D)
     """What attention adds to the residual stream. keys, values (G, S, hd) are the layer's part of
     the cache: the rows write their slots, then read what they may."""
     T = len(x)
     W = rows.bias.shape[-1]
-    R = c.H // c.G
-    heads = (rms_norm(x, w.attn_norm, w.eps) @ w.qkv).view(T, c.H + 2 * c.G, c.hd)
-    rotated = rotate(heads[:, :c.H + c.G], rows)                            # queries and keys
-    keys.index_copy_(1, rows.slots, rotated[:, c.H:].transpose(0, 1))
-    values.index_copy_(1, rows.slots, heads[:, c.H + c.G:].transpose(0, 1))
+    R = cfg.H // cfg.G
+    heads = (rms_norm(x, w.attn_norm, w.eps) @ w.qkv).view(T, cfg.H + 2 * cfg.G, cfg.hd)
+    rotated = rotate(heads[:, :cfg.H + cfg.G], rows)                        # queries and keys
+    keys.index_copy_(1, rows.slots, rotated[:, cfg.H:].transpose(0, 1))
+    values.index_copy_(1, rows.slots, heads[:, cfg.H + cfg.G:].transpose(0, 1))
     # The R query heads that share a kv head are stacked as rows of one product, so grouped queries
     # need neither copies of K and V nor a kernel that knows about them.
-    q = rotated[:, :c.H].reshape(T, c.G, R, c.hd).transpose(0, 1)           # (G, T, R, hd)
-    q = q.reshape(c.G, T * R, c.hd)
-    product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(c.G, T, R, W)
+    q = rotated[:, :cfg.H].reshape(T, cfg.G, R, cfg.hd).transpose(0, 1)     # (G, T, R, hd)
+    q = q.reshape(cfg.G, T * R, cfg.hd)
+    product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(cfg.G, T, R, W)
     # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
-    score = torch.add(rows.bias[:, None], product, alpha=c.hd ** -0.5)      # (G, T, R, W)
+    score = torch.add(rows.bias[:, None], product, alpha=cfg.hd ** -0.5)    # (G, T, R, W)
     weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # wide
-    mixed = torch.bmm(weight.view(c.G, T * R, W), values[:, :W])            # (G, T*R, hd)
-    mixed = mixed.view(c.G, T, R, c.hd).transpose(0, 1).reshape(T, c.H * c.hd)
+    mixed = torch.bmm(weight.view(cfg.G, T * R, W), values[:, :W])          # (G, T*R, hd)
+    mixed = mixed.view(cfg.G, T, R, cfg.hd).transpose(0, 1).reshape(T, cfg.H * cfg.hd)
     return mixed @ w.out
 
 
@@ -188,11 +188,11 @@ def feed_forward(w: Layer, x: Tensor) -> Tensor:                            # (T
     return (F.silu(gate) * up) @ w.down
 
 
-def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, c: Config
+def decoder_layer(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, cfg: Config
                   ) -> Tensor:                                              # (T, D) -> (T, D)
     """f_i: attention, then feed-forward, each added to the residual stream x. A plain function of
     tensors, so that gpu/ can compile it."""
-    x = x + attention(w, x, rows, keys, values, c)
+    x = x + attention(w, x, rows, keys, values, cfg)
     return x + feed_forward(w, x)
 
 
@@ -245,10 +245,10 @@ class Llama:
         """Read a Hugging Face folder, tensor by tensor, to `device` in `dtype` (default: bfloat16
         on a GPU, else float32). part(name, tensor) gets each whole tensor, already checked, and
         returns it or one GPU's share of it (gpu/ranks.py). Raises ModelError."""
-        c = read_config(folder)
+        cfg = read_config(folder)
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        return cls(c, *read_weights(Path(folder), c, device, dtype, part))
+        return cls(cfg, *read_weights(Path(folder), cfg, device, dtype, part))
 
 
 # ---------------------------------------------------------------------------- files of a model
@@ -257,19 +257,19 @@ class ModelError(Exception):
     """What is wrong with a model folder or with what is asked of it, in one line for its user."""
 
 
-def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype, part: Callable
+def read_weights(folder: Path, cfg: Config, device: torch.device, dtype: torch.dtype, part: Callable
                  ) -> tuple[Tensor, list[Layer], Tensor, Tensor]:
     """Embedding, layers, norm and head, for `Llama.load`. Every tensor of the files is used exactly
     once. Raises ModelError."""
     unused = tensors(folder)
-    if c.tied and "lm_head.weight" in unused:          # tied files hold one, the other or both
+    if cfg.tied and "lm_head.weight" in unused:        # tied files hold one, the other or both
         other = unused.pop("lm_head.weight")
         kept = unused.setdefault("model.embed_tokens.weight", other)
         if not kept.equal(other):
             raise ModelError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight "
                              "though config.json ties them")
 
-    eps = torch.tensor(c.eps, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    eps = torch.tensor(cfg.eps, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
     def take(name: str, *shape: int) -> Tensor:
         name += ".weight"
@@ -288,19 +288,19 @@ def read_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         return w.t().contiguous() if device.type == "cpu" and dtype == torch.float32 else w.t()
 
     def layer_weights(at: str) -> Layer:
-        heads = c.H * c.hd
-        kv = c.G * c.hd
-        return Layer(attn_norm=take(f"{at}.input_layernorm", c.D),
-                     qkv=matrix(f"{at}.self_attn", c.D, q=heads, k=kv, v=kv),
-                     out=matrix(f"{at}.self_attn", heads, o=c.D),
-                     mlp_norm=take(f"{at}.post_attention_layernorm", c.D),
-                     gate_up=matrix(f"{at}.mlp", c.D, gate=c.ffn, up=c.ffn),
-                     down=matrix(f"{at}.mlp", c.ffn, down=c.D), eps=eps)
+        heads = cfg.H * cfg.hd
+        kv = cfg.G * cfg.hd
+        return Layer(attn_norm=take(f"{at}.input_layernorm", cfg.D),
+                     qkv=matrix(f"{at}.self_attn", cfg.D, q=heads, k=kv, v=kv),
+                     out=matrix(f"{at}.self_attn", heads, o=cfg.D),
+                     mlp_norm=take(f"{at}.post_attention_layernorm", cfg.D),
+                     gate_up=matrix(f"{at}.mlp", cfg.D, gate=cfg.ffn, up=cfg.ffn),
+                     down=matrix(f"{at}.mlp", cfg.ffn, down=cfg.D), eps=eps)
 
-    embed = take("model.embed_tokens", c.V, c.D)
-    layers = [layer_weights(f"model.layers.{i}") for i in range(c.L)]
-    norm = take("model.norm", c.D)
-    lm_head = embed if c.tied else take("lm_head", c.V, c.D)
+    embed = take("model.embed_tokens", cfg.V, cfg.D)
+    layers = [layer_weights(f"model.layers.{i}") for i in range(cfg.L)]
+    norm = take("model.norm", cfg.D)
+    lm_head = embed if cfg.tied else take("lm_head", cfg.V, cfg.D)
     if unused:
         raise ModelError(f"{folder}: {len(unused)} weights too many, such as {min(unused)}")
     return embed, layers, norm, lm_head
@@ -349,7 +349,7 @@ def read_config(folder: str | Path) -> Config:
                  context=number("max_position_embeddings", 2048),
                  tied=given.get("tie_word_embeddings", False),
                  theta=number("rope_theta", 1e4, float), scaling=scaling)
-    if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):       # low, high
+    if cfg.H % cfg.G or cfg.hd % 2 or (scaling and scaling[1] >= scaling[2]):  # low, high
         raise ModelError(f"{path}: sizes that do not fit together: {cfg}")
     return cfg
 

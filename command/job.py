@@ -220,11 +220,12 @@ class Job:
         return part
 
     @property
-    def measure(self) -> Callable | None:
-        """For the policy: what tells it the true cost of verifies, if that of passes is a guess."""
-        return self.time_verifies if self.costs_guessed else None
+    def known(self) -> dict:
+        """What our policy is told: how it may measure verifies, if costs are guessed."""
+        measure = self.measure if self.costs_guessed else None
+        return dict(self.costs, **self.numbers, probe=self.probe, measure=measure)
 
-    def time_verifies(self, model: Any, cache: Any, text: list[int]) -> list[float]:
+    def measure(self, model: Any, cache: Any, text: list[int]) -> list[float]:
         """What a verify costs here: measured once, kept for later runs."""
         if self.weights > MUCH:
             note("timing passes, which is kept for later runs")

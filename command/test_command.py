@@ -346,7 +346,7 @@ def test_a_large_model_says_what_it_takes_its_time_for(tiny, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "command.start", SimpleNamespace(BEGAN=-1e6))
     how = ("--model", tiny, "--device", "cpu", "--prompt-ids", 1, "--temperature", 1)
     this = job(*how)
-    this.load().time_verifies(this.model, this.model.cache(20), [1])
+    this.load().measure(this.model, this.model.cache(20), [1])
     assert this.load_seconds > 1e6 and this.measure_seconds > 0
     notes = re.findall("loading 0.0 GB|timing passes|from then on one: ", capsys.readouterr().err)
     assert notes == [*said, "from then on one: "]

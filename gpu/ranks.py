@@ -158,9 +158,9 @@ class RankedJob(Job):
         self.model = SimpleNamespace(cfg=self.cfg, **own)
         return self
 
-    def time_verifies(self, *where: Any) -> list[float]:
+    def measure(self, *where: Any) -> list[float]:
         """All take rank 0's times."""
-        self.costs["verify"] = self.same(super().time_verifies(*where))
+        self.costs["verify"] = self.same(super().measure(*where))
         return self.costs["verify"]
 
     def guarded(self, rounds: Iterator[Round]) -> Iterator[Round]:

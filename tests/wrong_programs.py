@@ -259,8 +259,8 @@ LLAMA = {
             ll.read_config(folder), theta=1e4, scaling=None)),
     "query heads dealt to kv heads in turn": edit(
         llama, "attention",
-        ("T, c.G, R, c.hd).transpose(0, 1)", "T, R, c.G, c.hd).permute(2, 0, 1, 3)"),
-        ("c.G, T, R, c.hd).transpose(0, 1)", "c.G, T, R, c.hd).permute(1, 2, 0, 3)")),
+        ("T, cfg.G, R, cfg.hd).transpose(0, 1)", "T, R, cfg.G, cfg.hd).permute(2, 0, 1, 3)"),
+        ("cfg.G, T, R, cfg.hd).transpose(0, 1)", "cfg.G, T, R, cfg.hd).permute(1, 2, 0, 3)")),
     "a norm without eps": put(
         llama, "rms_norm", lambda x, weight, eps: ll.rms_norm(x, weight, 0 * eps)),
     "norms in bfloat16": put(
