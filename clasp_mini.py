@@ -21,7 +21,7 @@ A Job (command/job.py) holds the checked flags, what follows from them, and the 
     job.flags, job.strategy, job.probe     as above
     job.settings, job.cfg                  a speculative.Settings, a llama.Config
     job.known              a dict, what our policy is told: the cost of passes, in units of a plain
-                           decoding step, measured or guessed; and the numbers that flags fix
+                           decoding step, measured or guessed; the numbers that flags fix; r
     job.prompt()           the prompt's ids
     job.load(...)          reads the weights, and sets job.model and job.choose: a Llama and
                            choose_skip (on a GPU, CUDA graphs of them: gpu/replay.py)
@@ -85,7 +85,7 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
     job_class: Job or, under torchrun, a subclass that holds this GPU's share of the model."""
     job = job_class(parsed(argv))
     ids = job.prompt()
-    job.load(Llama, choose_skip)
+    job.load(Llama, choose_skip)                       # sets job.model and job.choose by these
     if job.flags.compare:
         return compare(job, ids, run)                  # times plain decoding and `run`, in turn
     return write(job, ids)
@@ -94,8 +94,9 @@ def work(argv: Sequence[str] | None, job_class: type[Job]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 1 (a file, memory), 2 (usage), 130 (Ctrl-C). `answer`
     catches what goes wrong, and makes one line of it."""
-    if "LOCAL_RANK" in os.environ:                     # torchrun runs this once for each GPU, and
-        from gpu.ranks import together                 # `together` gives the kind of Job
+    # torchrun runs this once for each GPU; together(f) calls f with a Job class for its share.
+    if "LOCAL_RANK" in os.environ:
+        from gpu.ranks import together
         return answer(lambda: together(lambda job_class: work(argv, job_class)))
     return answer(lambda: work(argv, Job))
 

@@ -111,14 +111,14 @@ def table(h: Tensor, run_layer: RunLayer, M: int, near: Near = cosine
     skipped = torch.zeros(L + 1, M + 1, dtype=torch.bool, device=h.device)
     D[0, 0] = 1.0
     g = h[:1].repeat(M + 1, 1)                         # (M+1, width): cell 0, then filler
-    near_run = torch.full_like(D[0], -inf)             # (M+1,); at j = i none can run: still -inf
+    near_run = torch.full_like(D[0], -inf)             # (M+1,); where j = i none can run: -inf
     for i in range(1, L + 1):
-        J = min(i, M + 1)                              # cells of row i-1: all go through layer i-1
+        J = min(i, M + 1)                              # row i-1 has cells 0 .. J-1
         after = run_layer(i - 1, g[:J])
         near_run[:J] = near(after, h[i])
         near_skip = near(g, h[i]).roll(1)              # cell j comes from cell j-1
         run_wins = near_run > near_skip                # strict: a tie skips
-        run_wins[0] = True                             # cell 0 cannot skip: it has M's near_skip
+        run_wins[0] = True                             # cell 0 cannot skip: roll gave it cell M's
         D[i, :i + 1] = torch.where(run_wins, near_run, near_skip)[:i + 1]
         skipped[i, :i + 1] = ~run_wins[:i + 1]
         g = g.roll(1, 0)                               # suppose that every cell skipped

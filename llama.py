@@ -176,7 +176,7 @@ def attention(w: Layer, x: Tensor, rows: Rows, keys: Tensor, values: Tensor, cfg
     product = torch.bmm(q, keys[:, :W].transpose(1, 2)).view(cfg.G, T, R, W)
     # bias + q.k / sqrt(hd), with one bias (T, 1, W) for all heads
     score = torch.add(rows.bias[:, None], product, alpha=cfg.hd ** -0.5)    # (G, T, R, W)
-    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # wide
+    weight = score.softmax(-1, dtype=w.eps.dtype).type(x.dtype)             # only inside wide
     mixed = torch.bmm(weight.view(cfg.G, T * R, W), values[:, :W])          # (G, T*R, hd)
     mixed = mixed.view(cfg.G, T, R, cfg.hd).transpose(0, 1).reshape(T, cfg.H * cfg.hd)
     return mixed @ w.out
@@ -209,7 +209,7 @@ class Llama:
         self.device = embed.device
         self.dtype = embed.dtype
         self.eps = layers[0].eps                       # the same in all
-        self.block = decoder_layer                     # gpu/ has its own: compiled, or a share
+        self.block = decoder_layer                     # gpu/ sets its own: compiled, of a share
 
     def cache(self, S: int) -> Cache:
         """A cache of S slots for one run: prompt, new tokens, and scratch slots after them."""
@@ -321,7 +321,7 @@ def read_config(folder: str | Path) -> Config:
     # Older files say "type". A factor without a type is "unnamed", which is refused below.
     fallback = "unnamed" if "factor" in given else "default"
     given.setdefault("rope_type", given.get("type", fallback))
-    supported = dict(                                  # if a key is given, it is one of these
+    supported = dict(                                  # allowed, if a key is given; of []: nothing
         architectures=[["LlamaForCausalLM"]], model_type=["llama"], hidden_act=["silu"],
         mlp_bias=[False], attention_bias=[False], tie_word_embeddings=[True, False],
         rope_type=["default", "llama3"], partial_rotary_factor=[1], quantization_config=[])
@@ -333,7 +333,8 @@ def read_config(folder: str | Path) -> Config:
         value = given.get(key, default)
         # type(), not isinstance: JSON's true would pass as an int.
         if type(value) not in (int, float) or not 0 < value < 1e15 or kind(value) != value:
-            raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a number above 0")
+            whole = "whole " if kind is int else ""
+            raise ModelError(f"{path}: {key} is {str(value)[:20]}, not a {whole}number above 0")
         return kind(value)
 
     scaling = None
@@ -384,8 +385,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{folder / file}: missing, broken or cut short: {e}") from None
         for name in weights.keys():
-            # The index says which shard counts for a tensor; one that it does not name counts
-            # anywhere. inv_freq (of old files) is computed here.
+            # A tensor that the index names is taken from that shard alone, any other from wherever
+            # it lies. inv_freq (of old files) is computed here.
             if shard_of.get(name, file) == file and not name.endswith("rotary_emb.inv_freq"):
                 found[name] = weights.get_tensor(name)
     return found

@@ -14,7 +14,7 @@ Together that is p, whatever q was: a bad draft costs time, never truth. Three t
     - p is what the user asked for, and q is what the token was really drawn from: one function,
       `probabilities`, makes both from logits;
     - every token that is drafted is judged, by its own p and q. To stop *after* a doubtful token is
-      harmless. To drop one unjudged, because of what it or a later one is, makes it too rare;
+      harmless. Discarding one unjudged, for its value or for a later one's, makes it too rare;
     - rejected tokens leave nothing that anyone reads.
 
 Glossary
@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # no
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-CHUNK = 512                  # most rows of a pass: each head's scores are rows x slots numbers
+CHUNK = 512                  # most rows of a pass, for memory: a head's scores are rows x slots
 NOT_FINITE = "the model's logits are not finite numbers: damaged weights?"
 
 
@@ -55,7 +55,7 @@ class Settings:
     top_p: float = 1.0          # above 0; 1 is off
     N: int = 128                # exactly so many new tokens, unless a stop token comes first
     stop_ids: tuple[int, ...] = ()
-    # For `Paper` alone; another policy is made with numbers of its own:
+    # For `Paper` alone; other policies do not read these:
     K: int = 0                  # 0 is plain decoding
     M: int = 0                  # 0 drafts with the full model
     exit_threshold: float = 0.0  # no more is drafted after a token of lower confidence
@@ -123,8 +123,8 @@ class Chance:
         total."""
         u = self.uniform()
         cdf = p.cumsum(0, dtype=torch.float64)
-        # A parallel sum rounds each entry apart. So it may rise where p is 0: set to 0, such an id
-        # is never drawn. It may also fall at the end: so the total is the largest, not the last.
+        # A parallel sum rounds each entry separately. It may rise where p is 0: such ids are set to
+        # 0 and never drawn. It may fall at the end: so the total is the largest, not the last.
         cdf = torch.where(p > 0, cdf, 0)
         exceeds = cdf > u * cdf.amax()
         return exceeds.int().argmax(0, keepdim=True)
@@ -203,7 +203,7 @@ class Round:
     seconds: tuple[float, float, float]     # draft, verify, optimise
 
 
-@torch.inference_mode()                                # torch leaves it while the caller works
+@torch.inference_mode()                                # off again at each yield
 def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, choose: Callable,
              policy: Any = None) -> Iterator[Round]:
     """CLaSp, Fig. 1: continue `prompt` by s.N tokens, or to a stop token. Yields each round.
@@ -251,9 +251,8 @@ def generate(model: Any, prompt: Sequence[int], s: Settings, chance: Chance, cho
         cached = len(text) - 1                         # the last has not been through the model
         verifying = _clock(model)
 
-        # 3. Optimise layers, for the next drafts, by the verify's states of the probe, which is
-        #    text[cached - 1]. It has row `accepted`: the last accepted token or, in row 0, the one
-        #    before the draft.
+        # 3. Optimise layers, for the next drafts, by the states of the probe. Row 0 of h is the
+        #    token before the draft, row i is d_i: so row `accepted` is the probe, text[cached - 1].
         choice = None
         if not done and policy.due(n):
             probe = torch.stack([x[accepted] for x in h])                   # (L+1, width)

@@ -132,8 +132,8 @@ BROKEN = [              # what harms the folder: files or a function; what is sa
     (configure(quantization_config=dict(bits=4)), "quantization_config"),
     (configure(hidden_act="gelu"), "= 'gelu'"),
     (configure(tie_word_embeddings="yes"), "tie_word_embeddings = 'yes'"),
-    (configure(hidden_size=...), "hidden_size is None, not a number above 0"),
-    *[(configure(num_hidden_layers=v), f"num_hidden_layers is {v}, not a number above 0")
+    (configure(hidden_size=...), "hidden_size is None, not a whole number above 0"),
+    *[(configure(num_hidden_layers=v), f"num_hidden_layers is {v}, not a whole number above 0")
       for v in (True, -1, 0, "wide", 2.5, math.inf, [1])],
     (configure(head_dim=7), "do not fit"), (configure(num_key_value_heads=3), "do not fit"),
     ({CONFIG: None}, "config.json: cannot be read"), ({CONFIG: b"{]"}, "cannot be read"),
