@@ -253,6 +253,9 @@ class Llama:
 
 # ---------------------------------------------------------------------------- files of a model
 
+INDEX = "model.safetensors.index.json"
+
+
 class ModelError(Exception):
     """What is wrong with a model folder or with what is asked of it, in one line for its user."""
 
@@ -367,17 +370,22 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """model.safetensors or, without one, the shards that an index names; and in which of them each
+    tensor counts, {} without an index. Raises ModelError."""
+    index = folder / INDEX
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return ["model.safetensors"], {}
+    shard_of = read_json(index).get("weight_map", {})
+    if not isinstance(shard_of, dict) or any(type(f) is not str for f in shard_of.values()):
+        raise ModelError(f"{index}: weight_map does not say where tensors are")
+    return sorted(set(shard_of.values())), shard_of
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights by name, of model.safetensors or, without one, of the shards that an index names.
-    The files are mapped into memory, and read when a tensor is used. Raises ModelError."""
-    files = ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    shard_of = {}                                      # by tensor name; empty without an index
-    if index.exists() and not (folder / files[0]).exists():
-        shard_of = read_json(index).get("weight_map", {})
-        if not isinstance(shard_of, dict) or any(type(f) is not str for f in shard_of.values()):
-            raise ModelError(f"{index}: weight_map does not say where tensors are")
-        files = sorted(set(shard_of.values()))
+    """The weights by name. The files are mapped into memory, and read when a tensor is used. Raises
+    ModelError."""
+    files, shard_of = weight_files(folder)
     found = {}
     for file in files:
         try:

@@ -127,7 +127,7 @@ class Job:
         try:
             tokenizer = Tokenizer(self.folder)
         except ModelError:
-            if self.flags.prompt_ids is None:              # ids need none; one makes them readable
+            if self.flags.prompt_ids is None:          # ids need none; one makes them readable
                 raise
             return None
         if not self.stops:
@@ -221,7 +221,7 @@ class Job:
 
     @property
     def known(self) -> dict:
-        """What our policy is told: how it may measure verifies, if costs are guessed."""
+        """What our policy is told. If costs are guessed it may measure what a verify costs."""
         measure = self.measure if self.costs_guessed else None
         return dict(self.costs, **self.numbers, probe=self.probe, measure=measure)
 
@@ -264,8 +264,9 @@ class Job:
             return self.fits(self.flags.prompt_ids)
         try:
             # Whatever the locale took the bytes of the command line for, they are UTF-8.
+            said = (self.flags.prompt or "", self.flags.system or "")
             text, self.flags.system = (word.encode("utf-8", "surrogateescape").decode()
-                                   for word in (self.flags.prompt or "", self.flags.system or ""))
+                                       for word in said)
             if text == "-":
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeError:

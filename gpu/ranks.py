@@ -41,6 +41,7 @@ from torch import Tensor
 
 from command.cli import UsageError
 from command.job import Job
+from dp_layer_skip import choose_skip
 from llama import Config, Layer, Llama, Rows, attention, feed_forward, rms_norm
 from speculative import Round
 
@@ -148,8 +149,8 @@ class RankedJob(Job):
             sys.stdin = io.TextIOWrapper(io.BytesIO(self.same(text)))
         return super().prompt()
 
-    def load(self, _: Any = None, *choose: Callable) -> "RankedJob":
-        super().load(Parallel, *choose)
+    def load(self, model: type[Llama] = Llama, choose: Callable = choose_skip) -> "RankedJob":
+        super().load(Parallel, choose)                 # its share, whatever `model` is
         # All must decide by the same numbers.
         self.costs, self.costs_guessed = self.same((self.costs, self.costs_guessed))
         # To the rest of the command the model is the whole one, with the sizes of the whole.

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from command.cli import UsageError
 from command.flags import VERSION as PROGRAM_VERSION
 from dp_layer_skip import Choice
-from llama import Tensor, read_json, torch
+from llama import INDEX, Tensor, torch, weight_files
 from speculative import Chance, Round, Settings, generate
 
 VERSION = 5                  # of the format
@@ -160,14 +160,10 @@ def about(folder: str | Path) -> dict[str, dict[str, str]]:
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
-    """name -> SHA-256 (hex) of every file that determines the numbers of a model which has been
-    loaded: llama.tensors reads model.safetensors or, without one, the shards of the index."""
-    names = ["model.safetensors"]
-    index = Path(folder, "model.safetensors.index.json")
-    if index.exists() and not Path(folder, names[0]).exists():
-        names = [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
+    """name -> SHA-256 (hex) of every file that determines the model's numbers."""
+    files, shard_of = weight_files(Path(folder))
     out = {}
-    for name in ["config.json", *names]:
+    for name in ["config.json", *[INDEX] * bool(shard_of), *files]:
         digest = hashlib.sha256()
         with open(Path(folder, name), "rb") as f:
             while part := f.read(1 << 20):
